@@ -1,0 +1,1 @@
+"""Typed, frozen configuration. This package never imports torch."""

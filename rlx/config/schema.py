@@ -1,0 +1,240 @@
+"""Every setting of a run, its type, default and meaning. One home per value; nobody writes to it after loading.
+
+Field help is the ``doc`` metadata; ``choices`` lists the allowed strings. ``rlx check`` prints the resolved tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, doc: str, *, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
+    """A documented field; mutable defaults are copied for each instance."""
+    metadata = {"doc": doc, "choices": choices, "minimum": minimum}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def required(doc: str) -> Any:
+    """A documented field without a default: leaving it out is an error that names it."""
+    return field(metadata={"doc": doc, "choices": (), "minimum": None})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """The run itself."""
+
+    dir: str = option("runs/default", "run folder: metrics, logs, checkpoints, export")
+    seed: int = option(0, "seed of data order, initialisation of the value head and sampling", minimum=0)
+    steps: int = option(100, "rollout-and-update iterations", minimum=1)
+    resume: str = option("never", "auto: go on from the newest whole checkpoint of run.dir", choices=("auto", "never"))
+    export_hf: bool = option(True, "write the final policy to RUN_DIR/hf")
+    failure_timeout_s: float = option(600.0, "limit of any one wait between processes", minimum=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """Where processes live."""
+
+    launcher: str = option("local", "who starts the processes", choices=("local",))
+    device: str = option("auto", "auto: cuda when visible, else cpu", choices=("auto", "cpu", "cuda"))
+    num_trainer_ranks: int | None = option(None, "trainer processes; none: tp x pp x cp", minimum=1)
+    threads_per_rank: int | None = option(None, "CPU threads of a trainer rank or engine; none: cores / processes", minimum=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The policy's body; reference and critic are built on the same architecture."""
+
+    path: str = required("Hugging Face folder of the policy (and of the reference and critic unless named)")
+    reference_path: str | None = option(None, "Hugging Face folder of the reference; none: model.path")
+    critic_path: str | None = option(None, "Hugging Face folder of the critic's body; none: model.path")
+    tokenizer_path: str | None = option(None, "tokenizer folder; none: model.path")
+    dtype: str = option("fp32", "type of weights and activations", choices=("fp32", "bf16"))
+    layer_spec: str = option(
+        "auto", "layers: auto takes transformer_engine on GPUs that have it", choices=("auto", "torch", "transformer_engine")
+    )
+    recompute: str = option("none", "activation recomputation", choices=("none", "selective", "full"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """The layout of every trained model. Data parallelism is what remains of the ranks."""
+
+    tp: int = option(1, "tensor parallel size", minimum=1)
+    pp: int = option(1, "pipeline parallel size", minimum=1)
+    vpp: int = option(1, "virtual pipeline chunks a stage", minimum=1)
+    cp: int = option(1, "context parallel size", minimum=1)
+    ep: int = option(1, "expert parallel size", minimum=1)
+    etp: int | None = option(None, "tensor parallel size inside experts; none: tp", minimum=1)
+    sequence_parallel: bool = option(False, "split norms and dropout over tp along the sequence")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Prompts."""
+
+    train: str = required("prompts to train on: .jsonl or .parquet")
+    prompts_per_step: int = option(8, "prompts of one rollout batch", minimum=1)
+    prompt_key: str = option("prompt", "column of a text prompt")
+    messages_key: str = option("messages", "column of a chat (list of role/content); wins over prompt_key where present")
+    label_key: str = option("label", "column of the ground truth")
+    max_prompt_tokens: int = option(1024, "longer prompts are dropped and counted", minimum=1)
+    shuffle: bool = option(True, "a new seeded order each epoch")
+    chat_template: str | None = option(None, "Jinja file used instead of the tokenizer's own chat template")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """Engines and sampling."""
+
+    engine: str = option("embedded", "what serves the rollouts", choices=("embedded",))
+    num_engines: int = option(1, "engine processes to start", minimum=1)
+    endpoints: list[str] = option([], "URLs of servers that already run; then none is started")
+    dtype: str = option("auto", "engine weights; auto: model.dtype", choices=("auto", "fp32", "bf16"))
+    samples_per_prompt: int = option(1, "answers to each prompt", minimum=1)
+    max_new_tokens: int = option(256, "response limit", minimum=1)
+    temperature: float = option(1.0, "0 is greedy", minimum=0)
+    top_p: float = option(1.0, "nucleus sampling; must be 1 unless algorithm handles it", minimum=0)
+    top_k: int = option(-1, "-1: off")
+    stop_token_ids: list[int] = option([], "further stop tokens beside the tokenizer's end of sequence")
+    max_concurrent_requests: int = option(512, "requests in flight over all engines", minimum=1)
+    request_timeout_s: float = option(300.0, "limit of one generation request", minimum=0.1)
+    max_retries: int = option(3, "retries of a request on connection errors and HTTP 5xx", minimum=0)
+    start_timeout_s: float = option(300.0, "limit for an engine to become healthy", minimum=1)
+    record: str | None = option(None, "write every rollout group to this JSONL file")
+    replay: str | None = option(None, "take rollouts from this file; no engine is started")
+    server_args: Mapping[str, Any] = option({}, "further server arguments by their own names")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig:
+    """The verifier."""
+
+    name: str = required("exact, regex, numeric, or path/to/file.py:function")
+    args: Mapping[str, Any] = option({}, "arguments of the verifier, by name")
+    num_workers: int = option(1, "verifier threads", minimum=1)
+    timeout_s: float = option(30.0, "limit of one verdict", minimum=0.01)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlgorithmConfig:
+    """The update rule."""
+
+    name: str = option("ppo", "the algorithm", choices=("ppo", "grpo"))
+    epochs: int = option(1, "passes over a rollout batch", minimum=1)
+    num_mini_batches: int = option(1, "optimizer steps a pass", minimum=1)
+    gamma: float = option(1.0, "discount", minimum=0)
+    lam: float = option(1.0, "GAE lambda (Schulman et al. 2016)", minimum=0)
+    clip_low: float = option(0.2, "policy ratio is clipped at 1 - clip_low", minimum=0)
+    clip_high: float = option(0.2, "policy ratio is clipped at 1 + clip_high", minimum=0)
+    value_clip: float | None = option(0.2, "value change is clipped to this; none: no clipping", minimum=0)
+    whiten_advantages: bool = option(True, "PPO: zero mean, unit variance over the rollout batch's response tokens")
+    normalize_by_std: bool = option(True, "GRPO: divide by the group's standard deviation")
+    entropy_coefficient: float = option(0.0, "weight of the entropy bonus", minimum=0)
+    kl_placement: str = option("none", "where the KL to the reference enters", choices=("none", "reward", "loss"))
+    kl_estimator: str = option("k3", "estimator of that KL (Schulman 2020)", choices=("k1", "k2", "k3"))
+    kl_coefficient: float = option(0.0, "its weight (start value when adaptive)", minimum=0)
+    kl_controller: str = option("fixed", "adaptive: Ziegler et al. 2019, reward placement only", choices=("fixed", "adaptive"))
+    kl_target: float = option(0.1, "adaptive controller: wanted KL a sequence", minimum=0)
+    kl_horizon: float = option(10_000.0, "adaptive controller: samples to adapt over", minimum=1)
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.name == "ppo"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_placement != "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = option(1e-6, "peak learning rate", minimum=0)
+    min_lr: float = option(0.0, "learning rate at the end of the decay", minimum=0)
+    warmup_steps: int = option(0, "optimizer steps of linear warm-up", minimum=0)
+    decay_steps: int | None = option(None, "optimizer steps to min_lr; none: run.steps x steps an iteration", minimum=1)
+    schedule: str = option("constant", "shape after warm-up", choices=("constant", "linear", "cosine"))
+    weight_decay: float = option(0.0, "decoupled weight decay", minimum=0)
+    beta1: float = option(0.9, "Adam", minimum=0)
+    beta2: float = option(0.95, "Adam", minimum=0)
+    eps: float = option(1e-8, "Adam", minimum=0)
+    clip_grad: float = option(1.0, "global gradient norm limit; 0: off", minimum=0)
+    distributed: bool = option(True, "shard optimizer state over data-parallel ranks")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchingConfig:
+    """How samples are packed."""
+
+    max_tokens_per_micro_batch: int = option(8192, "token budget of one packed forward pass on one rank's cp group", minimum=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncConfig:
+    """Publishing weights to engines."""
+
+    bucket_bytes: int = option(512 * 2**20, "bytes a request; small tensors are flattened together", minimum=1)
+    flatten_below_bytes: int = option(16 * 2**20, "tensors smaller than this travel flattened", minimum=0)
+    timeout_s: float = option(300.0, "limit of one request or broadcast", minimum=1)
+    canary_first: int = option(3, "verify after each of the first N syncs", minimum=0)
+    canary_every: int = option(10, "then after every N-th; 0: never", minimum=0)
+    canary_tolerance: float | None = option(None, "largest mean |log-prob| difference; none: 1e-3 in fp32, 0.1 in bf16", minimum=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """Saving for resume."""
+
+    every: int = option(0, "steps between checkpoints; 0: only at the end", minimum=0)
+    keep: int = option(2, "whole checkpoints kept", minimum=1)
+    at_end: bool = option(True, "save after the last step")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """Greedy evaluation on held-out prompts."""
+
+    data: str | None = option(None, "prompts to evaluate on; none: no evaluation")
+    every: int = option(0, "steps between evaluations; 0: only at the end", minimum=0)
+    max_prompts: int = option(256, "prompts used", minimum=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackerConfig:
+    """Where metrics go beside metrics.jsonl."""
+
+    tensorboard: bool = option(False, "write TensorBoard events to RUN_DIR/tensorboard")
+    wandb_project: str | None = option(None, "report to this Weights & Biases project")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole tree, as written in YAML."""
+
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    @property
+    def num_trainer_ranks(self) -> int:
+        if self.cluster.num_trainer_ranks is not None:
+            return self.cluster.num_trainer_ranks
+        return self.parallel.tp * self.parallel.pp * self.parallel.cp
