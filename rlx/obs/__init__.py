@@ -1,0 +1,1 @@
+"""Metrics, timers, log and trackers."""
