@@ -1,0 +1,52 @@
+"""The clipped value loss of PPO (Schulman et al. 2017, as in OpenAI's baselines).
+
+Statistics, (sum, count) over the tokens whose weight is not 0:
+
+    value                the loss
+    value_clip_fraction  share of tokens where the clipped error was the larger one
+    value_mean, return_mean
+    return_square, residual_square   squares of the returns and of (returns - values): ``explained_variance`` joins them
+
+Shape legend: T packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rlx.algos.policy_loss import needed
+from rlx.algos.stats import mean, sum_and_count
+from rlx.types import LossInputs, LossOutput
+
+
+def clipped_value_loss(inputs: LossInputs, value_clip: float | None) -> LossOutput:
+    """sum of w * 0.5 * max((v - R)^2, (clip(v, v_old +- value_clip) - R)^2); None leaves the clipping out."""
+    keep_T = inputs.weights_T != 0
+    values_T, returns_T = needed(inputs.values_T, "values_T", keep_T), needed(inputs.returns_T, "returns_T", keep_T)
+    error_T = (values_T - returns_T).square()
+    largest_T = error_T
+    if value_clip is not None:
+        old_T = needed(inputs.old_values_T, "old_values_T", keep_T)
+        clipped_T = old_T + (values_T - old_T).clamp(-value_clip, value_clip)
+        largest_T = torch.maximum(error_T, (clipped_T - returns_T).square())
+    loss_T = 0.5 * largest_T
+    stats = {
+        "value": sum_and_count(loss_T, keep_T),
+        "value_clip_fraction": sum_and_count((largest_T > error_T).float(), keep_T),
+        "value_mean": sum_and_count(values_T, keep_T),
+        "return_mean": sum_and_count(returns_T, keep_T),
+        "return_square": sum_and_count(returns_T.square(), keep_T),
+        "residual_square": sum_and_count(error_T, keep_T),
+    }
+    return LossOutput(loss=(inputs.weights_T * loss_T).sum(), stats=stats)
+
+
+def explained_variance(stats: Mapping[str, Tensor]) -> float:
+    """1 - Var(returns - values) / Var(returns) from the reduced statistics of ``clipped_value_loss``; 0 for constant returns."""
+    residual_mean = mean(stats["return_mean"]) - mean(stats["value_mean"])
+    residual_variance = mean(stats["residual_square"]) - residual_mean**2
+    variance = mean(stats["return_square"]) - mean(stats["return_mean"]) ** 2
+    return 1.0 - residual_variance / variance if variance > 1e-12 else 0.0

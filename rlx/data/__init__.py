@@ -1,0 +1,1 @@
+"""Prompts, chat templates, training samples, batch plans and packing."""

@@ -1,0 +1,116 @@
+"""Cutting a rollout batch into mini-batches, data-parallel ranks and micro-batches: pure arithmetic on lengths.
+
+Invariants (tests/unit/data/test_plan.py holds one test for each):
+
+1. every sample appears exactly once;
+2. within a mini-batch every rank has the same number of micro-batches, at least 1, and a multiple of pp when vpp > 1
+   (Megatron's interleaved schedule needs that);
+3. a micro-batch holds at most ``max_tokens`` tokens, padding counted, unless it holds a single sample;
+4. which samples form a mini-batch does not depend on the layout: they are cut in order, sizes differing by at most one;
+5. samples are balanced over ranks: no two ranks differ by more than the longest padded sample of the mini-batch;
+6. fewer samples than ranks are allowed: the rest get empty micro-batches;
+7. the same input gives the same plan;
+8. ``num_loss_tokens`` and ``num_sequences`` count the whole mini-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from rlx.types import BatchPlan, MiniBatchPlan, ParallelDims
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``number``."""
+    return -(-number // multiple) * multiple
+
+
+def plan_batch(
+    lengths: Sequence[int], loss_tokens: Sequence[int], *, dims: ParallelDims, num_mini_batches: int, max_tokens: int
+) -> BatchPlan:
+    """Plan samples with ``lengths[i]`` tokens, ``loss_tokens[i]`` of them trained on; see the module's invariants.
+
+    With fewer samples than ``num_mini_batches`` there are fewer mini-batches (none is empty). Raises ValueError for a
+    sample longer than ``max_tokens``, or numbers that make no sense.
+    """
+    if len(lengths) != len(loss_tokens):
+        raise ValueError(f"{len(lengths)} lengths but {len(loss_tokens)} loss-token counts")
+    if num_mini_batches < 1:
+        raise ValueError(f"algorithm.num_mini_batches must be at least 1, got {num_mini_batches}")
+    longest = max(lengths, default=0)
+    if longest > max_tokens:
+        raise ValueError(
+            f"a sample of {longest} tokens does not fit batching.max_tokens_per_micro_batch = {max_tokens};"
+            f" raise it to at least {longest}, or lower data.max_prompt_tokens or rollout.max_new_tokens"
+        )
+    mini_batches = []
+    for members in _cut_in_order(len(lengths), num_mini_batches):
+        micro_batches = _plan_ranks(members, lengths, dims, max_tokens)
+        num_loss_tokens = sum(loss_tokens[index] for index in members)
+        plan = MiniBatchPlan(micro_batches=micro_batches, num_loss_tokens=num_loss_tokens, num_sequences=len(members))
+        mini_batches.append(plan)
+    return BatchPlan(mini_batches=tuple(mini_batches))
+
+
+def _cut_in_order(num_samples: int, num_parts: int) -> list[range]:
+    num_parts = min(num_parts, num_samples)
+    borders = [part * num_samples // num_parts for part in range(num_parts + 1)] if num_parts else []
+    return [range(start, end) for start, end in pairwise(borders)]
+
+
+def _plan_ranks(
+    members: Sequence[int], lengths: Sequence[int], dims: ParallelDims, max_tokens: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    padded = {index: round_up(lengths[index], dims.sequence_multiple) for index in members}
+    per_rank = [_pack(rank, padded, dims.pack_multiple, max_tokens) for rank in _balance(padded, dims.dp)]
+    num_micro_batches = max(1, *(len(packs) for packs in per_rank))
+    if dims.vpp > 1:
+        num_micro_batches = round_up(num_micro_batches, dims.pp)
+    return tuple(_spread(packs, padded, num_micro_batches) for packs in per_rank)
+
+
+def _longest_first(indices: Sequence[int], padded: dict[int, int]) -> list[int]:
+    return sorted(indices, key=lambda index: (-padded[index], index))
+
+
+def _balance(padded: dict[int, int], num_ranks: int) -> list[list[int]]:
+    """Longest sample first, each to the rank with the fewest tokens so far."""
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for index in _longest_first(list(padded), padded):
+        rank = loads.index(min(loads))
+        ranks[rank].append(index)
+        loads[rank] += padded[index]
+    return ranks
+
+
+def _pack(indices: Sequence[int], padded: dict[int, int], pack_multiple: int, max_tokens: int) -> list[list[int]]:
+    """First fit, longest first. A sample whose padding alone exceeds the budget gets a micro-batch of its own."""
+    packs: list[list[int]] = []
+    loads: list[int] = []
+    for index in _longest_first(indices, padded):
+        for pack, load in enumerate(loads):
+            if round_up(load + padded[index], pack_multiple) <= max_tokens:
+                packs[pack].append(index)
+                loads[pack] += padded[index]
+                break
+        else:
+            packs.append([index])
+            loads.append(padded[index])
+    return packs
+
+
+def _spread(packs: list[list[int]], padded: dict[int, int], num_micro_batches: int) -> tuple[tuple[int, ...], ...]:
+    """Halve the heaviest divisible pack until there are enough; then fill up with empty ones."""
+    packs = list(packs)
+    while len(packs) < num_micro_batches:
+        divisible = [pack for pack in packs if len(pack) > 1]
+        if not divisible:
+            packs.append([])
+            continue
+        heaviest = max(divisible, key=lambda pack: sum(padded[index] for index in pack))
+        packs.remove(heaviest)
+        packs += [heaviest[::2], heaviest[1::2]]
+    packs.sort(key=lambda pack: (-sum(padded[index] for index in pack), pack))
+    return tuple(tuple(sorted(pack)) for pack in packs)
