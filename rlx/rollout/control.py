@@ -1,0 +1,170 @@
+"""The admin side of one engine: pausing it, changing its weights, scoring with it. Synchronous; no sampling here.
+
+Speaks the HTTP protocol that stock SGLang and the embedded engine share. An answer of 200 with ``success: true`` says
+only that the server did not notice a mistake: what is sent must be checked before it comes here (``rlx.sync.ledger``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import httpx
+
+from rlx.types import TensorInfo
+
+PauseMode = Literal["abort", "retract", "in_place"]
+Json = Mapping[str, object]
+
+ALL_ROWS = 2**31 - 1
+
+
+class EngineControlError(RuntimeError):
+    """A call to an engine failed. Names the url, the call and what the server (or the connection) said."""
+
+    def __init__(self, url: str, call: str, message: str) -> None:
+        super().__init__(f"engine {url}: {call}: {message}")
+        self.url = url
+        self.call = call
+
+
+class EngineControl:
+    """Admin calls to the engine at ``url``; each ends within about ``timeout_s`` and fails as ``EngineControlError``.
+
+    May be used from several threads at once. ``api_key`` is sent as a bearer token.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float, api_key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.timeout_s = timeout_s
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # trust_env off: a proxy meant for the internet must not carry (or refuse) cluster-internal calls.
+        self._client = httpx.Client(timeout=timeout_s, headers=headers, trust_env=False)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def pause(self, mode: PauseMode = "abort") -> None:
+        """Stop generating. ``abort`` answers every running request with what it has so far; new ones wait for ``resume``."""
+        self._post("/pause_generation", {"mode": mode})
+
+    def resume(self) -> None:
+        """Undo ``pause``."""
+        self._post("/continue_generation", {})
+
+    def flush_cache(self) -> None:
+        """Forget cached keys and values; an error while requests run."""
+        self._call("POST", "/flush_cache", None)
+
+    def model_info(self) -> Json:
+        """What the engine says of its model; answers while the engine is paused, so it serves as a sign of life."""
+        return self._json("GET", "/model_info", None)
+
+    def weight_version(self) -> str:
+        """The label of the weights that the engine serves ("default" until the first update)."""
+        version = self.model_info().get("weight_version")
+        if not isinstance(version, str):
+            raise EngineControlError(self.url, "GET /model_info", f"weight_version is {version!r}, not a text")
+        return version
+
+    def init_group(
+        self, master_address: str, master_port: int, *, rank_offset: int, world_size: int, group_name: str, backend: str
+    ) -> None:
+        """Let every rank of the engine join a broadcast group; returns when all of the group's ranks are there."""
+        body = {
+            "master_address": master_address,
+            "master_port": master_port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": group_name,
+            "backend": backend,
+        }
+        self._post("/init_weights_update_group", body)
+
+    def destroy_group(self, group_name: str) -> None:
+        """Leave and forget a broadcast group."""
+        self._post("/destroy_weights_update_group", {"group_name": group_name})
+
+    def update_weights(
+        self,
+        infos: Sequence[TensorInfo],
+        group_name: str,
+        *,
+        flattened: bool,
+        flush_cache: bool,
+        weight_version: str | None,
+    ) -> None:
+        """Receive ``infos`` from rank 0 of the group: one broadcast a tensor, or one flat uint8 broadcast of them all.
+
+        Returns when the engine has loaded them. ``weight_version`` None leaves the label as it is.
+        """
+        body: dict[str, object] = {
+            "names": [info.name for info in infos],
+            "dtypes": [info.dtype for info in infos],
+            "shapes": [list(info.shape) for info in infos],
+            "group_name": group_name,
+            "flush_cache": flush_cache,
+            "abort_all_requests": False,
+        }
+        if flattened:
+            body["load_format"] = "flattened_bucket"
+        if weight_version is not None:
+            body["weight_version"] = weight_version
+        self._post("/update_weights_from_distributed", body)
+
+    def update_weights_from_disk(self, path: str, version: str) -> None:
+        """Load a Hugging Face folder that the engine can read."""
+        self._post("/update_weights_from_disk", {"model_path": path, "weight_version": version})
+
+    def weights_by_name(self, name: str) -> object:
+        """One tensor under its Hugging Face name as nested lists of float32; an error where the engine cannot give it.
+
+        A tensor-parallel engine gives the shard of its first rank.
+        """
+        response = self._call("GET", "/get_weights_by_name", {"name": name, "truncate_size": ALL_ROWS})
+        try:
+            return response.json()
+        except ValueError as error:
+            raise EngineControlError(self.url, "GET /get_weights_by_name", f"not JSON: {response.text[:200]}") from error
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities (temperature 1) of tokens 1..L-1 given the ones before: L - 1 values.
+
+        The ids must lie inside the vocabulary: SGLang ends itself on others. Waits while the engine is paused.
+        """
+        sampling = {"max_new_tokens": 0, "temperature": 1.0, "top_p": 1.0, "top_k": -1}
+        body = {"input_ids": list(token_ids), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+        answer = self._json("POST", "/generate", body)
+        meta = answer.get("meta_info")
+        rows = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
+        if not isinstance(rows, list) or [row[1] for row in rows] != list(token_ids):
+            raise EngineControlError(self.url, "POST /generate", f"scored other tokens than the {len(token_ids)} sent: {rows}")
+        return [float(row[0]) for row in rows[1:]]
+
+    def _post(self, path: str, body: Json) -> None:
+        answer = self._json("POST", path, body)
+        # Pausing answers {"status": "ok"}; everything about weights answers {"success": bool, "message": text}.
+        if answer.get("success", True) is not True:
+            raise EngineControlError(self.url, f"POST {path}", str(answer.get("message", answer)))
+
+    def _json(self, method: str, path: str, body: Json | None) -> Json:
+        response = self._call(method, path, body)
+        try:
+            answer = response.json()
+        except ValueError as error:
+            raise EngineControlError(self.url, f"{method} {path}", f"not JSON: {response.text[:200]}") from error
+        if not isinstance(answer, dict):
+            raise EngineControlError(self.url, f"{method} {path}", f"expected an object, got {response.text[:200]}")
+        return answer
+
+    def _call(self, method: str, path: str, body: Json | None) -> httpx.Response:
+        call = f"{method} {path}"
+        try:
+            response = self._client.request(method, self.url + path, json=body)
+        except httpx.TimeoutException as error:
+            raise EngineControlError(self.url, call, f"no answer within {self.timeout_s:g} s ({type(error).__name__})") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise EngineControlError(self.url, call, f"{type(error).__name__}: {error}") from error
+        if response.status_code != 200:
+            raise EngineControlError(self.url, call, f"HTTP {response.status_code}: {response.text[:2000].strip()}")
+        return response
