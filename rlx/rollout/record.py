@@ -1,0 +1,190 @@
+"""Rollouts on file: written as they come, and given again later without any engine.
+
+A JSONL file with one group a line. Floats are written by ``repr``, so that they come back bit for bit:
+
+    {"step": 3, "prompt_id": 24, "prompt_tokens": [..], "prompt_text": "..", "completions": [{"token_ids": [..],
+     "rollout_logprobs": [..], "finish_reason": "stop", "weight_versions": [..]}], "rewards": null | [{"value": ..}]}
+
+The order of lines is the order in which groups reached the trainer; a replayed run sees the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast, get_args
+
+from rlx.obs.log import logger
+from rlx.types import Completion, FinishReason, Prompt, Reward, RolloutGroup, SamplingSpec
+
+
+class RolloutRecorder:
+    """Appends groups to ``path``; each line reaches the file in one write.
+
+    An existing file is continued: a torn last line is cut off when it is opened, and the first ``begin_step`` cuts
+    off the lines of that step and later ones, which the resumed run writes anew.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the recorder
+        self._step: int | None = None
+        _cut_torn_line(self._path)
+
+    def begin_step(self, step: int) -> None:
+        """Following groups belong to ``step``."""
+        if self._step is None:
+            self._cut_from(step)
+        self._step = step
+
+    def append(self, group: RolloutGroup) -> None:
+        """Write one group, with its rewards when it has them. Raises RuntimeError before the first ``begin_step``."""
+        if self._step is None:
+            raise RuntimeError(f"{self._path}: begin_step must be called before groups are recorded")
+        line = json.dumps(_to_json(self._step, group), separators=(",", ":")).encode() + b"\n"
+        if self._file.write(line) != len(line):
+            raise OSError(f"{self._path}: a rollout group was written only in part; is the disk full?")
+
+    def close(self) -> None:
+        """Close the file. May be called twice."""
+        self._file.close()
+
+    def _cut_from(self, step: int) -> None:
+        offset = 0
+        for number, line in enumerate(self._path.read_bytes().splitlines(keepends=True), start=1):
+            if _parse_line(line, f"{self._path}:{number}")["step"] >= step:  # type: ignore[operator]
+                logger.warning("%s: recorded rollouts from step %d on are replaced", self._path, step)
+                os.truncate(self._path, offset)
+                return
+            offset += len(line)
+
+
+class RolloutReplay:
+    """A RolloutService that gives recorded groups again, each ``generate`` call the next ``len(prompts)`` of its step.
+
+    The calls must come as they did in the recorded run; ``begin_step`` finds the step's first line (searching forward,
+    so that a resumed run can start in the middle). Groups carry the caller's ``Prompt`` and the recorded completions
+    and rewards.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise ValueError(f"rollout.replay: {self._path} is not a file")
+        self._lines = self._path.read_bytes().splitlines()
+        self._next = 0
+        self._step: int | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Go to the first line of ``step`` at or after the present one; ValueError when there is none."""
+        self._step = step
+        for index in range(self._next, len(self._lines)):
+            if self._line(index)["step"] == step:
+                self._next = index
+                return
+        raise ValueError(f"{self._path}: no rollout of step {step} in lines {self._next + 1} to {len(self._lines)}")
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> Iterator[RolloutGroup]:
+        """The recorded groups of ``prompts`` in the recorded order. ValueError, raised at once, names file, line and
+        step when the file is short or unreadable or holds other prompts, other token ids or another number of samples."""
+        if self._step is None:
+            raise RuntimeError(f"{self._path}: begin_step must be called before generate")
+        wanted = {prompt.prompt_id: prompt for prompt in prompts}
+        if len(wanted) != len(prompts):
+            raise ValueError(f"step {self._step}: two prompts have the same prompt_id")
+        groups: list[RolloutGroup] = []
+        for index in range(self._next, self._next + len(prompts)):
+            if index >= len(self._lines):
+                missing = len(prompts) - len(groups)
+                problem = f"the file ends {missing} of {len(prompts)} groups too early"
+                raise ValueError(f"{self._path}:{len(self._lines)}: step {self._step}: {problem}")
+            groups.append(self._group(index, wanted, sampling))
+        self._next += len(prompts)
+        return iter(groups)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _line(self, index: int) -> Mapping[str, object]:
+        return _parse_line(self._lines[index], f"{self._path}:{index + 1}")
+
+    def _group(self, index: int, wanted: dict[int, Prompt], sampling: SamplingSpec) -> RolloutGroup:
+        where = f"{self._path}:{index + 1}: step {self._step}"
+        row = self._line(index)
+        if row["step"] != self._step:
+            raise ValueError(f"{where}: the line belongs to step {row['step']}; the recorded step had fewer groups")
+        prompt_id = row.get("prompt_id")
+        prompt = wanted.pop(prompt_id, None) if isinstance(prompt_id, int) else None
+        if prompt is None:
+            raise ValueError(f"{where}: recorded prompt {prompt_id!r} is not among those still asked for: {sorted(wanted)}")
+        if row.get("prompt_tokens") != list(prompt.token_ids):
+            raise ValueError(f"{where}: prompt {prompt_id} has other token ids than recorded (tokenizer, template or data?)")
+        try:
+            group = _from_json(row, prompt)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: not a rollout group: {type(error).__name__}: {error}") from error
+        if len(group.completions) != sampling.num_samples:
+            raise ValueError(f"{where}: {len(group.completions)} samples recorded, {sampling.num_samples} asked for")
+        return group
+
+
+def _to_json(step: int, group: RolloutGroup) -> dict[str, object]:
+    rewards = None if group.rewards is None else [{**asdict(r), "parts": dict(r.parts)} for r in group.rewards]
+    return {
+        "step": step,
+        "prompt_id": group.prompt.prompt_id,
+        "prompt_tokens": group.prompt.token_ids,
+        "prompt_text": group.prompt.text,
+        "completions": [asdict(completion) for completion in group.completions],
+        "rewards": rewards,
+    }
+
+
+def _from_json(row: Mapping[str, object], prompt: Prompt) -> RolloutGroup:
+    completions, rewards = row["completions"], row["rewards"]
+    if not isinstance(completions, list) or not isinstance(rewards, list | None):
+        raise TypeError("completions must be a list, rewards a list or null")
+    return RolloutGroup(
+        prompt=prompt,
+        completions=tuple(_completion(**each) for each in completions),
+        rewards=None if rewards is None else tuple(Reward(**each) for each in rewards),
+    )
+
+
+def _completion(
+    token_ids: Sequence[int], rollout_logprobs: Sequence[float], finish_reason: str, weight_versions: Sequence[int]
+) -> Completion:
+    if not len(token_ids) == len(rollout_logprobs) == len(weight_versions):
+        lengths = f"{len(token_ids)}, {len(rollout_logprobs)}, {len(weight_versions)}"
+        raise ValueError(f"token_ids, rollout_logprobs and weight_versions have lengths {lengths}")
+    if finish_reason not in get_args(FinishReason):
+        raise ValueError(f"finish_reason is {finish_reason!r}")
+    return Completion(
+        token_ids=tuple(token_ids),
+        rollout_logprobs=tuple(rollout_logprobs),
+        finish_reason=cast(FinishReason, finish_reason),
+        weight_versions=tuple(weight_versions),
+    )
+
+
+def _parse_line(line: bytes, where: str) -> Mapping[str, object]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f'{where}: not a rollout group: expected an object with an integer "step"')
+    return row
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop what follows the last newline: a process died while it wrote."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        logger.warning("%s: the last line was torn and is cut off", path)
+        os.truncate(path, whole)

@@ -1,0 +1,85 @@
+"""How to start an engine process and how to know that it is ready. Spawning is ``rlx.cluster``'s task."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+
+from rlx.config.schema import Config
+from rlx.rollout.client import EngineError
+
+_READY = re.compile(r"^rlx-serve ready port=(\d{1,5})\s*$")
+_RESERVED = ("model", "host", "port", "dtype", "parent_pipe")
+_POLL_S = 0.1
+_ONE_CHECK_S = 20.0
+# Engines are our own or named by the user; a proxy from the environment must not stand between.
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
+def engine_command(config: Config, *, index: int, port: int, python: str, parent_pipe: int | None) -> list[str]:
+    """The command line of engine ``index``. ``port`` 0 lets the system choose (read it with ``parse_ready_port``);
+    ``parent_pipe`` is a file descriptor at whose end of file the engine exits. ValueError names a wrong setting."""
+    rollout = config.rollout
+    if rollout.engine != "embedded":
+        raise ValueError(f"rollout.engine is {rollout.engine!r}; this build starts: embedded")
+    if not 0 <= index < rollout.num_engines:
+        raise ValueError(f"engine index {index} is not in 0..{rollout.num_engines - 1} (rollout.num_engines)")
+    dtype = config.model.dtype if rollout.dtype == "auto" else rollout.dtype
+    command = [python, "-m", "rlx.cli.serve", "--model", config.model.path, "--port", str(port), "--dtype", dtype]
+    if parent_pipe is not None:
+        command += ["--parent-pipe", str(parent_pipe)]
+    return command + _extra_arguments(rollout.server_args)
+
+
+def parse_ready_port(line: str) -> int | None:
+    """The port in an engine's ready line ``rlx-serve ready port=PORT``, None for any other line."""
+    match = _READY.match(line)
+    return int(match.group(1)) if match else None
+
+
+def wait_until_healthy(url: str, timeout_s: float, alive: Callable[[], bool], log_tail: Callable[[], str]) -> None:
+    """Poll ``/health`` until it answers 200. EngineError with the last log lines when ``alive`` says that the process
+    ended, or after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    seen = "not asked yet"
+    while True:
+        if not alive():
+            raise _failed(url, "the engine process ended before it was healthy", log_tail)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise _failed(url, f"the engine was not healthy within {timeout_s:g} s (last: {seen})", log_tail)
+        try:
+            with _open(f"{url.rstrip('/')}/health", timeout=min(left, _ONE_CHECK_S)) as response:
+                if response.status == 200:
+                    return
+                seen = f"HTTP {response.status}"
+        except urllib.error.HTTPError as error:
+            seen = f"HTTP {error.code}"
+            error.close()
+        except (OSError, http.client.HTTPException) as error:
+            seen = f"{type(error).__name__}: {error}"
+        time.sleep(_POLL_S)
+
+
+def _failed(url: str, problem: str, log_tail: Callable[[], str]) -> EngineError:
+    return EngineError(url, f"{problem}; last lines of its log:\n{log_tail().rstrip() or '(empty)'}", retryable=False)
+
+
+def _extra_arguments(arguments: Mapping[str, object]) -> list[str]:
+    """``{"max_tokens": 9, "quiet": True}`` -> ``--max-tokens 9 --quiet``; False and None leave an argument out."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        if name.replace("-", "_") in _RESERVED:
+            raise ValueError(f"rollout.server_args.{name} is set by rlx itself; remove it")
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list | tuple):
+            words += [flag, *(str(each) for each in value)]
+        elif value is not None and value is not False:
+            words += [flag, str(value)]
+    return words
