@@ -31,6 +31,7 @@ class RunConfig:
     seed: int = option(0, "seed of data order, initialisation of the value head and sampling", minimum=0)
     steps: int = option(100, "rollout-and-update iterations", minimum=1)
     resume: str = option("never", "auto: go on from the newest whole checkpoint of run.dir", choices=("auto", "never"))
+    overwrite: bool = option(False, "remove the run that run.dir already holds (metrics, checkpoints, export, logs)")
     export_hf: bool = option(True, "write the final policy to RUN_DIR/hf")
     failure_timeout_s: float = option(600.0, "limit of any one wait between processes", minimum=1)
 
