@@ -1,0 +1,1 @@
+"""Megatron models from Hugging Face folders: architecture, layers, weight-name tables, reading and writing."""

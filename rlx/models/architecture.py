@@ -1,0 +1,140 @@
+"""What a model computes, read from a Hugging Face ``config.json``. Knows no Megatron and no tensors of weights.
+
+A field of ``config.json`` that changes the computation is either represented here or refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ConfigJson = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Rope:
+    """Frequency scaling of Llama 3.1 (Grattafiori et al. 2024)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A dense decoder: sizes in elements, ``rope`` None for plain rotary embeddings, or their scaling."""
+
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    max_positions: int
+    tied_embeddings: bool
+    rope: Llama3Rope | None = None
+    rope_factor: float = 1.0
+    qkv_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    def inverse_frequencies(self) -> Tensor:
+        """Rotary inverse frequencies, float32 [head_dim / 2]."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
+        frequencies = 1.0 / self.rope_theta**exponents / self.rope_factor
+        if self.rope is None:
+            return frequencies
+        wavelengths = 2 * math.pi / frequencies
+        # Blend from unscaled (short wavelengths) to scaled (long ones) between the two border wavelengths.
+        turns = self.rope.original_max_positions / wavelengths
+        span = self.rope.high_freq_factor - self.rope.low_freq_factor
+        keep = ((turns - self.rope.low_freq_factor) / span).clamp(0.0, 1.0)
+        return keep * frequencies + (1 - keep) * frequencies / self.rope.factor
+
+
+def read_config_json(folder: str | Path) -> ConfigJson:
+    """The folder's ``config.json``. Raises ValueError naming what is missing."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"model folder {path} does not exist")
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: a model folder needs its Hugging Face configuration")
+    try:
+        content = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not hold an object")
+    return content
+
+
+def require(config: ConfigJson, name: str) -> Any:
+    """A field that must be there."""
+    if config.get(name) is None:
+        raise ValueError(f"config.json lacks {name!r}")
+    return config[name]
+
+
+def refuse(config: ConfigJson, name: str, *allowed: Any) -> None:
+    """Refuse a field whose value changes the computation in a way that is not built; absent counts as None."""
+    value = config.get(name)
+    if value not in allowed:
+        wanted = " or ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"config.json has {name}={value!r}; supported: {wanted}")
+
+
+def rope_fields(config: ConfigJson) -> dict[str, Any]:
+    """``rope_theta``, ``rope`` and ``rope_factor`` from either spelling: ``rope_parameters`` (transformers 5), or
+    ``rope_theta`` with ``rope_scaling``."""
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = parameters.get("rope_theta", config.get("rope_theta", 10_000.0))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError("config.json has a partial_rotary_factor other than 1, which is not supported")
+    if kind == "default":
+        return {"rope_theta": float(theta)}
+    if kind == "linear":
+        return {"rope_theta": float(theta), "rope_factor": float(require(parameters, "factor"))}
+    if kind == "llama3":
+        rope = Llama3Rope(
+            factor=float(require(parameters, "factor")),
+            low_freq_factor=float(require(parameters, "low_freq_factor")),
+            high_freq_factor=float(require(parameters, "high_freq_factor")),
+            original_max_positions=int(require(parameters, "original_max_position_embeddings")),
+        )
+        return {"rope_theta": float(theta), "rope": rope}
+    raise ValueError(f"config.json has rope type {kind!r}; supported: 'default', 'linear', 'llama3'")
+
+
+def common_fields(config: ConfigJson) -> dict[str, Any]:
+    """The fields that every decoder of the Llama lineage spells alike."""
+    refuse(config, "hidden_act", "silu")
+    refuse(config, "attention_dropout", 0, 0.0, None)
+    hidden_size, num_heads = int(require(config, "hidden_size")), int(require(config, "num_attention_heads"))
+    return {
+        "model_type": require(config, "model_type"),
+        "hidden_size": hidden_size,
+        "num_layers": int(require(config, "num_hidden_layers")),
+        "num_heads": num_heads,
+        "num_kv_heads": int(config.get("num_key_value_heads") or num_heads),
+        "head_dim": int(config.get("head_dim") or hidden_size // num_heads),
+        "ffn_hidden_size": int(require(config, "intermediate_size")),
+        "vocab_size": int(require(config, "vocab_size")),
+        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "max_positions": int(config.get("max_position_embeddings", 2048)),
+        "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+        **rope_fields(config),
+    }

@@ -1,0 +1,154 @@
+"""Builds Megatron models: the one place that knows which Megatron class and which layer specification is used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import nn
+
+from rlx.models.architecture import Architecture
+from rlx.models.layers import CoreAttention, RMSNorm, ValueHead
+from rlx.models.weights import padded_vocab_size
+from rlx.parallel.context import ParallelContext, stage_of_chunk
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HeadKind = Literal["token", "value"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """How to compute, as opposed to what: see the configuration keys of the same names."""
+
+    dtype: str = "fp32"
+    layer_spec: str = "auto"
+    recompute: str = "none"
+    seed: int = 0
+
+
+def resolve_layer_spec(setting: str, device: torch.device) -> str:
+    """``auto`` takes Transformer Engine on a GPU that has it. ValueError when it was asked for and is missing."""
+    installed = find_spec("transformer_engine") is not None
+    if setting == "auto":
+        return "transformer_engine" if device.type == "cuda" and installed else "torch"
+    if setting == "transformer_engine" and not (installed and device.type == "cuda"):
+        raise ValueError("model.layer_spec=transformer_engine needs a GPU and the package transformer-engine")
+    return setting
+
+
+def megatron_config(arch: Architecture, context: ParallelContext, options: BuildOptions) -> TransformerConfig:
+    """Megatron's configuration of ``arch`` under the context's layout. Collective scaling is explained in
+    ``rlx.parallel.schedule``."""
+    dims, dtype = context.dims, DTYPES[options.dtype]
+    on_gpu = context.device.type == "cuda"
+    recompute: dict[str, Any] = {}
+    if options.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif options.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        layernorm_epsilon=arch.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=arch.mlp_bias,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=dims.tp,
+        pipeline_model_parallel_size=dims.pp,
+        virtual_pipeline_model_parallel_size=dims.vpp if dims.vpp > 1 else None,
+        context_parallel_size=dims.cp,
+        sequence_parallel=dims.sequence_parallel,
+        # Every weight is read from a checkpoint right after construction.
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        # Packs differ in length from micro-batch to micro-batch; Megatron couples that to this dispatcher.
+        variable_seq_lengths=dims.pp > 1 and dims.vpp == 1,
+        moe_token_dispatcher_type="alltoall",
+        # With batched exchange, prev and next of a two-stage ring are one rank and its messages cross.
+        overlap_p2p_comm=dims.vpp > 1,
+        batch_p2p_comm=dims.vpp == 1,
+        apply_rope_fusion=on_gpu and resolve_layer_spec(options.layer_spec, context.device) == "transformer_engine",
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        **recompute,
+    )
+
+
+def _block_spec(config: TransformerConfig, spec_name: str, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    if spec_name == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def build_model(arch: Architecture, context: ParallelContext, options: BuildOptions, head: HeadKind = "token") -> list[nn.Module]:
+    """This rank's chunks (one, or one a virtual stage), weights unset but for the value head."""
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # its deprecation notice
+    config = megatron_config(arch, context, options)
+    spec_name = resolve_layer_spec(options.layer_spec, context.device)
+    inverse_frequencies = arch.inverse_frequencies()
+    chunks: list[nn.Module] = []
+    for stage in range(context.dims.vpp):
+        vp_stage = stage if context.dims.vpp > 1 else None
+        has_embedding, has_output = stage_of_chunk(context.dims, context.pp_rank, stage)
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, spec_name, vp_stage),
+            vocab_size=padded_vocab_size(arch.vocab_size, context.dims.tp),
+            max_sequence_length=arch.max_positions,
+            pre_process=has_embedding,
+            post_process=has_output,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=arch.tied_embeddings and head == "token",
+            parallel_output=True,
+            pg_collection=context.groups,
+            vp_stage=vp_stage,
+        )
+        model.rotary_pos_emb.inv_freq = inverse_frequencies.to(context.device)
+        if head == "value" and has_output:
+            model.output_layer = ValueHead(config, context.groups, options.seed)
+        chunks.append(model.to(context.device))
+    return chunks
+
+
+def freeze(chunks: Sequence[nn.Module]) -> None:
+    """No gradients: for the reference."""
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        chunk.eval()

@@ -1,0 +1,168 @@
+"""Hugging Face weights in and out of Megatron chunks, by the family's table. Loading reads only this rank's slices."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlx.models.architecture import Architecture
+from rlx.models.families import weight_table
+from rlx.models.hf_folder import INDEX, SINGLE, HfFolder
+from rlx.models.weights import Row, Shard
+from rlx.parallel.context import ParallelContext
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+# Transformer Engine keeps the norm's weight inside the linear layer that follows it.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+SHARD_BYTES = 5 * 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Slot:
+    """One parameter of this rank and the row that fills it; ``hf_names`` have the layer number filled in."""
+
+    parameter: nn.Parameter
+    row: Row
+    hf_names: tuple[str, ...]
+    is_tied_copy: bool = False
+
+
+def slots(chunks: Sequence[nn.Module], arch: Architecture) -> Iterator[Slot]:
+    """Every parameter of this rank's chunks with its row, in model order; the value head, which no table knows, is left out.
+
+    A tied output matrix on the last stage of a pipeline is a copy of the embedding: filled from it, never exported.
+    """
+    table = weight_table(arch)
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            generic, layer = _generic_name(chunk, name)
+            if generic.startswith("output_layer.") and parameter.shape[0] == 1:
+                continue
+            if generic == "output_layer.bias":
+                continue
+            is_tied_copy = generic == "output_layer.weight" and arch.tied_embeddings
+            row = table["embedding.word_embeddings.weight" if is_tied_copy else generic]
+            hf_names = tuple(hf_name.format(layer=layer) for hf_name in row.hf_names)
+            yield Slot(parameter=parameter, row=row, hf_names=hf_names, is_tied_copy=is_tied_copy)
+
+
+def _generic_name(chunk: nn.Module, name: str) -> tuple[str, int]:
+    """Name with ``{layer}`` for the number, and the layer's number in the whole model."""
+    found = _LAYER.search(name)
+    layer = -1
+    if found:
+        layer = int(chunk.get_submodule(f"decoder.layers.{found[1]}").layer_number) - 1  # type: ignore[arg-type]
+        name = _LAYER.sub("decoder.layers.{layer}.", name)
+    for fused, plain in _FUSED_NORMS.items():
+        name = name.replace(fused, plain)
+    return name, layer
+
+
+def load_hf(chunks: Sequence[nn.Module], arch: Architecture, folder: str | Path, context: ParallelContext) -> None:
+    """Fill the chunks from a Hugging Face folder. ValueError on missing or misshapen tensors, before any is written."""
+    source = HfFolder(folder)
+    shard = Shard(rank=context.tp_rank, size=context.dims.tp)
+    wanted = list(slots(chunks, arch))
+    for slot in wanted:
+        for name, shape in zip(slot.hf_names, slot.row.hf_shapes(arch), strict=True):
+            if source.shape(name) != shape:
+                raise ValueError(f"{source.path}: {name} has shape {source.shape(name)}, config.json implies {shape}")
+    with torch.no_grad():
+        for slot in wanted:
+            slot.parameter.copy_(slot.row.load(source.read, slot.hf_names, shard, arch))
+
+
+def stage_weights(chunks: Sequence[nn.Module], arch: Architecture, context: ParallelContext) -> Iterator[tuple[str, Tensor]]:
+    """The full Hugging Face tensors of this pipeline stage, on its tensor-parallel rank 0; nothing on the others.
+
+    Collective over the tensor-parallel group: every rank must drive the iterator to its end. A sharded parameter is
+    gathered whole, so at most one of them exists in full at a time (beside what the consumer keeps).
+    """
+    tp = context.groups.tp
+    for slot in slots(chunks, arch):
+        if slot.is_tied_copy:
+            continue
+        weight = slot.parameter.detach()
+        pieces = [weight]
+        if slot.row.is_split and context.dims.tp > 1:
+            pieces = [torch.empty_like(weight) for _ in range(context.dims.tp)]
+            dist.all_gather(pieces, weight.contiguous(), group=tp)
+        if context.tp_rank == 0:
+            yield from zip(slot.hf_names, slot.row.export(pieces, arch), strict=True)
+
+
+def expected_shapes(arch: Architecture) -> Mapping[str, tuple[int, ...]]:
+    """Name and shape of every Hugging Face tensor of the model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, row in weight_table(arch).items():
+        layers = range(arch.num_layers) if "{layer}" in name else range(1)
+        for layer in layers:
+            for hf_name, shape in zip(row.hf_names, row.hf_shapes(arch), strict=True):
+                shapes[hf_name.format(layer=layer)] = shape
+    return shapes
+
+
+def export_hf(
+    chunks: Sequence[nn.Module], arch: Architecture, *, source: str | Path, target: str | Path, context: ParallelContext
+) -> None:
+    """Write the model as a Hugging Face folder: each pipeline stage its own files, then the index; configuration and
+    tokenizer are copied from ``source``. Collective over all ranks; the folder appears whole or not at all."""
+    target = Path(target)
+    beside = target.with_name(target.name + ".partial")
+    writes = context.dp_rank == 0 and context.cp_rank == 0
+    if context.rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    context.barrier()
+    written: dict[str, str] = {}
+    if writes:
+        written = _write_stage(stage_weights(chunks, arch, context), beside, context)
+    merged = {name: file for part in context.gather_objects(written) for name, file in part.items()}
+    if context.rank == 0:
+        _finish_export(merged, arch, Path(source), beside)
+        shutil.rmtree(target, ignore_errors=True)
+        beside.rename(target)
+    context.barrier()
+
+
+def _write_stage(weights: Iterator[tuple[str, Tensor]], folder: Path, context: ParallelContext) -> dict[str, str]:
+    written: dict[str, str] = {}
+    batch: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        file = f"model-{context.pp_rank:03d}-{len(set(written.values())):05d}.safetensors"
+        save_file(batch, folder / file, metadata={"format": "pt"})
+        written.update(dict.fromkeys(batch, file))
+        batch.clear()
+
+    for name, tensor in weights:
+        batch[name] = tensor.contiguous().cpu().clone()
+        if sum(t.numel() * t.element_size() for t in batch.values()) > SHARD_BYTES:
+            flush()
+    if batch:
+        flush()
+    return written
+
+
+def _finish_export(written: Mapping[str, str], arch: Architecture, source: Path, folder: Path) -> None:
+    missing = expected_shapes(arch).keys() - written.keys()
+    assert not missing, f"export lacks {sorted(missing)}"
+    if len(set(written.values())) == 1:
+        (folder / next(iter(written.values()))).rename(folder / SINGLE)
+    else:
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict(sorted(written.items()))}, indent=1))
+    for file in source.iterdir():
+        if file.suffix in {".json", ".txt", ".jinja", ".model"} and file.name != INDEX:
+            shutil.copy(file, folder / file.name)

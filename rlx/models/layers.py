@@ -1,0 +1,132 @@
+"""Layers of the ``torch`` specification: norm and core attention that run anywhere, and the critic's value head.
+
+They exist because Megatron's local layers refuse packed sequences, context parallelism and sequence parallelism
+without Transformer Engine. Legend: t tokens of this rank, T tokens of the pack, H heads, G query groups, K head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from rlx.parallel.context_parallel import gather_pack_with_grad, local_index
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), normalised in fp32 as Hugging Face does."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        # Under sequence parallelism each rank sees part of the tokens; Megatron sums gradients marked so.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class CoreAttention(nn.Module):
+    """Causal attention over packed sequences, zigzag context parallelism included.
+
+    Queries stay on their rank; keys and values are gathered over the context-parallel group. Sequences of equal length
+    are attended in one batch.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.group = pg_collection.cp
+        self.scale = softmax_scale
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, packed_seq_params: PackedSeqParams, **kwargs: Any
+    ) -> Tensor:
+        """query [t, H, K], key and value [t, G, K] -> [t, H x K]."""
+        cu_seqlens = packed_seq_params.cu_seqlens_q_padded
+        key = gather_pack_with_grad(key, cu_seqlens, self.group)
+        value = gather_pack_with_grad(value, cu_seqlens, self.group)
+        lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+        cp = self.group.size()
+        query_starts = (cu_seqlens[:-1] // cp).long()
+        output = torch.zeros_like(query)
+        for length in lengths.unique().tolist():
+            if length == 0:
+                continue
+            chosen = (lengths == length).nonzero().squeeze(1)
+            rows = cu_seqlens[chosen].long()[:, None] + torch.arange(length, device=query.device)
+            query_rows = query_starts[chosen][:, None] + torch.arange(length // cp, device=query.device)
+            output = output.index_put((query_rows,), self._attend(query[query_rows], key[rows], value[rows]))
+        return output.flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[n, length / cp, H, K] against [n, length, G, K]: n sequences of one length."""
+        length = key.shape[1]
+        mask = None
+        if self.group.size() > 1:
+            borders = torch.tensor([0, length], device=key.device)
+            positions = local_index(borders, self.group.size(), self.group.rank())
+            mask = positions[:, None] >= torch.arange(length, device=key.device)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )
+        return attended.transpose(1, 2)
+
+
+class ValueHead(nn.Module):
+    """Hidden state to value, replicated over tensor-parallel ranks; stands where the output layer stood.
+
+    Takes [t / tp, 1, D] under sequence parallelism, [t, 1, D] otherwise; gives [t, 1, 1] in fp32 on every rank.
+    """
+
+    def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection, seed: int) -> None:
+        super().__init__()
+        self.config, self.groups = config, groups
+        device = torch.cuda.current_device()
+        generator = torch.Generator().manual_seed(seed)
+        # Small start values (Ziegler et al. 2019): a loud untrained critic would drown the reward.
+        weight = torch.randn(1, config.hidden_size, generator=generator) / (config.hidden_size + 1)
+        self.weight = nn.Parameter(weight.to(device=device, dtype=config.params_dtype))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=config.params_dtype, device=device))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+        values = F.linear(hidden.float(), self.weight.float(), self.bias.float())
+        if self.config.sequence_parallel:
+            # Every rank computes the same loss from the gathered values, so the gradient is split, not summed.
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=self.groups.tp)
+        return values, None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        state = self.state_dict(prefix="", keep_vars=True)
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            state, prefix, {}, sharded_offsets, tp_group=self.groups.tp, dp_cp_group=self.groups.dp_cp
+        )
+        return sharded
+
+
+def num_parameters(chunks: list[nn.Module], group: dist.ProcessGroup) -> int:
+    """Parameters of a model over all ranks of its model-parallel group."""
+    count = torch.tensor(sum(p.numel() for chunk in chunks for p in chunk.parameters()), device=torch.cuda.current_device())
+    dist.all_reduce(count, group=group)
+    return int(count)

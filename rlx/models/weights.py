@@ -1,0 +1,187 @@
+"""Rows of a weight table: how one Megatron parameter is made of Hugging Face tensors, and back.
+
+A row knows names and shapes, not files and not process groups: reading goes through ``Read``, and merging gets the
+tensor-parallel shards handed in. The same rows serve loading, export, conversion and the live weight sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlx.models.architecture import Architecture
+
+Read = Callable[[str, int, int, int], Tensor]
+"""``read(name, dim, start, stop)``: the slice [start:stop] along ``dim`` of a Hugging Face tensor."""
+
+NamedTensors = list[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """Which of how many tensor-parallel slices."""
+
+    rank: int
+    size: int
+
+    def cut(self, extent: int) -> tuple[int, int]:
+        part = extent // self.size
+        assert part * self.size == extent, f"{extent} does not split into {self.size} equal slices"
+        return self.rank * part, (self.rank + 1) * part
+
+
+class Row(Protocol):
+    """One line of a table. ``{layer}`` in names stands for the layer number."""
+
+    @property
+    def hf_names(self) -> tuple[str, ...]: ...
+
+    def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
+        """Full shapes of the Hugging Face tensors, in the order of ``hf_names``."""
+        ...
+
+    def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
+        """The Megatron slice of ``shard``; ``names`` are the row's names with the layer filled in."""
+        ...
+
+    def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
+        """The Hugging Face tensors, in the order of ``hf_names``, from the slices of every rank."""
+        ...
+
+    @property
+    def is_split(self) -> bool:
+        """False where every tensor-parallel rank holds the same tensor."""
+        ...
+
+
+Shape = Callable[[Architecture], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One tensor under another name; split along ``dim`` over tensor-parallel ranks, or not at all (None)."""
+
+    name: str
+    shape: Shape
+    dim: int | None = None
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def is_split(self) -> bool:
+        return self.dim is not None
+
+    def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
+        return (self.shape(arch),)
+
+    def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
+        shape = self.shape(arch)
+        if self.dim is None:
+            return read(names[0], 0, 0, shape[0])
+        return read(names[0], self.dim, *shard.cut(shape[self.dim]))
+
+    def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
+        return (shards[0],) if self.dim is None else (torch.cat(list(shards), dim=self.dim),)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocab:
+    """An embedding or output matrix [vocabulary, hidden], padded below to a multiple of the tensor-parallel size."""
+
+    name: str
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def is_split(self) -> bool:
+        return True
+
+    def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
+        return ((arch.vocab_size, arch.hidden_size),)
+
+    def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
+        rows = padded_vocab_size(arch.vocab_size, shard.size) // shard.size
+        start = min(shard.rank * rows, arch.vocab_size)
+        stop = min(start + rows, arch.vocab_size)
+        real = read(names[0], 0, start, stop)
+        return torch.cat([real, real.new_zeros(rows - (stop - start), arch.hidden_size)])
+
+    def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards))[: arch.vocab_size],)
+
+
+@dataclass(frozen=True, slots=True)
+class QKV:
+    """Query, key and value projections (or their biases) fused group by group: a query group's heads, its key, its value."""
+
+    query: str
+    key: str
+    value: str
+    bias: bool = False
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.query, self.key, self.value)
+
+    @property
+    def is_split(self) -> bool:
+        return True
+
+    def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
+        tail = () if self.bias else (arch.hidden_size,)
+        rows = (arch.num_heads, arch.num_kv_heads, arch.num_kv_heads)
+        return tuple((heads * arch.head_dim, *tail) for heads in rows)
+
+    def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
+        parts = [
+            read(name, 0, *shard.cut(shape[0])) for name, shape in zip(names, self.hf_shapes(arch), strict=True)
+        ]
+        groups = arch.num_kv_heads // shard.size
+        grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
+        fused = torch.cat(list(shards))
+        fused = fused.reshape(arch.num_kv_heads, -1, *fused.shape[1:])
+        query_rows = arch.num_heads // arch.num_kv_heads * arch.head_dim
+        parts = fused.split([query_rows, arch.head_dim, arch.head_dim], dim=1)
+        return tuple(part.flatten(0, 1) for part in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """Gate and up projections, one above the other on every rank."""
+
+    gate: str
+    up: str
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.gate, self.up)
+
+    @property
+    def is_split(self) -> bool:
+        return True
+
+    def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
+        return ((arch.ffn_hidden_size, arch.hidden_size),) * 2
+
+    def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
+        return torch.cat([read(name, 0, *shard.cut(arch.ffn_hidden_size)) for name in names])
+
+    def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
+        halves = [shard.chunk(2) for shard in shards]
+        return tuple(torch.cat([half[i] for half in halves]) for i in (0, 1))
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """The vocabulary rounded up to a multiple of the tensor-parallel size."""
+    return -(-vocab_size // tp) * tp

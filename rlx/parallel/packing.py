@@ -1,0 +1,75 @@
+"""From a packed micro-batch to what one rank feeds its model: the zigzag split and Megatron's packing parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from rlx.parallel.context import ParallelContext
+from rlx.parallel.context_parallel import local_index
+from rlx.types import MicroBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LocalBatch:
+    """One rank's part of a micro-batch (t = T / cp tokens). ``pack`` is the whole, ``index_t`` where the part sits in it."""
+
+    pack: MicroBatch
+    index_t: Tensor
+    tokens_1t: Tensor
+    positions_1t: Tensor
+    labels_t: Tensor
+    loss_mask_t: Tensor
+    packed_seq_params: PackedSeqParams
+
+    def column(self, name: str) -> Tensor | None:
+        """This rank's part of a column of the pack, float32 [t]; None when the pack has no such column."""
+        column_T = self.pack.columns.get(name)
+        return None if column_T is None else column_T.to(self.index_t.device)[self.index_t]
+
+
+def pad_pack(pack: MicroBatch, num_tokens: int) -> MicroBatch:
+    """Lengthen the padding of the last sequence until the pack holds ``num_tokens``."""
+    extra = num_tokens - pack.tokens_T.shape[0]
+    if extra == 0:
+        return pack
+    cu_seqlens = pack.cu_seqlens_S1.clone()
+    cu_seqlens[-1] += extra
+    return replace(
+        pack,
+        tokens_T=F.pad(pack.tokens_T, (0, extra)),
+        labels_T=F.pad(pack.labels_T, (0, extra)),
+        loss_mask_T=F.pad(pack.loss_mask_T, (0, extra)),
+        cu_seqlens_S1=cu_seqlens,
+        columns={name: F.pad(column, (0, extra)) for name, column in pack.columns.items()},
+    )
+
+
+def local_batch(pack: MicroBatch, context: ParallelContext) -> LocalBatch:
+    """This rank's part of ``pack``, on its device."""
+    device = context.device
+    cu_seqlens = pack.cu_seqlens_S1.to(device)
+    index_t = local_index(cu_seqlens, context.dims.cp, context.cp_rank)
+    starts = torch.repeat_interleave(cu_seqlens[:-1], (cu_seqlens[1:] - cu_seqlens[:-1]).long())
+    params = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=pack.max_seqlen,
+        max_seqlen_kv=pack.max_seqlen,
+    )
+    return LocalBatch(
+        pack=pack,
+        index_t=index_t,
+        tokens_1t=pack.tokens_T.to(device)[index_t][None],
+        positions_1t=(index_t - starts[index_t])[None],
+        labels_t=pack.labels_T.to(device)[index_t],
+        loss_mask_t=pack.loss_mask_T.to(device)[index_t],
+        packed_seq_params=params,
+    )

@@ -1,0 +1,112 @@
+"""Log-probs and entropy over a vocabulary that is split over tensor-parallel ranks.
+
+The logits of all tokens never exist at once: hidden states meet the output weight in chunks of tokens, forward and again
+backward, and only per-token numbers (maximum, sum of exponentials, ...) cross the ranks, in one all-reduce a pass.
+Legend: T tokens, D hidden size, v vocabulary rows of this rank (padding included).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+CHUNK_BYTES = 256 * 2**20  # of fp32 logits: about 450 tokens of a 152k vocabulary on one rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class VocabShard:
+    """Which vocabulary rows this rank holds: ``first`` row's id, and how many of its rows are real (not padding)."""
+
+    group: ProcessGroup
+    first: int
+    num_real: int
+
+
+def vocab_shard(group: ProcessGroup, padded_vocab_size: int, vocab_size: int) -> VocabShard:
+    """The rows of the calling rank; padding rows are the last ones of the last ranks."""
+    rows = padded_vocab_size // group.size()
+    first = group.rank() * rows
+    return VocabShard(group=group, first=first, num_real=max(0, min(rows, vocab_size - first)))
+
+
+def logprobs_and_entropy(
+    hidden_TD: Tensor, weight_vD: Tensor, labels_T: Tensor, shard: VocabShard, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """log p(label) and entropy of softmax(hidden @ weight.T / temperature), float32 [T] each, on every rank.
+
+    ``hidden_TD`` must carry the tensor-parallel gradient rule already (its gradient here is this rank's share, to be
+    summed over the group by the region the caller took it from). Padding rows get no probability.
+    """
+    logprobs_T, entropy_T = _VocabParallel.apply(hidden_TD, weight_vD, labels_T, shard, temperature)  # type: ignore[no-untyped-call]
+    return logprobs_T, entropy_T
+
+
+def _chunk_size(num_rows: int) -> int:
+    return max(1, CHUNK_BYTES // (4 * max(1, num_rows)))
+
+
+def _logits(hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float) -> Tensor:
+    logits = torch.matmul(hidden, weight.t()).float()
+    if temperature != 1.0:
+        logits /= temperature
+    if shard.num_real < weight.shape[0]:
+        logits[:, shard.num_real :] = -torch.inf
+    return logits
+
+
+class _VocabParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        maximum, sum_exp, sum_exp_logit, label_logit = (hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for _ in range(4))
+        local_label = labels - shard.first
+        is_here = (local_label >= 0) & (local_label < shard.num_real)
+        safe_label = torch.where(is_here, local_label, 0)
+        for part in torch.arange(hidden.shape[0], device=hidden.device).split(_chunk_size(weight.shape[0])):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            logits = _logits(hidden[rows], weight, shard, temperature)
+            # A rank of padding rows alone has maximum -inf; a finite stand-in keeps exp(-inf - x) = 0 instead of nan.
+            top = logits.max(dim=-1).values.clamp_min(torch.finfo(torch.float32).min)
+            exp = (logits - top[:, None]).exp_()
+            maximum[rows] = top
+            label_logit[rows] = torch.where(is_here[rows], logits.gather(1, safe_label[rows, None]).squeeze(1), 0.0)
+            sum_exp[rows] = exp.sum(-1)
+            sum_exp_logit[rows] = (exp * logits.masked_fill_(exp == 0, 0)).sum(-1)
+        if shard.group.size() > 1:
+            top = maximum.clone()
+            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
+            scale = (maximum - top).exp()
+            sums = torch.stack([sum_exp * scale, sum_exp_logit * scale, label_logit])
+            dist.all_reduce(sums, group=shard.group)
+            maximum, (sum_exp, sum_exp_logit, label_logit) = top, sums.unbind()
+        logsumexp = maximum + sum_exp.log()
+        entropy = logsumexp - sum_exp_logit / sum_exp
+        ctx.save_for_backward(hidden, weight, safe_label, is_here, logsumexp, entropy)
+        ctx.shard, ctx.temperature = shard, temperature
+        return label_logit - logsumexp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_logprob, grad_entropy = grads
+        hidden, weight, safe_label, is_here, logsumexp, entropy = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        # Accumulated in fp32: a sum over many chunks would lose small gradients in bf16.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for part in torch.arange(hidden.shape[0], device=hidden.device).split(_chunk_size(weight.shape[0])):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            logprobs = _logits(hidden[rows], weight, ctx.shard, ctx.temperature) - logsumexp[rows, None]
+            probs = logprobs.exp()
+            # d entropy / d logit = -p (log p + H); d logprob(label) / d logit = [label] - p
+            slope = grad_logprob[rows, None] + grad_entropy[rows, None] * (logprobs.masked_fill_(probs == 0, 0) + entropy[rows, None])
+            grad = probs.mul_(slope).neg_()
+            grad.scatter_add_(1, safe_label[rows, None], (grad_logprob[rows] * is_here[rows])[:, None])
+            grad = (grad / ctx.temperature if ctx.temperature != 1.0 else grad).to(weight.dtype)
+            grad_hidden[rows] = torch.matmul(grad, weight)
+            grad_weight += torch.matmul(grad.t(), hidden[rows])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
