@@ -1,0 +1,27 @@
+"""``rlx train CONFIG.yaml [key=value ...]``: run the main job."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rlx.cluster.local import run_local
+from rlx.cluster.rundir import check_run_dir
+from rlx.config.load import load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit status: 0 done, 1 failed, 2 wrong configuration (nothing started), 128 + N stopped by signal N."""
+    try:
+        config = load_config(args.config, args.overrides)
+        check_run_dir(config)
+        return run_local(config)
+    except ValueError as error:
+        print(f"rlx: error: {error}", file=sys.stderr)
+        return 2

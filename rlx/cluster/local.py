@@ -1,0 +1,233 @@
+"""One machine: engines and trainer ranks as child processes of this one.
+
+Engines and trainers start at the same time, so that models load side by side; trainers find the engines through
+``RUN_DIR/engines.json``, which appears once all engines are healthy.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import rlx
+from rlx.cluster.causes import Cause, is_port_taken, tail, where
+from rlx.cluster.engines import EngineStart, write_endpoints
+from rlx.cluster.guard import Guard
+from rlx.cluster.interrupts import Interrupts
+from rlx.cluster.processes import LAUNCH_ID, Child, ChildSpec, stop_all
+from rlx.cluster.progress import Progress
+from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir
+from rlx.cluster.supervisor import Outcome, Supervisor
+from rlx.config.load import dump_config
+from rlx.config.schema import Config
+from rlx.obs.log import last_phase
+from rlx.rollout.server import engine_command
+
+_MAX_PORT_RETRIES = 2
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def trainer_command(run_dir: Path, endpoints_file: Path, parent_pipe: int) -> list[str]:
+    """The command line of every trainer rank; the environment says which rank it is."""
+    worker = [sys.executable, "-m", "rlx.cli.worker", str(run_dir)]
+    return [*worker, "--endpoints-file", str(endpoints_file), "--parent-pipe", str(parent_pipe)]
+
+
+def embedded_engine_command(config: Config, index: int, parent_pipe: int) -> list[str]:
+    """The command line of one engine that chooses its own port."""
+    return engine_command(config, index=index, port=0, python=sys.executable, parent_pipe=parent_pipe)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Programs:
+    """What to run as a trainer rank and as an engine."""
+
+    trainer: Callable[[Path, Path, int], Sequence[str]] = trainer_command
+    engine: Callable[[Config, int, int], Sequence[str]] = embedded_engine_command
+
+
+def run_local(config: Config, programs: Programs = Programs()) -> int:
+    """Run the whole job here and report on stdout and stderr. Must be called in the main thread.
+
+    Returns 0 when the training is done, 1 after a failure (its cause is in the last lines of stderr), 128 + N after
+    signal N. Raises ValueError, with nothing started, when the run folder cannot be used. No process outlives it.
+    """
+    with open_run_dir(config) as run_dir, Interrupts() as interrupts:
+        (run_dir / "config.yaml").write_text(dump_config(config))
+        progress = Progress(run_dir, total_steps=config.run.steps)
+        launch = Launch(config, run_dir, programs, progress, interrupts)
+        try:
+            outcome = launch.run()
+        finally:
+            left = launch.stop()
+            progress.close()
+        if outcome.cause is not None:
+            print(_failure_text(outcome.cause, left, launch.log_of(outcome.cause)), file=sys.stderr, flush=True)
+            return 1
+        if outcome.interrupted:
+            print(f"rlx: {interrupts.name}: stopped {launch.described}; run folder: {run_dir}", file=sys.stderr, flush=True)
+            return 128 + interrupts.number
+        print(progress.summary(), flush=True)
+        return 0
+
+
+class Launch:
+    """The processes of one run, from start to stop."""
+
+    def __init__(self, config: Config, run_dir: Path, programs: Programs, progress: Progress, interrupts: Interrupts) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._programs = programs
+        self._progress = progress
+        self._interrupts = interrupts
+        self._id = uuid.uuid4().hex
+        self._num_engines = 0 if config.rollout.endpoints or config.rollout.replay else config.rollout.num_engines
+        self._env = child_environment(config, self._id, num_engines=self._num_engines)
+        self._open = ExitStack()
+        self._trainers: list[Child] = []
+        self._engines: list[Child] = []
+
+    @property
+    def described(self) -> str:
+        """What was started, in words."""
+        parts = [f"{self._config.num_trainer_ranks} trainer rank(s)", f"{self._num_engines} engine(s)"]
+        return " and ".join(parts if self._num_engines else parts[:1])
+
+    def log_of(self, cause: Cause) -> str:
+        """What the process that is to blame wrote."""
+        children = [*self._trainers, *self._engines]
+        return next((child.log_text() for child in children if child.spec.log_path == cause.log_path), "")
+
+    def run(self) -> Outcome:
+        """Start everything and watch until it is over; trainers that found their port taken are started again."""
+        self._parent_pipe = self._open.enter_context(_pipe())
+        engine_commands = [self._programs.engine(self._config, index, self._parent_pipe) for index in range(self._num_engines)]
+        log = log_path(self._run_dir, "trainer", 0)
+        self._guard = Guard(launch_id=self._id, launcher_pid=os.getpid(), log=log, env=self._guard_env())
+        self._open.callback(self._guard.dismiss)
+        self._progress.say(f"starting {self.described}; run folder: {self._run_dir}")
+        endpoints = self._run_dir / ENDPOINTS
+        for index, argv in enumerate(engine_commands):
+            self._engines.append(self._spawn("engine", index, argv, self._env))
+        if self._num_engines:
+            start = EngineStart(self._engines, endpoints, timeout_s=self._config.rollout.start_timeout_s)
+            self._open.callback(start.cancel)
+        else:
+            start = None
+            write_endpoints(endpoints, self._config.rollout.endpoints)
+        for retries_left in range(_MAX_PORT_RETRIES, -1, -1):
+            outcome = self._run_trainers(start)
+            if not retries_left or not self._failed_on_port(outcome):
+                break
+            stop_all(self._trainers, hurry=self._interrupts.is_urgent)
+            self._progress.say("the trainers' port was taken by another program; starting them again with a new one")
+        return outcome
+
+    def stop(self) -> list[int]:
+        """End all processes; returns the numbers of those that could not be ended."""
+        left = stop_all([*self._trainers, *self._engines], self._id, hurry=self._interrupts.is_urgent)
+        self._open.close()
+        return left
+
+    def _run_trainers(self, start: EngineStart | None) -> Outcome:
+        port = _free_port()
+        self._trainers = []
+        for rank in range(self._config.num_trainer_ranks):
+            self._trainers.append(self._spawn_trainer(rank, port))
+        supervisor = Supervisor(
+            self._trainers,
+            self._engines,
+            engines_failed=lambda: None if start is None else start.failed(),
+            serving=lambda: start is None or start.serving(),
+            interrupted=self._interrupts.is_set,
+            tick=lambda: self._tick(start),
+        )
+        return supervisor.watch(leave_timeout_s=self._config.run.failure_timeout_s)
+
+    def _tick(self, start: EngineStart | None) -> None:
+        if start is not None:
+            start.serving()
+        self._progress.tick()
+
+    def _failed_on_port(self, outcome: Outcome) -> bool:
+        """Whichever rank is to blame: one that reached the stranger on that port may have failed before rank 0."""
+        if outcome.cause is None or outcome.cause.role != "trainer":
+            return False
+        logs = [trainer.log_text() for trainer in self._trainers]
+        return any(is_port_taken(log) for log in logs) and all(last_phase(log).step < 0 for log in logs)
+
+    def _spawn_trainer(self, rank: int, port: int) -> Child:
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._config.num_trainer_ranks, "MASTER_PORT": port}
+        env = self._env | {name: str(number) for name, number in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        argv = self._programs.trainer(self._run_dir, self._run_dir / ENDPOINTS, self._parent_pipe)
+        return self._spawn("trainer", rank, argv, env)
+
+    def _spawn(self, role: str, rank: int, argv: Sequence[str], env: Mapping[str, str]) -> Child:
+        path = log_path(self._run_dir, role, rank)
+        child = Child(ChildSpec(role=role, rank=rank, argv=tuple(argv), env=env, log_path=path, pass_fds=(self._parent_pipe,)))
+        self._guard.add(child.pid)
+        return child
+
+    def _guard_env(self) -> dict[str, str]:
+        """The children's environment without the mark by which they are found and ended."""
+        return {name: value for name, value in self._env.items() if name != LAUNCH_ID}
+
+
+def child_environment(config: Config, launch_id: str, *, num_engines: int) -> dict[str, str]:
+    """This process's environment plus the mark of the launch, the thread counts and where to import rlx from.
+
+    Thread counts: ``cluster.threads_per_rank``, else what the environment already says, else cores / processes.
+    """
+    env = dict(os.environ)
+    num_processes = config.num_trainer_ranks + num_engines
+    share = max(1, len(os.sched_getaffinity(0)) // num_processes)
+    for name in _THREAD_VARIABLES:
+        if config.cluster.threads_per_rank is not None:
+            env[name] = str(config.cluster.threads_per_rank)
+        else:
+            env.setdefault(name, str(share))
+    root = str(Path(rlx.__file__).resolve().parents[1])
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    env["PYTHONUNBUFFERED"] = "1"
+    env["TOKENIZERS_PARALLELISM"] = env.get("TOKENIZERS_PARALLELISM", "false")
+    env[LAUNCH_ID] = launch_id
+    if not config.rollout.endpoints:
+        # All peers are here: do not depend on the host name resolving, and listen to nobody outside.
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return env
+
+
+def _failure_text(cause: Cause, left: Sequence[int], log: str) -> str:
+    lines = []
+    if not cause.told and log.strip():
+        lines += [f"rlx: last lines of {cause.log_path.name}:", *(f"    {line}" for line in tail(log, 12).splitlines())]
+    if left:
+        lines.append(f"rlx: could not end processes {sorted(left)}: stuck in the kernel")
+    lines.append(f"rlx: FAILED {cause.role} rank {cause.rank} {where(cause.phase)}")
+    lines.append(f"rlx: cause: {cause.cause}")
+    lines.append(f"rlx: logs: {cause.log_path}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _pipe() -> Iterator[int]:
+    """The reading end of a pipe whose only writing end lives and dies with this process."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(writing)
+        os.close(reading)
+
+
+def _free_port() -> int:
+    """A port that nobody listens on now. It may be taken before it is used: see ``Launch.run``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

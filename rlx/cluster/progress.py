@@ -1,0 +1,132 @@
+"""What the user sees of a run: a line a start-up phase, a line a step, a summary. Reads the run folder, writes nothing there."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.status import Status
+
+from rlx.obs.log import last_phase
+
+_COLUMNS = (
+    ("reward", "reward/mean", "{:+.4f}"),
+    ("kl", "kl/ref", "{:.5f}"),
+    ("loss", "loss/policy", "{:+.4f}"),
+    ("mismatch", "mismatch/logprob_abs_mean", "{:.1e}"),
+    ("s/step", "perf/step_s", "{:.2f}"),
+    ("tokens/s", "perf/tokens_per_s", "{:.0f}"),
+)
+
+Row = Mapping[str, float]
+
+
+class Tail:
+    """Complete new lines of a growing file. ``skip_old`` starts at its present end; a file that shrinks (a resumed
+    run drops rows after its checkpoint) is followed from its new end."""
+
+    def __init__(self, path: Path, *, skip_old: bool) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if skip_old and path.exists() else 0
+
+    def lines(self) -> list[str]:
+        if not self._path.exists():
+            return []
+        self._offset = min(self._offset, self._path.stat().st_size)
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return whole.decode("utf-8", errors="replace").splitlines()
+
+
+class Progress:
+    """Call ``tick`` now and then, ``close`` before anything else writes to the terminal."""
+
+    def __init__(self, run_dir: Path, *, total_steps: int, out: TextIO | None = None) -> None:
+        self._run_dir = run_dir
+        self._total_steps = total_steps
+        self._console = Console(file=out or sys.stdout, highlight=False, markup=False, soft_wrap=True)
+        self._metrics = Tail(run_dir / "metrics.jsonl", skip_old=True)
+        self._log = Tail(run_dir / "logs" / "trainer-0.log", skip_old=True)
+        self._rows: list[Row] = []
+        self._began = time.monotonic()
+        self._status: Status | None = None
+        if self._console.is_terminal:
+            self._status = self._console.status("starting")
+            self._status.start()
+
+    def say(self, line: str) -> None:
+        """One line of our own."""
+        self._console.print(f"rlx: {line}")
+
+    def tick(self) -> None:
+        """Show what is new."""
+        for line in self._log.lines():
+            self._show_phase(line)
+        for line in self._metrics.lines():
+            row = _parse(line)
+            if row is not None:
+                self._rows.append(row)
+                self._console.print(step_line(row, self._total_steps))
+
+    def close(self) -> None:
+        """Show the rest and let go of the terminal."""
+        self.tick()
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def summary(self) -> str:
+        """The run in a few lines: reward at both ends, time, tokens, where the model is."""
+        seconds = time.monotonic() - self._began
+        tokens = sum(row.get("perf/tokens_per_s", 0.0) * row.get("perf/step_s", 0.0) for row in self._rows)
+        rewards = [row["reward/mean"] for row in self._rows if "reward/mean" in row]
+        lines = [f"rlx: done: {len(self._rows)} steps in {_duration(seconds)}, {tokens:.0f} tokens"]
+        if rewards:
+            count = min(5, len(rewards))
+            first, last = sum(rewards[:count]) / count, sum(rewards[-count:]) / count
+            lines.append(f"rlx: mean reward: {first:+.4f} over the first {count} steps, {last:+.4f} over the last {count}")
+        if (self._run_dir / "hf").is_dir():
+            lines.append(f"rlx: model: {self._run_dir / 'hf'}")
+        lines.append(f"rlx: run folder: {self._run_dir}")
+        return "\n".join(lines)
+
+    def _show_phase(self, line: str) -> None:
+        now = last_phase(line)
+        if " PHASE step=" not in line:
+            return
+        if self._status is not None:
+            self._status.update(now.name if now.step < 0 else f"step {now.step}: {now.name}")
+        if now.step < 0:
+            self.say(now.name)
+
+
+def step_line(row: Row, total_steps: int) -> str:
+    """``step 3/100  reward +0.5000  kl 0.00100 ...``; measures that a run does not have are left out."""
+    cells = [f"step {int(row['step'])}/{total_steps}"]
+    cells += [f"{label} {shape.format(row[key])}" for label, key, shape in _COLUMNS if key in row]
+    return "  ".join(cells)
+
+
+def _parse(line: str) -> Row | None:
+    """A metrics row, or None for a line that is none (a torn write)."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(row, dict) or "step" not in row:
+        return None
+    return {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
