@@ -1,0 +1,1 @@
+"""Rewards: one verifier a file behind a small Protocol, and the pool that runs them."""

@@ -1,0 +1,56 @@
+"""What a verifier is: a function from an answer to a verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Protocol
+
+from rlx.types import Completion, Prompt, Reward
+
+
+class Verifier(Protocol):
+    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
+        """Judge one answer. ``response_text`` is the decoded response without special tokens. May raise: the sample is
+        then invalid. Called from several threads at once."""
+        ...
+
+
+class MissingLabelError(ValueError):
+    """A verifier that compares with the label met a prompt without one."""
+
+
+def label_of(prompt: Prompt) -> str:
+    """The prompt's label; raises MissingLabelError naming the prompt and its file."""
+    if prompt.label is None:
+        raise MissingLabelError(
+            f"prompt {prompt.prompt_id} of {prompt.source or 'the prompt file'} has no label (data.label_key)"
+        )
+    return prompt.label
+
+
+def verdict(is_right: bool) -> Reward:
+    """1 for right, 0 for wrong."""
+    return Reward(value=1.0 if is_right else 0.0)
+
+
+def invalid(error: str) -> Reward:
+    """A verdict that counts for nothing, and why."""
+    return Reward(value=0.0, valid=False, error=error)
+
+
+def checked_reward(value: object, parts: Mapping[object, object] | None = None) -> Reward:
+    """A Reward from what a verifier returned; invalid unless the value and all parts are finite real numbers."""
+    if not is_finite_number(value):
+        return invalid(f"the verifier returned {value!r}, which is not a finite number")
+    named = {str(name): part for name, part in (parts or {}).items()}
+    for name, part in named.items():
+        if not is_finite_number(part):
+            return invalid(f"the verifier's part {name!r} is {part!r}, which is not a finite number")
+    return Reward(value=float(value), parts={name: float(part) for name, part in named.items()})  # type: ignore[arg-type]
+
+
+def is_finite_number(value: object) -> bool:
+    """True for finite real numbers (bool, int, float, NumPy scalars)."""
+    return isinstance(value, Real) and math.isfinite(value)

@@ -1,0 +1,56 @@
+"""The last number of the response against the label."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from rlx.rewards.base import label_of, verdict
+from rlx.types import Completion, Prompt, Reward
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+_UNSIGNED = rf"(?:{_DIGITS}(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
+# A sign belongs to the number unless it follows one, or a word, as in "5-3" and "x-3". A comma after a number is
+# punctuation unless exactly three digits follow.
+_NUMBER = re.compile(rf"(?<![\w.])(?:(?<![\w)\]])[+\-−])?\s?(?P<top>{_UNSIGNED})(?:\s?/\s?(?P<bottom>{_UNSIGNED}))?")
+
+
+def last_number(text: str) -> float | None:
+    """The last number written in ``text``: signs, decimals, 1,234 thousands, exponents and fractions 1/2; None if none.
+
+    A fraction with denominator 0 counts as no number.
+    """
+    found = list(_NUMBER.finditer(text))
+    return _value(found[-1]) if found else None
+
+
+def _value(match: re.Match[str]) -> float | None:
+    bottom = 1.0 if match["bottom"] is None else float(match["bottom"].replace(",", ""))
+    if bottom == 0:
+        return None
+    sign = -1.0 if match[0][0] in "-−" else 1.0
+    value = sign * float(match["top"].replace(",", "")) / bottom
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumericMatch:
+    """1 when the last number of the response is within ``tolerance`` (relative for labels beyond 1) of the label's.
+
+    Raises ValueError for a negative tolerance at construction, and for a label that holds no number when called.
+    """
+
+    tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not self.tolerance >= 0:
+            raise ValueError(f"reward.args.tolerance must be at least 0, got {self.tolerance!r}")
+
+    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
+        label = label_of(prompt)
+        wanted = last_number(label)
+        if wanted is None:
+            raise ValueError(f"the label {label!r} of prompt {prompt.prompt_id} holds no number")
+        given = last_number(response_text)
+        return verdict(given is not None and abs(given - wanted) <= self.tolerance * max(1.0, abs(wanted)))
