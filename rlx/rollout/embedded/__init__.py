@@ -1,0 +1,1 @@
+"""The embedded engine: a Hugging Face causal model that speaks SGLang's HTTP protocol, on one CPU or GPU."""

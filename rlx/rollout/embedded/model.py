@@ -1,0 +1,134 @@
+"""The model: loading it, and the two forward passes an engine needs (whole prompts, one more token).
+
+Knows nothing of requests, scheduling or HTTP. Shapes: B rows, S columns, V vocabulary entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from rlx.rollout.embedded.keyvalues import KeyValues, attention_mask, new_cache
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What answers about the model need, without the model."""
+
+    path: str
+    model_type: str
+    architectures: tuple[str, ...]
+    vocab_size: int
+    context_length: int
+    end_ids: frozenset[int]
+    dtype: str
+    device: str
+
+    def at(self, path: str) -> ModelInfo:
+        """The same model, loaded from another folder."""
+        return replace(self, path=path)
+
+
+class LanguageModel:
+    """A Hugging Face causal model in evaluation mode on one device."""
+
+    def __init__(self, folder: Path, dtype: str, device: str) -> None:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=DTYPES[dtype], local_files_only=True)
+        self.module: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        self.device = torch.device(device)
+        self.tokenizer: PreTrainedTokenizerBase | None = _load_tokenizer(folder)
+        text_config = config.get_text_config(decoder=True)
+        self.info = ModelInfo(
+            path=str(folder),
+            model_type=str(config.model_type),
+            architectures=tuple(config.architectures or (type(model).__name__,)),
+            vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+            context_length=int(text_config.max_position_embeddings),
+            end_ids=_end_ids(self.module, self.tokenizer),
+            dtype=dtype,
+            device=str(self.device),
+        )
+
+    def prefill(self, prompts: list[list[int]], all_logits: bool) -> tuple[Tensor, KeyValues]:
+        """Run whole prompts. Returns their key/values and logits: [B, S, V] left-padded, or [B, V] of the last token."""
+        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+        width = int(lengths.max())
+        tokens = np.zeros((len(prompts), width), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, width - len(prompt) :] = prompt
+        positions = np.maximum(np.arange(width) - (width - lengths[:, None]), 0)
+        key_values = KeyValues(new_cache(), lengths)
+        logits = self._forward(tokens, positions, attention_mask(lengths, width, self.device), key_values, all_logits)
+        return (logits if all_logits else logits[:, -1]), key_values
+
+    def decode(self, tokens: npt.NDArray[np.int64], key_values: KeyValues) -> Tensor:
+        """Append one token [B] to every row; returns the logits [B, V] after it."""
+        positions = key_values.lengths[:, None]
+        lengths = key_values.lengths + 1
+        mask = attention_mask(lengths, key_values.width + 1, self.device)
+        logits = self._forward(tokens[:, None], positions, mask, key_values, False)
+        key_values.lengths = lengths
+        return logits[:, -1]
+
+    def _forward(
+        self,
+        tokens: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        mask: Tensor | None,
+        key_values: KeyValues,
+        all_logits: bool,
+    ) -> Tensor:
+        output = self.module(
+            input_ids=torch.from_numpy(tokens).to(self.device),
+            position_ids=torch.from_numpy(positions).to(self.device),
+            attention_mask=mask,
+            past_key_values=key_values.cache,
+            use_cache=True,
+            logits_to_keep=0 if all_logits else 1,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def offload(self) -> None:
+        """Give the weights' GPU memory back, keeping them in host memory; nothing on a CPU."""
+        if self.device.type == "cuda":
+            self.module.to("cpu")
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Undo ``offload``."""
+        self.module.to(self.device)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Every token that ends an answer: by config.json, generation_config.json and the tokenizer."""
+    found: set[int] = set()
+    generation = model.generation_config
+    for value in (
+        model.config.get_text_config(decoder=True).eos_token_id,
+        generation.eos_token_id if generation is not None else None,
+        tokenizer.eos_token_id if tokenizer is not None else None,
+    ):
+        if value is not None:
+            found.update(value if isinstance(value, list | tuple) else [value])
+    return frozenset(int(token) for token in found)
