@@ -118,7 +118,7 @@ async def test_http_4xx_is_final(start_peer: Callable[..., Peer]) -> None:
 
     peer = start_peer(behaviour)
     async with client_of(peer) as client:
-        with pytest.raises(EngineError, match="HTTP 400.*too long for the context"):
+        with pytest.raises(EngineError, match=r"HTTP 400.*too long for the context"):
             await client.generate((1,), SamplingSpec(max_new_tokens=4), 9)
     assert len(peer.seen) == 1
 
@@ -175,7 +175,12 @@ async def test_aborted_answers_are_stitched(start_peer: Callable[..., Peer], rng
     assert got.token_ids == tuple(tokens) and got.rollout_logprobs == tuple(logprobs) and got.finish_reason == "length"
     first, third = cuts[0] or 0, cuts[2] or 0
     assert got.weight_versions == (0,) * first + (8,) * third + (11,) * (count - first - third)
-    assert [each["sampling_params"]["max_new_tokens"] for each in peer.seen] == [count, count - first, count - first, count - first - third]
+    assert [each["sampling_params"]["max_new_tokens"] for each in peer.seen] == [
+        count,
+        count - first,
+        count - first,
+        count - first - third,
+    ]
     assert peer.seen[3]["input_ids"] == [*prompt, *tokens[: first + third]]
     assert len({each["rid"] for each in peer.seen}) == 4
     assert (client.stats.resubmissions, client.stats.retries, client.stats.completion_tokens) == (3, 0, count)

@@ -1,0 +1,95 @@
+"""Engine command lines and waiting for health."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
+from rlx.rollout.client import EngineError
+from rlx.rollout.server import engine_command, parse_ready_port, wait_until_healthy
+from tests.unit.rollout_client.peer import Peer
+
+
+def config_of(**rollout: object) -> Config:
+    return Config(
+        model=ModelConfig(path="/models/tiny", dtype="bf16"),
+        data=DataConfig(train="t.jsonl"),
+        reward=RewardConfig(name="exact"),
+        rollout=RolloutConfig(**rollout),  # type: ignore[arg-type]
+    )
+
+
+def test_command_of_an_embedded_engine() -> None:
+    arguments = {"max_total_tokens": 4096, "quiet": True, "verbose": False, "names": ["a", "b"], "seed": None}
+    config = config_of(num_engines=2, server_args=arguments)
+    got = engine_command(config, index=1, port=0, python="/v/python", parent_pipe=7)
+    want = "/v/python -m rlx.cli.serve --model /models/tiny --port 0 --dtype bf16 --parent-pipe 7"
+    assert got == [*want.split(), "--max-total-tokens", "4096", "--quiet", "--names", "a", "b"]
+
+
+def test_the_engine_may_have_a_dtype_of_its_own() -> None:
+    got = engine_command(config_of(dtype="fp32"), index=0, port=123, python="py", parent_pipe=None)
+    assert got[got.index("--dtype") + 1] == "fp32" and got[got.index("--port") + 1] == "123" and "--parent-pipe" not in got
+    got = engine_command(config_of(), index=0, port=1, python="py", parent_pipe=None)
+    assert got[got.index("--dtype") + 1] == "bf16"
+
+
+@pytest.mark.parametrize("name", ["port", "parent_pipe", "parent-pipe", "model", "dtype"])
+def test_arguments_of_our_own_cannot_be_overridden(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"rollout\.server_args\.{name}"):
+        engine_command(config_of(server_args={name: 1}), index=0, port=0, python="py", parent_pipe=None)
+
+
+def test_an_index_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"0\.\.2"):
+        engine_command(config_of(num_engines=3), index=3, port=0, python="py", parent_pipe=None)
+
+
+@pytest.mark.parametrize(
+    ("line", "port"),
+    [
+        ("rlx-serve ready port=40123\n", 40123),
+        ("rlx-serve ready port=1", 1),
+        ("2026 rlx-serve ready port=40123", None),
+        ("rlx-serve ready port=", None),
+        ("rlx-serve ready port=12x", None),
+        ("", None),
+    ],
+)
+def test_ready_line(line: str, port: int | None) -> None:
+    assert parse_ready_port(line) == port
+
+
+def test_waits_until_the_engine_is_well(start_peer: Callable[..., Peer]) -> None:
+    peer = start_peer()
+    peer.healthy = False
+    asked = 0
+
+    def alive() -> bool:
+        nonlocal asked
+        asked += 1
+        peer.healthy = asked > 3
+        return True
+
+    wait_until_healthy(peer.url, 20, alive, lambda: "")
+    assert asked == 4
+
+
+def test_a_dead_process_ends_the_wait_with_its_log() -> None:
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"ended before it was healthy.*\nboom") as caught:
+        wait_until_healthy("http://127.0.0.1:9", 60, lambda: False, lambda: "boom\n")
+    assert time.monotonic() - began < 5 and not caught.value.retryable
+
+
+def test_never_healthy(start_peer: Callable[..., Peer]) -> None:
+    peer = start_peer()
+    peer.healthy = False
+    with pytest.raises(EngineError, match=r"not healthy within 0\.5 s \(last: HTTP 503\)[\s\S]*loading"):
+        wait_until_healthy(peer.url, 0.5, lambda: True, lambda: "loading")
+    peer.close()
+    with pytest.raises(EngineError, match="refused"):
+        wait_until_healthy(peer.url, 0.3, lambda: True, lambda: "")
