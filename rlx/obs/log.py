@@ -73,13 +73,17 @@ def current_phase() -> Phase:
     return value
 
 
+def enter_phase(now: Phase) -> None:
+    """Be in a phase from here on, until the next one is entered."""
+    _state["phase"] = now
+    logger.info("PHASE step=%d %s", now.step, now.name)
+
+
 @contextmanager
 def phase(name: str, step: int | None = None) -> Iterator[None]:
     """Enter a phase; without ``step`` the one of the outer phase stays. A failure inside keeps the phase for its report."""
     before = current_phase()
-    now = Phase(step=before.step if step is None else step, name=name)
-    _state["phase"] = now
-    logger.info("PHASE step=%d %s", now.step, now.name)
+    enter_phase(Phase(step=before.step if step is None else step, name=name))
     yield
     _state["phase"] = before
 

@@ -33,16 +33,16 @@ class PolicyGroup(Protocol):
         """One optimizer step on one mini-batch of the plan."""
         ...
 
-    def publish(self, version: int) -> WeightManifest:
-        """Send the present weights to every engine as ``version`` and verify them when due."""
+    def publish(self, version: int) -> WeightManifest | None:
+        """Send the present weights to every engine as ``version`` and verify them when due; None without engines."""
         ...
 
-    def save(self, path: str, driver_state: Mapping[str, object]) -> None:
-        """Write a whole checkpoint (all roles) to ``path``, atomically."""
+    def save(self, path: str) -> None:
+        """Write the trained models of all roles into the folder ``path``."""
         ...
 
-    def load(self, path: str) -> Mapping[str, object]:
-        """Restore a checkpoint; returns the driver state saved with it."""
+    def load(self, path: str) -> None:
+        """Restore what ``save`` wrote."""
         ...
 
     def export_hf(self, path: str) -> None:
@@ -65,6 +65,10 @@ class ReferenceGroup(Protocol):
 
 
 class RolloutService(Protocol):
+    def begin_step(self, step: int) -> None:
+        """Say which step the following groups belong to (recording and replay keep them apart)."""
+        ...
+
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> Iterator[RolloutGroup]:
         """Yield one group a prompt, in the order they finish (rewards None)."""
         ...

@@ -1,0 +1,103 @@
+"""One trainer rank: ``python -m rlx.cli.worker RUN_DIR --endpoints-file FILE`` under torchrun's environment variables.
+
+Rank 0 drives the loop; the other ranks wait for its commands. Started by the launchers, not by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rlx.cluster.environment import RankEnvironment, rank_environment
+from rlx.cluster.parent import watch_parent
+from rlx.cluster.training import drive
+from rlx.cluster.ranks import Ranks
+from rlx.config.load import load_config
+from rlx.config.schema import Config
+from rlx.obs.log import log_failure, logger, phase, start_log
+from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
+from rlx.trainer.worker import Worker
+from rlx.types import ParallelDims
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, help="run folder with config.yaml")
+    parser.add_argument("--endpoints-file", type=Path, required=True, help="JSON list of engine URLs; waited for")
+    parser.add_argument("--parent-pipe", type=int, help="inherited pipe whose end of file means that the launcher died")
+
+
+def main(args: argparse.Namespace) -> int:
+    where = rank_environment()
+    start_log("trainer", where.rank)
+    if args.parent_pipe is not None:
+        watch_parent(args.parent_pipe)
+    # A launcher that stops the job sends SIGTERM; the default would be the same, but without this line in the log.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        config = load_config(str(args.run_dir / "config.yaml"), [])
+        run_rank(config, where, args.endpoints_file)
+    except Exception as error:
+        log_failure(error)
+        # Peers may be inside a collective with us: leave without the orderly shutdown that would wait for them.
+        sys.stderr.flush()
+        os._exit(1)
+    return 0
+
+
+def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path) -> None:
+    """Join the world, build the models, then drive (rank 0) or serve."""
+    with phase("connect"):
+        context = _join(config, where)
+    worker = Worker(config, context)
+    with phase("wait for engines"):
+        endpoints = _wait_for_endpoints(endpoints_file, config.rollout.start_timeout_s + 60)
+    worker.connect_engines(endpoints)
+    ranks = Ranks(worker)
+    if where.rank == 0:
+        drive(config, ranks, endpoints)
+        ranks.stop()
+    else:
+        ranks.serve()
+    worker.close()
+    context.barrier()
+    shut_down()
+    logger.info("done")
+
+
+def _join(config: Config, where: RankEnvironment) -> ParallelContext:
+    layout = config.parallel
+    dims = ParallelDims(
+        world_size=where.world_size,
+        tp=layout.tp,
+        pp=layout.pp,
+        vpp=layout.vpp,
+        cp=layout.cp,
+        ep=layout.ep,
+        etp=layout.etp,
+        sequence_parallel=layout.sequence_parallel,
+    )
+    device = choose_device(config.cluster.device, where.local_rank)
+    limit_s = config.run.failure_timeout_s
+    connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=limit_s)
+    return build_context(dims, device, seed=config.run.seed, timeout_s=limit_s)
+
+
+def _wait_for_endpoints(file: Path, timeout_s: float) -> list[str]:
+    deadline = time.monotonic() + timeout_s
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no engine endpoints in {file} after {timeout_s:.0f} s")
+        time.sleep(0.05)
+    urls: list[str] = json.loads(file.read_text())
+    return urls
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="rlx.cli.worker", description=__doc__)
+    add_arguments(parser)
+    sys.exit(main(parser.parse_args()))

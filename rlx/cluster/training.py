@@ -1,0 +1,127 @@
+"""Rank 0's part: wires the roles together and runs the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from rlx.algos.kl_controller import make_kl_controller
+from rlx.algos.registry import make_algorithm
+from rlx.cluster.ranks import RankedCritic, RankedPolicy, RankedReference, Ranks
+from rlx.config.schema import Config
+from rlx.data.prompts import PromptSource
+from rlx.data.tokenizer import load_tokenizer
+from rlx.obs.log import logger, phase
+from rlx.obs.metrics import MetricsWriter
+from rlx.obs.trackers import make_trackers
+from rlx.rewards.registry import make_verifier
+from rlx.rewards.service import RewardPool
+from rlx.rollout.generate import HttpRolloutService
+from rlx.rollout.record import RolloutRecorder, RolloutReplay
+from rlx.trainer.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
+from rlx.trainer.evaluate import Evaluation
+from rlx.trainer.ppo import PPOTrainer, Roles, run
+from rlx.trainer.roles import RolloutService
+from rlx.types import SamplingSpec, StepReport
+
+
+def drive(config: Config, ranks: Ranks, endpoints: Sequence[str]) -> None:
+    """Train to the end: resume, iterate, save, export. Runs on rank 0 while the other ranks serve."""
+    run_dir = Path(config.run.dir)
+    with ExitStack() as stack:
+        tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
+        trainer = _make_trainer(config, ranks, endpoints, tokenizer, stack)
+        writer = stack.enter_context(MetricsWriter(run_dir / "metrics.jsonl"))
+        trackers = make_trackers(config, run_dir)
+        for tracker in trackers:
+            stack.callback(tracker.close)
+        _resume(config, trainer, writer)
+        evaluation = Evaluation(config, trainer.roles, trainer.sampling, tokenizer)
+
+        def report(row: StepReport) -> None:
+            row = evaluation.add_to(row)
+            writer.write(row)
+            for tracker in trackers:
+                tracker.write(row)
+
+        run(
+            trainer,
+            num_steps=config.run.steps,
+            report=report,
+            save=lambda: _save(config, trainer),
+            save_every=config.checkpoint.every,
+            save_at_end=config.checkpoint.at_end,
+        )
+        if config.run.export_hf:
+            trainer.roles.policy.export_hf(str(run_dir / "hf"))
+
+
+def _make_trainer(
+    config: Config, ranks: Ranks, endpoints: Sequence[str], tokenizer: PreTrainedTokenizerBase, stack: ExitStack
+) -> PPOTrainer:
+    algorithm = make_algorithm(config.algorithm)
+    rollout = _make_rollout(config, endpoints, ranks.worker.arch.vocab_size, stack)
+    stack.callback(rollout.close)
+    verifier = make_verifier(config.reward)
+    pool = RewardPool(verifier, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)), config.reward)
+    stack.callback(pool.close)
+    roles = Roles(
+        policy=RankedPolicy(ranks),
+        critic=RankedCritic(ranks) if algorithm.needs_critic else None,
+        reference=RankedReference(ranks) if config.algorithm.needs_reference else None,
+        rollout=rollout,
+        reward=pool,
+        prompts=PromptSource(config.data, tokenizer, config.run.seed),
+    )
+    controller = make_kl_controller(config.algorithm)
+    return PPOTrainer(config, ranks.worker.context.dims, roles, algorithm, controller, sampling_of(config, tokenizer))
+
+
+def _make_rollout(config: Config, endpoints: Sequence[str], vocab_size: int, stack: ExitStack) -> RolloutService:
+    if config.rollout.replay is not None:
+        return RolloutReplay(config.rollout.replay)
+    recorder = None
+    if config.rollout.record is not None:
+        recorder = RolloutRecorder(config.rollout.record)
+        stack.callback(recorder.close)
+    return HttpRolloutService(endpoints, config.rollout, vocab_size, recorder)
+
+
+def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> SamplingSpec:
+    """How training rollouts are sampled; the tokenizer's end of sequence always stops."""
+    stops = list(config.rollout.stop_token_ids)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
+        stops.append(int(tokenizer.eos_token_id))
+    return SamplingSpec(
+        num_samples=config.rollout.samples_per_prompt,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        stop_token_ids=tuple(stops),
+        seed=config.run.seed,
+    )
+
+
+def _checkpoints(config: Config) -> Path:
+    return Path(config.run.dir) / "checkpoints"
+
+
+def _resume(config: Config, trainer: PPOTrainer, writer: MetricsWriter) -> None:
+    found = whole_checkpoints(_checkpoints(config)) if config.run.resume == "auto" else []
+    if found:
+        step, folder = found[-1]
+        with phase("resume", step):
+            trainer.roles.policy.load(str(folder))
+            trainer.load_state(read_driver_state(folder))
+        logger.info("resumed from %s", folder)
+    writer.truncate_after(trainer.num_steps_done)
+
+
+def _save(config: Config, trainer: PPOTrainer) -> None:
+    with phase("save", trainer.num_steps_done):
+        root, step = _checkpoints(config), trainer.num_steps_done
+        write_checkpoint(root, step, trainer.state(), trainer.roles.policy.save, config.checkpoint.keep)

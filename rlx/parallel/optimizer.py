@@ -1,0 +1,138 @@
+"""A model with gradients: Megatron's data-parallel wrapper, its (distributed) optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from rlx.config.schema import OptimizerConfig
+from rlx.parallel.context import ParallelContext
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One optimizer step; ``skipped`` when Megatron refused it (not finite)."""
+
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+class Trainable:
+    """Chunks of one model under training. ``chunks`` are the bare modules, ``wrapped`` what the schedules run."""
+
+    def __init__(self, chunks: Sequence[nn.Module], config: OptimizerConfig, context: ParallelContext, total_steps: int) -> None:
+        self.chunks = list(chunks)
+        model_config: Any = self.chunks[0].config
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed, overlap_grad_reduce=False
+        )
+        # Only the first chunk's gradients could overlap with backward work of the others.
+        self.wrapped = [
+            DistributedDataParallel(model_config, ddp, chunk, disable_bucketing=index > 0, pg_collection=context.groups)
+            for index, chunk in enumerate(self.chunks)
+        ]
+        self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=config.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                clip_grad=config.clip_grad,
+                bf16=model_config.bf16,
+                params_dtype=model_config.params_dtype,
+                use_distributed_optimizer=config.distributed,
+            ),
+            self.wrapped,
+        )
+        decay_steps = config.decay_steps or max(total_steps, config.warmup_steps + 1)
+        self.schedule = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=config.warmup_steps,
+            lr_decay_steps=decay_steps,
+            lr_decay_style=config.schedule,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def zero_grad(self) -> None:
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> StepResult:
+        """Clip and apply the accumulated gradients. The schedule moves first, so that warm-up does not waste a step at 0."""
+        self.schedule.step(increment=1)
+        succeeded, grad_norm, _ = self.optimizer.step()
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        return StepResult(grad_norm=float(grad_norm or 0.0), learning_rate=rate, skipped=not succeeded)
+
+    def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        """What a distributed checkpoint holds of this model: weights, optimizer and schedule."""
+        model = {
+            f"chunk{index}": chunk.sharded_state_dict(metadata=_METADATA)  # type: ignore[operator]
+            for index, chunk in enumerate(self.chunks)
+        }
+        if is_loading:
+            for part in self._parts():
+                part._init_optimizer_states_with_dummy_values()
+        flat = {key: value for chunk in model.values() for key, value in chunk.items()}
+        optimizer = self.optimizer.sharded_state_dict(flat, is_loading=is_loading, metadata=_METADATA)
+        return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what ``sharded_state`` described, as read from a checkpoint."""
+        for index, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(state["model"][f"chunk{index}"])
+        self._hide_step_tensors()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._separate_step_tensors()
+        self.schedule.load_state_dict(state["schedule"])
+
+    def _parts(self) -> list[Any]:
+        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
+
+    def _adam_states(self) -> list[dict[str, Any]]:
+        return [state for part in self._parts() for state in part.optimizer.state.values()]
+
+    def _hide_step_tensors(self) -> None:
+        # Torch's Adam keeps a step tensor a parameter, which Megatron's load would look for among the saved moments.
+        for state in self._adam_states():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = float(state["step"])
+
+    def _separate_step_tensors(self) -> None:
+        # Megatron's load leaves one shared step tensor, which Adam would then advance once a parameter.
+        for state in self._adam_states():
+            if "step" in state:
+                state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
+
+
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+
+
+def content_metadata() -> dict[str, Any]:
+    """How the optimizer's shards are written; goes into the checkpoint beside them."""
+    return dict(_METADATA)

@@ -1,0 +1,58 @@
+"""Checkpoint folders of a run: named by step, written beside and renamed, so that a folder that is there is whole.
+
+``RUN_DIR/checkpoints/step-00000012/`` holds one folder a trained model and ``driver.json`` (data cursor, versions, ...).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+DRIVER_FILE = "driver.json"
+_NAME = re.compile(r"step-(\d{8})")
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def whole_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every finished checkpoint, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return sorted(found)
+
+
+def write_checkpoint(
+    root: Path, step: int, driver_state: Mapping[str, Any], save_models: Callable[[str], None], keep: int
+) -> Path:
+    """Save the models through ``save_models(folder)`` and the driver's state, then rename; drops the oldest beyond ``keep``.
+
+    An interruption leaves a ``.partial`` folder, which the next write removes and no load looks at.
+    """
+    target = step_folder(root, step)
+    beside = target.with_name(target.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    save_models(str(beside))
+    (beside / DRIVER_FILE).write_text(json.dumps(driver_state))
+    shutil.rmtree(target, ignore_errors=True)
+    beside.rename(target)
+    for _, old in whole_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def read_driver_state(folder: Path) -> dict[str, Any]:
+    """What the driver saved. ValueError names the file when it is missing or broken."""
+    file = folder / DRIVER_FILE
+    try:
+        state: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"checkpoint {folder} cannot be resumed: {file} cannot be read ({error})") from error
+    return state

@@ -1,0 +1,340 @@
+"""One trainer rank: its models and the batch it works on. Every method is collective over the trainer ranks.
+
+The worker knows nothing of where the driver lives; it is called with plain values and answers with plain values. Token
+columns never leave it. Numbers that only the last pipeline stage knows are returned there and None elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlx.algos.kl import kl_estimate
+from rlx.algos.registry import make_algorithm
+from rlx.algos.stats import sum_and_count
+from rlx.config.schema import Config
+from rlx.models.architecture import Architecture
+from rlx.models.build import BuildOptions, build_model, freeze
+from rlx.models.families import read_architecture
+from rlx.models.heads import token_head, value_head
+from rlx.models.hf_io import expected_shapes, export_hf, load_hf, stage_weights
+from rlx.obs.log import phase
+from rlx.parallel.checkpoint import load_trainable, save_trainable
+from rlx.parallel.context import ParallelContext
+from rlx.parallel.optimizer import Trainable
+from rlx.parallel.packing import LocalBatch
+from rlx.parallel.schedule import Head, forward_backward, forward_only
+from rlx.sync.canary import CanarySpec
+from rlx.sync.group import Endpoint
+from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget
+from rlx.trainer.advantages import from_critic, group_relative
+from rlx.trainer.batch import RankBatch, position_mask, position_rollout_logprobs
+from rlx.types import BatchPlan, LossInputs, LossOutput, MiniBatchPlan, TrainSample, UpdateStats, WeightManifest
+
+Means = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trained:
+    """A trained model, the head it is run with and the loss it is updated by."""
+
+    model: Trainable
+    head: Head
+    loss: Callable[[Tensor, LocalBatch], LossOutput]
+
+
+class Worker:
+    """Builds the models that the configuration asks for and loads their weights."""
+
+    def __init__(self, config: Config, context: ParallelContext) -> None:
+        self.config, self.context = config, context
+        self.algorithm = make_algorithm(config.algorithm)
+        self.arch = read_architecture(config.model.path)
+        model = config.model
+        self._options = BuildOptions(
+            dtype=model.dtype, layer_spec=model.layer_spec, recompute=model.recompute, seed=config.run.seed
+        )
+        self._token_head = token_head(context, self.arch.vocab_size, config.rollout.temperature)
+        self.policy = self._build_policy()
+        self.critic = self._build_critic() if self.algorithm.needs_critic else None
+        self.reference = self._build_reference() if config.algorithm.needs_reference else None
+        self._batch: RankBatch | None = None
+        self._publisher: Publisher | None = None
+
+    # Building
+
+    def _total_steps(self) -> int:
+        algorithm = self.config.algorithm
+        return self.config.run.steps * algorithm.epochs * algorithm.num_mini_batches
+
+    def _build_policy(self) -> Trained:
+        with phase("load policy"):
+            chunks = build_model(self.arch, self.context, self._options)
+            load_hf(chunks, self.arch, self.config.model.path, self.context)
+            model = Trainable(chunks, self.config.optimizer, self.context, self._total_steps())
+        return Trained(model=model, head=self._token_head, loss=self._policy_loss)
+
+    def _build_critic(self) -> Trained:
+        with phase("load critic"):
+            folder = self.config.model.critic_path or self.config.model.path
+            arch = read_architecture(folder)
+            chunks = build_model(arch, self.context, self._options, head="value")
+            load_hf(chunks, arch, folder, self.context)
+            model = Trainable(chunks, self.config.critic_optimizer, self.context, self._total_steps())
+        return Trained(model=model, head=value_head, loss=self._value_loss)
+
+    def _build_reference(self) -> list[nn.Module]:
+        with phase("load reference"):
+            folder = self.config.model.reference_path or self.config.model.path
+            arch = read_architecture(folder)
+            if arch.vocab_size != self.arch.vocab_size:
+                raise ValueError(f"model.reference_path has a vocabulary of {arch.vocab_size}, the policy {self.arch.vocab_size}")
+            chunks = build_model(arch, self.context, self._options)
+            load_hf(chunks, arch, folder, self.context)
+            freeze(chunks)
+        return chunks
+
+    # Scoring
+
+    @property
+    def batch(self) -> RankBatch:
+        assert self._batch is not None, "load_batch comes first"
+        return self._batch
+
+    def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
+        self._batch = RankBatch(samples, plan, self.context)
+
+    def score_policy(self) -> Means | None:
+        """Old log-probs; entropy, mismatch with the engine and (when the reference scored before) KL to it."""
+        with phase("score policy"):
+            outputs = forward_only(self.policy.model.wrapped, self.batch.all_packs(), self.policy.head, self.context)
+            if not self.context.is_last_stage:
+                return None
+            self.batch.store("old_logprobs", [(batch, out[0]) for batch, out in outputs])
+            self.batch.store("entropy", [(batch, out[1]) for batch, out in outputs])
+            return self._score_means()
+
+    def score_reference(self) -> Means | None:
+        assert self.reference is not None, "algorithm.kl_placement=none has no reference"
+        with phase("score reference"):
+            outputs = forward_only(self.reference, self.batch.all_packs(), self._token_head, self.context)
+            if self.context.is_last_stage:
+                self.batch.store("ref_logprobs", [(batch, out[0]) for batch, out in outputs])
+        return {} if self.context.is_last_stage else None
+
+    def score_critic(self) -> Means | None:
+        assert self.critic is not None, "this algorithm has no critic"
+        with phase("score critic"):
+            outputs = forward_only(self.critic.model.wrapped, self.batch.all_packs(), self.critic.head, self.context)
+            if self.context.is_last_stage:
+                self.batch.store("values", outputs)
+        return {} if self.context.is_last_stage else None
+
+    def score_sequences(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The policy's log-probs (temperature 1) of tokens 1..L-1 of each sequence, on every rank."""
+        samples = [
+            TrainSample(
+                sample_id=index,
+                group_id=index,
+                token_ids=tuple(tokens),
+                loss_mask=(1,) * len(tokens),
+                rollout_logprobs=(0.0,) * len(tokens),
+                reward=0.0,
+            )
+            for index, tokens in enumerate(sequences)
+        ]
+        # Every data-parallel rank scores all of them: they are few, and each replica is checked.
+        packs = tuple((index,) for index in range(len(samples)))
+        filled = packs + ((),) * (-len(packs) % self.context.dims.pp)
+        part = MiniBatchPlan(
+            micro_batches=(filled,) * self.context.dims.dp, num_loss_tokens=1, num_sequences=len(samples)
+        )
+        batch = RankBatch(samples, BatchPlan(mini_batches=(part,)), self.context)
+        head = token_head(self.context, self.arch.vocab_size)
+        outputs = forward_only(self.policy.model.wrapped, batch.all_packs(), head, self.context)
+        mine: list[list[float]] | None = None
+        if self.context.is_last_stage:
+            batch.store("logprobs", [(local, out[0]) for local, out in outputs])
+            mine = [batch.columns["logprobs"][index][:-1].tolist() for index in range(len(samples))]
+        return next(rows for rows in self.context.gather_objects(mine) if rows is not None)
+
+    def _score_means(self) -> Means:
+        stats: dict[str, Tensor] = {name: torch.zeros(2, dtype=torch.float64) for name in self._score_names()}
+        columns = self.batch.columns
+        for sample in self.batch.samples:
+            keep = position_mask(sample) != 0
+            old = columns["old_logprobs"][sample.sample_id]
+            stats["policy/entropy"] += sum_and_count(columns["entropy"][sample.sample_id], keep)
+            difference = (old - position_rollout_logprobs(sample)).abs()
+            stats["mismatch/logprob_abs_mean"] += sum_and_count(difference, keep)
+            if "ref_logprobs" in columns:
+                ref = columns["ref_logprobs"][sample.sample_id]
+                stats["kl/ref"] += sum_and_count(kl_estimate(old, ref, "k1"), keep)
+        return self._reduce(stats, self.context.groups.dp)
+
+    def _score_names(self) -> list[str]:
+        names = ["mismatch/logprob_abs_mean", "policy/entropy"]
+        return [*names, "kl/ref"] if "ref_logprobs" in self.batch.columns else names
+
+    # Learning
+
+    def compute_advantages(self, kl_coefficient: float) -> Means | None:
+        if not self.context.is_last_stage:
+            return None
+        with phase("advantages"):
+            if self.algorithm.group_relative:
+                group_relative(self.batch)
+            else:
+                from_critic(self.batch, self.config.algorithm, kl_coefficient, self._sum_over_data)
+            stats = {"advantages/mean": torch.zeros(2, dtype=torch.float64)}
+            for sample in self.batch.samples:
+                stats["advantages/mean"] += sum_and_count(
+                    self.batch.columns["advantages"][sample.sample_id], position_mask(sample) != 0
+                )
+            return self._reduce(stats, self.context.groups.dp)
+
+    def update_policy(self, mini_batch: int) -> UpdateStats | None:
+        with phase("update policy"):
+            return self._update(self.policy, mini_batch)
+
+    def update_critic(self, mini_batch: int) -> UpdateStats | None:
+        assert self.critic is not None, "this algorithm has no critic"
+        with phase("update critic"):
+            return self._update(self.critic, mini_batch)
+
+    def _update(self, trained: Trained, mini_batch: int) -> UpdateStats | None:
+        plan = self.batch.plan.mini_batches[mini_batch]
+        trained.model.zero_grad()
+        totals = forward_backward(
+            trained.model.wrapped,
+            self.batch.packs(mini_batch),
+            trained.head,
+            trained.loss,
+            divisor=max(1, plan.num_loss_tokens),
+            context=self.context,
+        )
+        result = trained.model.step()
+        if not self.context.is_last_stage:
+            return None
+        return UpdateStats(
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            skipped=result.skipped,
+            means=self._reduce(totals, self.context.groups.dp_cp),
+        )
+
+    def _policy_loss(self, outputs: Tensor, batch: LocalBatch) -> LossOutput:
+        inputs = LossInputs(
+            weights_T=batch.loss_mask_t,
+            logprobs_T=outputs[0],
+            entropy_T=outputs[1],
+            old_logprobs_T=batch.column("old_logprobs"),
+            ref_logprobs_T=batch.column("ref_logprobs"),
+            rollout_logprobs_T=batch.column("rollout_logprobs"),
+            advantages_T=batch.column("advantages"),
+        )
+        return self.algorithm.policy_loss(inputs)
+
+    def _value_loss(self, outputs: Tensor, batch: LocalBatch) -> LossOutput:
+        assert self.algorithm.value_loss is not None
+        inputs = LossInputs(
+            weights_T=batch.loss_mask_t,
+            values_T=outputs,
+            old_values_T=batch.column("values"),
+            returns_T=batch.column("returns"),
+        )
+        return self.algorithm.value_loss(inputs)
+
+    def _sum_over_data(self, sums: Tensor) -> Tensor:
+        sums = sums.to(self.context.device)
+        dist.all_reduce(sums, group=self.context.groups.dp)
+        return sums.cpu()
+
+    def _reduce(self, stats: Mapping[str, Tensor], group: dist.ProcessGroup) -> Means:
+        names = sorted(stats)
+        table = torch.stack([stats[name].double() for name in names]).to(self.context.device)
+        dist.all_reduce(table, group=group)
+        return {name: float(total / count) if count else 0.0 for name, (total, count) in zip(names, table, strict=True)}
+
+    # Publishing
+
+    def connect_engines(self, endpoints: Sequence[str]) -> None:
+        """Prepare to publish to these engines; none: ``publish`` does nothing."""
+        if endpoints:
+            self._publisher = make_publisher(self.config, self.arch, self.context, endpoints, self._canary())
+
+    def publish(self, version: int) -> WeightManifest | None:
+        if self._publisher is None:
+            return None
+        with phase("publish"):
+            return self._publisher.publish(version, self._weights())
+
+    def close(self) -> None:
+        if self._publisher is not None:
+            self._publisher.close()
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        # Data-parallel and context-parallel replicas hold the same weights; the first one speaks.
+        if self.context.dp_rank or self.context.cp_rank:
+            return iter(())
+        return stage_weights(self.policy.model.chunks, self.arch, self.context)
+
+    def _canary(self) -> CanarySpec:
+        dtype = self.config.model.dtype if self.config.rollout.dtype == "auto" else self.config.rollout.dtype
+        return CanarySpec(
+            vocab_size=self.arch.vocab_size,
+            seed=self.config.run.seed,
+            dtype="fp32" if dtype == "fp32" else "bf16",
+            score_on_trainer=self.score_sequences,
+            export=self._weights,
+        )
+
+    # Keeping
+
+    def save(self, folder: str) -> None:
+        """Write every trained model below ``folder``, which rank 0 makes."""
+        for name, trained in self._trained():
+            place = Path(folder) / name
+            if self.context.rank == 0:
+                place.mkdir(parents=True)
+            self.context.barrier()
+            save_trainable(trained.model, place)
+
+    def load(self, folder: str) -> None:
+        for name, trained in self._trained():
+            load_trainable(trained.model, Path(folder) / name)
+
+    def export(self, folder: str) -> None:
+        with phase("export"):
+            export_hf(
+                self.policy.model.chunks, self.arch, source=self.config.model.path, target=folder, context=self.context
+            )
+
+    def _trained(self) -> list[tuple[str, Trained]]:
+        found = [("policy", self.policy)]
+        return found if self.critic is None else [*found, ("critic", self.critic)]
+
+
+def make_publisher(
+    config: Config, arch: Architecture, context: ParallelContext, endpoints: Sequence[str], canary: CanarySpec
+) -> Publisher:
+    """This rank's publisher: one sender a pipeline stage, rank 0 leads."""
+    place = PublisherPlace(
+        stage=context.pp_rank,
+        num_stages=context.dims.pp,
+        is_sender=context.is_sender,
+        is_lead=context.rank == 0,
+        rank=context.rank,
+    )
+    target = PublisherTarget(
+        endpoints=tuple(Endpoint(url=url) for url in endpoints),
+        expected=expected_shapes(arch),
+        backend="nccl" if context.device.type == "cuda" else "gloo",
+        device=context.device,
+    )
+    return Publisher(place, target, config.sync, context.gather_objects, canary)
