@@ -16,8 +16,6 @@ from rlx.types import TensorInfo
 PauseMode = Literal["abort", "retract", "in_place"]
 Json = Mapping[str, object]
 
-ALL_ROWS = 2**31 - 1
-
 
 class EngineControlError(RuntimeError):
     """A call to an engine failed. Names the url, the call and what the server (or the connection) said."""
@@ -116,12 +114,12 @@ class EngineControl:
         """Load a Hugging Face folder that the engine can read."""
         self._post("/update_weights_from_disk", {"model_path": path, "weight_version": version})
 
-    def weights_by_name(self, name: str) -> object:
-        """One tensor under its Hugging Face name as nested lists of float32; an error where the engine cannot give it.
+    def weights_by_name(self, name: str, num_rows: int) -> object:
+        """The first rows of a tensor, by Hugging Face name, as nested lists of float32; an error where it cannot be had.
 
         A tensor-parallel engine gives the shard of its first rank.
         """
-        response = self._call("GET", "/get_weights_by_name", {"name": name, "truncate_size": ALL_ROWS})
+        response = self._call("GET", "/get_weights_by_name", {"name": name, "truncate_size": num_rows})
         try:
             return response.json()
         except ValueError as error:

@@ -5,36 +5,57 @@ The threads are daemons: one that hangs in a call past its limit is left behind 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from threading import Thread
-from typing import TypeVar
 
-T = TypeVar("T")
+# After a first failure the others are given this long to fail as well: when an engine dies, its peers may complain first.
+SETTLE_S = 0.5
 
 
-def start(call: Callable[[], T]) -> Future[T]:
+def start[T](call: Callable[[], T]) -> Future[T]:
     """Run ``call`` in a thread of its own."""
     future: Future[T] = Future()
 
     def body() -> None:
         try:
             future.set_result(call())
-        except BaseException as error:  # the thread's only reader is the future
+        except BaseException as error:  # whoever reads the future raises it again
             future.set_exception(error)
 
     Thread(target=body, daemon=True).start()
     return future
 
 
-def first_failure(futures: Mapping[str, Future[T]], limit_s: float) -> tuple[str, BaseException] | None:
-    """Wait until all are done, one has failed, or ``limit_s`` is over. Returns who failed and how, or None."""
+def failures[T](futures: Mapping[str, Future[T]], limit_s: float) -> dict[str, BaseException]:
+    """Wait until all are done, or ``SETTLE_S`` after the first failure, or ``limit_s``. Returns who failed and how.
+
+    A call that is not done after ``limit_s`` has failed with ``TimeoutError``; empty means that all went well.
+    """
+    began = time.monotonic()
     wait(futures.values(), timeout=limit_s, return_when=FIRST_EXCEPTION)
+    timed_out = time.monotonic() - began >= limit_s
+    wait(futures.values(), timeout=0.0 if timed_out else SETTLE_S)
+    found: dict[str, BaseException] = {}
     for who, future in futures.items():
         error = future.exception() if future.done() else None
         if error is not None:
-            return who, error
-    late = [who for who, future in futures.items() if not future.done()]
-    if late:
-        return ", ".join(late), TimeoutError(f"not done within {limit_s:g} s")
-    return None
+            found[who] = error
+        elif timed_out and not future.done():
+            found[who] = TimeoutError(f"not done within {limit_s:g} s")
+    return found
+
+
+def describe(found: Mapping[str, BaseException]) -> str:
+    """One line for an error message; an error that already begins with its engine's name is not named twice."""
+    return "; ".join(text if who in (text := str(error)) else f"{who}: {text}" for who, error in found.items())
+
+
+def call_all[T](calls: Mapping[str, Callable[[], T]], limit_s: float) -> dict[str, T]:
+    """Make all calls at once and return their results by name. Raises RuntimeError naming those that failed."""
+    futures = {who: start(call) for who, call in calls.items()}
+    found = failures(futures, limit_s)
+    if found:
+        raise RuntimeError(describe(found)) from next(iter(found.values()))
+    return {who: future.result() for who, future in futures.items()}

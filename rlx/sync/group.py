@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 import torch
@@ -14,10 +15,10 @@ from rlx.obs.log import logger
 from rlx.rollout.control import EngineControl
 from rlx.rollout.weight_group import join_weight_group, leave_weight_group
 from rlx.sync.errors import SyncError
-from rlx.sync.fanout import first_failure, start
+from rlx.sync.fanout import call_all, describe, failures, start
 
 CLOSE_LIMIT_S = 10.0
-# The server's own limit may be as long as ours; its answer is worth waiting a moment longer for.
+# Each side has the same limit; waiting this much longer lets the one that timed out say so itself.
 GRACE_S = 1.0
 
 
@@ -31,7 +32,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """An endpoint with an open control connection."""
+    """An endpoint and the connection that controls it."""
 
     endpoint: Endpoint
     control: EngineControl
@@ -62,15 +63,29 @@ def rank_offsets(endpoints: Sequence[Endpoint]) -> list[int]:
 def open_group(stage: int, engines: Sequence[Engine], backend: str, device: torch.device, timeout_s: float) -> StageGroup:
     """Create the stage's group from the sender's side; all engines join over HTTP meanwhile.
 
-    Raises SyncError naming the engines that are missing, at once when one refuses and after ``timeout_s`` otherwise.
+    Raises SyncError naming the engines that are missing: at once when one refuses, after ``timeout_s`` otherwise.
     """
-    check_alive(engines, stage, timeout_s)
     name = f"rlx-weights-{stage}"
     urls = [engine.url for engine in engines]
-    address, port = sender_address(urls), free_port()
+    try:
+        # A dead engine is found here, before anybody waits for it inside a rendezvous.
+        call_all({engine.url: engine.control.model_info for engine in engines}, timeout_s + GRACE_S)
+        address, port = sender_address(urls), free_port()
+    except (RuntimeError, OSError) as error:
+        raise SyncError(f"engine side, stage {stage}, phase group: {error}") from error
     world_size = 1 + sum(engine.endpoint.tp for engine in engines)
-    futures = {
-        engine.url: start(_init_call(engine.control, address, port, offset, world_size, name, backend))
+    joining_engines = {
+        engine.url: start(
+            partial(
+                engine.control.init_group,
+                address,
+                port,
+                rank_offset=offset,
+                world_size=world_size,
+                group_name=name,
+                backend=backend,
+            )
+        )
         for engine, offset in zip(engines, rank_offsets([engine.endpoint for engine in engines]), strict=True)
     }
 
@@ -87,41 +102,33 @@ def open_group(stage: int, engines: Sequence[Engine], backend: str, device: torc
             timeout_s=timeout_s,
         )
 
-    # Joining waits inside torch and cannot be called off, so it has a thread that a refusing engine lets us leave behind.
+    # Joining waits inside torch and cannot be called off: in a thread of its own it can be left when an engine refuses.
     joining = start(join)
-    # The engines first: when all of them have joined, the sender has too, or is about to.
-    failure = first_failure(futures, timeout_s + GRACE_S) or first_failure({"sender": joining}, GRACE_S + 1)
-    if failure is not None:
-        who, error = failure
-        there = [url for url, future in futures.items() if future.done() and future.exception() is None]
+    # An engine that has joined has met the sender, so the sender needs only a moment more once all of them have.
+    found = failures(joining_engines, timeout_s + GRACE_S) or failures({"the sender": joining}, 2 * GRACE_S)
+    if found:
+        where = f"{name} at {address}:{port} within {timeout_s:g} s"
+        missing = ", ".join(found)
         raise SyncError(
-            f"stage {stage}, phase group: {who} did not join {name} at {address}:{port} within {timeout_s:g} s"
-            f" ({len(there)} of {len(urls)} engines did): {error}"
-        ) from error
+            f"engine side, stage {stage}, phase group: {missing} did not join {where}"
+            f" ({len(urls) - len([url for url in urls if url in found])} of {len(urls)} engines did): {describe(found)}"
+        ) from next(iter(found.values()))
     return StageGroup(name=name, stage=stage, group=joining.result(), engines=tuple(engines))
 
 
-def check_alive(engines: Sequence[Engine], stage: int, timeout_s: float) -> None:
-    """Raise SyncError naming the engine that does not answer. A dead one is thus found before anybody waits for it."""
-    failure = first_failure({engine.url: start(engine.control.model_info) for engine in engines}, timeout_s + GRACE_S)
-    if failure is not None:
-        raise SyncError(f"stage {stage}, phase group: {failure[0]} does not answer: {failure[1]}") from failure[1]
-
-
 def close_group(opened: StageGroup) -> None:
-    """Destroy the group on both sides. Ends within ``CLOSE_LIMIT_S`` whatever state the group is in; what fails is logged."""
-    calls = {engine.url: start(_destroy_call(engine.control, opened.name)) for engine in opened.engines}
-    calls["sender"] = start(lambda: leave_weight_group(opened.group))
+    """Destroy the group on both sides. Ends within ``CLOSE_LIMIT_S`` whatever state the group is in; failures are logged."""
+    calls = {engine.url: start(partial(engine.control.destroy_group, opened.name)) for engine in opened.engines}
+    calls["the sender"] = start(partial(leave_weight_group, opened.group))
     while calls:
-        failure = first_failure(calls, CLOSE_LIMIT_S)
-        if failure is None:
-            return
-        logger.warning("closing %s: %s: %s", opened.name, *failure)
-        calls = {who: future for who, future in calls.items() if who != failure[0] and who not in failure[0].split(", ")}
+        found = failures(calls, CLOSE_LIMIT_S)
+        if found:
+            logger.warning("closing %s: %s", opened.name, describe(found))
+        calls = {who: future for who, future in calls.items() if not future.done() and who not in found}
 
 
 def sender_address(urls: Sequence[str]) -> str:
-    """This host's address as the engines see it: the source address of the route to the first one that is not local."""
+    """This host's address as the engines see it: where the route to the first engine that is not local starts."""
     addresses = [_route_source(url) for url in urls]
     return next((address for address in addresses if not address.startswith("127.")), addresses[0])
 
@@ -138,20 +145,5 @@ def _route_source(url: str) -> str:
     if parts.hostname is None:
         raise ValueError(f"rollout.endpoints: {url!r} is not a url with a host, like http://host:30000")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((parts.hostname, parts.port or 80))  # a datagram socket only looks up the route
-        except OSError as error:
-            raise SyncError(f"phase group: no route to engine {url}: {error}") from error
+        probe.connect((parts.hostname, parts.port or 80))  # a datagram socket only looks up the route
         return str(probe.getsockname()[0])
-
-
-def _init_call(
-    control: EngineControl, address: str, port: int, offset: int, world_size: int, name: str, backend: str
-) -> Callable[[], None]:
-    return lambda: control.init_group(
-        address, port, rank_offset=offset, world_size=world_size, group_name=name, backend=backend
-    )
-
-
-def _destroy_call(control: EngineControl, name: str) -> Callable[[], None]:
-    return lambda: control.destroy_group(name)

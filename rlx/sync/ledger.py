@@ -23,6 +23,12 @@ class Ledger:
     def __init__(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         self._expected = expected
         self._sent: dict[str, TensorInfo] = {}
+        self._num_departed = 0
+
+    @property
+    def where(self) -> str:
+        """The last tensor that was booked, for error messages."""
+        return f"after tensor {next(reversed(self._sent))}" if self._sent else "at the first tensor"
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -35,6 +41,12 @@ class Ledger:
             if info.name in self._sent:
                 raise SyncError(f"tensor {info.name} is sent twice, the second time by another stage")
             self._sent[info.name] = info
+            self._num_departed += 1
+
+    def depart(self, num_tensors: int) -> bool:
+        """Count booked tensors that now leave in one chunk; True when with them the engines' model is complete."""
+        self._num_departed += num_tensors
+        return self._num_departed == len(self._expected)
 
     def checked(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Pass the tensors on, each one checked and booked before it leaves. Raises SyncError naming the tensor."""
