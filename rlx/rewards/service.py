@@ -21,7 +21,6 @@ from rlx.config.schema import RewardConfig
 from rlx.rewards.base import Verifier, invalid, is_finite_number
 from rlx.types import Completion, Prompt, Reward, RolloutGroup
 
-
 # How often the clock is read while a verdict is awaited.
 MAX_TICK_S = 0.1
 
