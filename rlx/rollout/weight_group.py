@@ -73,7 +73,7 @@ def broadcast_from_trainer(tensor: Tensor, group: dist.ProcessGroup) -> dist.Wor
 
     The tensor is read (trainer) or filled (engines) in place and must stay alive until ``wait()`` on the handle returns.
     """
-    work = dist.broadcast(tensor, group=group, group_src=TRAINER_RANK, async_op=True)
+    work: dist.Work | None = dist.broadcast(tensor, group=group, group_src=TRAINER_RANK, async_op=True)
     assert work is not None
     return work
 

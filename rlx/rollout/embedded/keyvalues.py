@@ -7,13 +7,14 @@ one column to all. Shapes: B rows, H key/value heads, S columns, D head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 
 @dataclass(slots=True, eq=False)
@@ -61,9 +62,9 @@ def attention_mask(lengths: npt.NDArray[np.int64], width: int, device: torch.dev
     return torch.from_numpy((np.arange(width) >= width - lengths[:, None]).astype(np.int64)).to(device)
 
 
-def _layers(cache: DynamicCache) -> list[DynamicLayer]:
-    layers: list[DynamicLayer] = cache.layers
-    return layers
+def _layers(cache: DynamicCache) -> list[Any]:
+    """The layers, filled; typed loosely because transformers types their tensors as optional."""
+    return list(cache.layers)
 
 
 def _widen(tensor: Tensor, width: int) -> Tensor:

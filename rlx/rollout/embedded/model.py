@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,11 +44,11 @@ class LanguageModel:
     """A Hugging Face causal model in evaluation mode on one device."""
 
     def __init__(self, folder: Path, dtype: str, device: str) -> None:
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=DTYPES[dtype], local_files_only=True)
-        self.module: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=DTYPES[dtype], local_files_only=True)
+        self.module: torch.nn.Module = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.tokenizer: PreTrainedTokenizerBase | None = _load_tokenizer(folder)
         text_config = config.get_text_config(decoder=True)
@@ -57,7 +58,7 @@ class LanguageModel:
             architectures=tuple(config.architectures or (type(model).__name__,)),
             vocab_size=int(model.get_input_embeddings().weight.shape[0]),
             context_length=int(text_config.max_position_embeddings),
-            end_ids=_end_ids(self.module, self.tokenizer),
+            end_ids=_end_ids(model, self.tokenizer),
             dtype=dtype,
             device=str(self.device),
         )
