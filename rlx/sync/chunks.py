@@ -54,7 +54,7 @@ def unflatten(buffer: Tensor, infos: Sequence[TensorInfo]) -> list[Tensor]:
     announced = sum(info.num_bytes for info in infos)
     if buffer.numel() != announced:
         raise ValueError(f"the buffer holds {buffer.numel()} bytes, its tensors need {announced}")
-    parts = buffer.split([info.num_bytes for info in infos])
+    parts = torch.split(buffer, [info.num_bytes for info in infos])
     return [part.view(getattr(torch, info.dtype)).view(info.shape) for part, info in zip(parts, infos, strict=True)]
 
 
