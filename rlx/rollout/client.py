@@ -78,7 +78,7 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, what: str = "toke
     """Raise ValueError unless ``token_ids`` is a non-empty sequence of ints in [0, vocab_size)."""
     if not token_ids:
         raise ValueError(f"{what} is empty: an engine needs at least one token")
-    if any(type(token) is not int for token in token_ids):
+    if set(map(type, token_ids)) != {int}:  # bool is no token, and a set is quick on long prompts
         wrong = next(token for token in token_ids if type(token) is not int)
         raise ValueError(f"{what} must hold ints, found {wrong!r} of type {type(wrong).__name__}")
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:

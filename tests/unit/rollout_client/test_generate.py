@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import threading
@@ -136,6 +137,14 @@ def test_early_close_cancels_what_is_in_flight(start_peer: Callable[..., Peer], 
         list(abandoned)
     with pytest.raises(RuntimeError, match="closed rollout service"):
         service.generate(prompts, spec)
+
+
+def test_close_closes_the_session(start_peer: Callable[..., Peer], caplog: pytest.LogCaptureFixture) -> None:
+    with service_of(start_peer()) as service:
+        assert len(list(service.generate([Prompt(prompt_id=1, token_ids=(1,), text="")], SamplingSpec(max_new_tokens=2)))) == 1
+    del service
+    gc.collect()
+    assert "Unclosed" not in caplog.text, "aiohttp reports a session that was only dropped"
 
 
 def test_close_wakes_a_waiting_consumer(start_peer: Callable[..., Peer]) -> None:

@@ -35,7 +35,7 @@ def some_group(rng: random.Random, prompt_id: int, scored: bool = True) -> Rollo
     reasons: list[FinishReason] = ["stop", "length", "abort"]
     completions = []
     for _ in range(2):
-        count = rng.randint(0, 9)
+        count = rng.randint(1, 9)
         completions.append(
             Completion(
                 token_ids=tuple(rng.choices(range(50_000), k=count)),
@@ -116,6 +116,19 @@ def test_a_resumed_run_writes_its_steps_anew(tmp_path: Path, rng: random.Random)
         replay.begin_step(step)
         assert list(replay.generate(prompts_of(groups), SPEC)) == groups
     assert len(path.read_bytes().splitlines()) == 4
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path: Path, rng: random.Random) -> None:
+    path = tmp_path / "r"
+    first, then = some_group(rng, 1), some_group(rng, 2)
+    write(path, {0: [first]})
+    with path.open("ab") as file:
+        file.write(path.read_bytes()[:20])
+    write(path, {1: [then]})
+    replay = RolloutReplay(path)
+    for step, group in enumerate([first, then]):
+        replay.begin_step(step)
+        assert list(replay.generate([group.prompt], SPEC)) == [group]
 
 
 def test_mismatches_name_file_line_and_step(tmp_path: Path, rng: random.Random) -> None:

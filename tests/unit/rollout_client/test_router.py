@@ -42,6 +42,18 @@ async def test_short_requests_fill_up_the_engine_beside_a_long_one(start_peer: C
     assert sorted(len(peer.seen) for peer in peers) == [1, 10]
 
 
+async def test_finished_requests_weigh_nothing(start_peer: Callable[..., Peer]) -> None:
+    async def behaviour(peer: Peer, payload: Answer) -> Answer:
+        await asyncio.sleep(0.1)
+        return answer_to(payload)
+
+    peers = [start_peer(behaviour) for _ in range(2)]
+    async with router_of(peers) as router:
+        await router.generate((1,), SamplingSpec(max_new_tokens=99), 0)
+        await asyncio.gather(*[router.generate((1,), SamplingSpec(max_new_tokens=3), n) for n in range(2)])
+    assert sorted(len(peer.seen) for peer in peers) == [1, 2]
+
+
 async def test_equal_requests_are_spread_evenly(start_peer: Callable[..., Peer], rng: random.Random) -> None:
     async def behaviour(peer: Peer, payload: Answer) -> Answer:
         await asyncio.sleep(0.2)
