@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,17 +84,27 @@ def load_hf(chunks: Sequence[nn.Module], arch: Architecture, folder: str | Path,
             slot.parameter.copy_(slot.row.load(source.read, slot.hf_names, shard, arch))
 
 
-def stage_weights(chunks: Sequence[nn.Module], arch: Architecture, context: ParallelContext) -> Iterator[tuple[str, Tensor]]:
+def _value(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach()
+
+
+def stage_weights(
+    chunks: Sequence[nn.Module],
+    arch: Architecture,
+    context: ParallelContext,
+    read: Callable[[nn.Parameter], Tensor] = _value,
+) -> Iterator[tuple[str, Tensor]]:
     """The full Hugging Face tensors of this pipeline stage, on its tensor-parallel rank 0; nothing on the others.
 
     Collective over the tensor-parallel group: every rank must drive the iterator to its end. A sharded parameter is
-    gathered whole, so at most one of them exists in full at a time (beside what the consumer keeps).
+    gathered whole, so at most one of them exists in full at a time (beside what the consumer keeps). ``read`` gives
+    what to export of a parameter, shaped like it: its value, or its gradient.
     """
     tp = context.groups.tp
     for slot in slots(chunks, arch):
         if slot.is_tied_copy:
             continue
-        weight = slot.parameter.detach()
+        weight = read(slot.parameter)
         pieces = [weight]
         if slot.row.is_split and context.dims.tp > 1:
             pieces = [torch.empty_like(weight) for _ in range(context.dims.tp)]

@@ -1,0 +1,37 @@
+"""What every program on ranks shares: one world, one parallel context after another in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
+from rlx.types import ParallelDims
+
+
+@contextmanager
+def context_of(layout: dict[str, Any], world_size: int) -> Iterator[ParallelContext]:
+    """The context of one layout; its groups are forgotten afterwards, so that another can follow."""
+    device = choose_device("cpu", 0)
+    yield build_context(ParallelDims(world_size=world_size, **layout), device, seed=1, timeout_s=60)
+    parallel_state.destroy_model_parallel()
+
+
+def main(program: Callable[[dict[str, Any], int], None]) -> None:
+    """Join the world, run ``program(arguments, world_size)``, leave."""
+    torch.set_num_threads(1)
+    arguments, world_size = json.loads(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+    connect(
+        init_method="env://", rank=int(os.environ["RANK"]), world_size=world_size, device=choose_device("cpu", 0), timeout_s=90
+    )
+    program(arguments, world_size)
+    dist.barrier()
+    shut_down()

@@ -1,0 +1,97 @@
+"""Three updates of policy and critic on one batch, under several layouts; leaves losses, gradients and weights behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlx.config.schema import (
+    AlgorithmConfig,
+    BatchingConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardConfig,
+)
+from rlx.data.plan import plan_batch
+from rlx.models.hf_io import stage_weights
+from rlx.parallel.context import ParallelContext
+from rlx.trainer.worker import Trained, Worker
+from rlx.types import TrainSample
+from tests.dist.programs.layouts import context_of, main
+
+
+def config_of(arguments: dict[str, Any], layout: dict[str, Any], distributed: bool) -> Config:
+    optimizer = OptimizerConfig(lr=2e-3, clip_grad=0.05, distributed=distributed, weight_decay=0.01)
+    return Config(
+        model=ModelConfig(path=arguments["model"], reference_path=arguments["reference"], recompute=arguments.get("recompute", "none")),
+        data=DataConfig(train=""),
+        reward=RewardConfig(name="exact"),
+        parallel=ParallelConfig(**layout),
+        algorithm=AlgorithmConfig(**arguments["algorithm"]),
+        optimizer=optimizer,
+        critic_optimizer=optimizer,
+        batching=BatchingConfig(max_tokens_per_micro_batch=arguments["max_tokens"]),
+    )
+
+
+def collect(trained: Trained, worker: Worker, context: ParallelContext, what: str) -> dict[str, torch.Tensor]:
+    """Every parameter's value or gradient under its Hugging Face name, whole, on every rank."""
+
+    def read(parameter: torch.nn.Parameter) -> torch.Tensor:
+        return (parameter.main_grad if what == "grad" else parameter).detach().clone()
+
+    found = {}
+    for name, tensor in stage_weights(trained.model.chunks, worker.arch, context, read):
+        found[name] = tensor
+    if trained is worker.critic and context.is_last_stage:
+        head = trained.model.chunks[-1].output_layer
+        found |= {f"value_head.{name}": read(parameter) for name, parameter in head.named_parameters()}
+    return {name: tensor for part in context.gather_objects(found) for name, tensor in part.items()}
+
+
+def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: ParallelContext, distributed: bool) -> dict[str, Any]:
+    worker = Worker(config_of(arguments, layout, distributed), context)
+    samples = [TrainSample(**sample) for sample in arguments["samples"]]
+    plan = plan_batch(
+        [len(sample.token_ids) for sample in samples],
+        [sample.num_loss_tokens for sample in samples],
+        dims=context.dims,
+        num_mini_batches=1,
+        max_tokens=arguments["max_tokens"],
+    )
+    worker.load_batch(samples, plan)
+    scores = {}
+    for call in (worker.score_reference, worker.score_policy, worker.score_critic, lambda: worker.compute_advantages(0.1)):
+        scores |= next(answer for answer in context.gather_objects(call()) if answer is not None)
+    result: dict[str, Any] = {"scores": scores, "steps": [], "grads": {}, "weights": {}}
+    roles = {"policy": (worker.policy, worker.update_policy), "critic": (worker.critic, worker.update_critic)}
+    for step in range(3):
+        row = {}
+        for role, (trained, update) in roles.items():
+            stats = next(answer for answer in context.gather_objects(update(0)) if answer is not None)
+            row |= {f"{role}/{name}": value for name, value in stats.means.items()} | {f"{role}/grad_norm": stats.grad_norm}
+            if step == 0 and not distributed:
+                result["grads"][role] = collect(trained, worker, context, "grad")
+        result["steps"].append(row)
+    for role, (trained, _) in roles.items():
+        result["weights"][role] = collect(trained, worker, context, "weight")
+    return result
+
+
+def program(arguments: dict[str, Any], world_size: int) -> None:
+    results = {}
+    for name, layout in arguments["layouts"].items():
+        layout = dict(layout)
+        distributed = layout.pop("distributed", False)
+        with context_of(layout, world_size) as context:
+            results[name] = run_layout(arguments, layout, context, distributed)
+            if context.rank == 0:
+                torch.save(results, arguments["out"])
+
+
+if __name__ == "__main__":
+    main(program)
