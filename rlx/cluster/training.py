@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -34,8 +34,8 @@ def drive(config: Config, ranks: Ranks, endpoints: Sequence[str]) -> None:
     with ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
         trainer = _make_trainer(config, ranks, endpoints, tokenizer, stack)
-        writer = stack.enter_context(MetricsWriter(run_dir / "metrics.jsonl"))
-        trackers = make_trackers(config, run_dir)
+        writer = stack.enter_context(closing(MetricsWriter(run_dir / "metrics.jsonl")))
+        trackers = make_trackers(config.tracker, run_dir)
         for tracker in trackers:
             stack.callback(tracker.close)
         _resume(config, trainer, writer)
@@ -45,7 +45,7 @@ def drive(config: Config, ranks: Ranks, endpoints: Sequence[str]) -> None:
             row = evaluation.add_to(row)
             writer.write(row)
             for tracker in trackers:
-                tracker.write(row)
+                tracker.log(row)
 
         run(
             trainer,

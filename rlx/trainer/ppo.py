@@ -38,7 +38,13 @@ class PPOTrainer:
     """Runs iterations; ``state`` / ``load_state`` are what a checkpoint keeps of the driver."""
 
     def __init__(
-        self, config: Config, dims: ParallelDims, roles: Roles, algorithm: Algorithm, controller: KLController, sampling: SamplingSpec
+        self,
+        config: Config,
+        dims: ParallelDims,
+        roles: Roles,
+        algorithm: Algorithm,
+        controller: KLController,
+        sampling: SamplingSpec,
     ) -> None:
         self.config, self.dims, self.roles = config, dims, roles
         self.algorithm, self.controller, self.sampling = algorithm, controller, sampling
@@ -59,7 +65,7 @@ class PPOTrainer:
         )
         with phase("score", step), timer("score"):
             roles.policy.load_batch(samples.kept, plan)
-            scores = {}
+            scores: dict[str, float] = {}
             if roles.reference is not None:
                 scores |= roles.reference.score()
             scores |= roles.policy.score()
@@ -199,13 +205,19 @@ def _sync_metrics(manifest: WeightManifest | None) -> dict[str, float]:
 
 
 def _perf_metrics(timer: StepTimer, samples: Sequence[TrainSample]) -> dict[str, float]:
-    metrics = timer.metrics()
+    metrics = timer.take()
     tokens = sum(len(sample.token_ids) for sample in samples)
     return metrics | {"perf/tokens_per_s": tokens / max(metrics["perf/step_s"], 1e-9)}
 
 
 def run(
-    trainer: PPOTrainer, *, num_steps: int, report: Callable[[StepReport], None], save: Callable[[], None], save_every: int, save_at_end: bool
+    trainer: PPOTrainer,
+    *,
+    num_steps: int,
+    report: Callable[[StepReport], None],
+    save: Callable[[], None],
+    save_every: int,
+    save_at_end: bool,
 ) -> None:
     """Iterate to ``num_steps`` (counting those done before a resume), saving every ``save_every`` steps (0: never)."""
     trainer.publish_start()
