@@ -13,7 +13,7 @@ from rlx.config.schema import Config
 from rlx.rollout.client import EngineError
 
 _READY = re.compile(r"^rlx-serve ready port=(\d{1,5})\s*$")
-_RESERVED = ("model", "host", "port", "dtype", "parent_pipe")
+_RESERVED = ("model", "host", "port", "dtype", "device", "rank", "parent_pipe")
 _POLL_S = 0.1
 _ONE_CHECK_S = 20.0
 # Engines are our own or named by the user; a proxy from the environment must not stand between.
@@ -30,6 +30,9 @@ def engine_command(config: Config, *, index: int, port: int, python: str, parent
         raise ValueError(f"engine index {index} is not in 0..{rollout.num_engines - 1} (rollout.num_engines)")
     dtype = config.model.dtype if rollout.dtype == "auto" else rollout.dtype
     command = [python, "-m", "rlx.cli.serve", "--model", config.model.path, "--port", str(port), "--dtype", dtype]
+    command += ["--rank", str(index), "--device", config.cluster.device, "--weight-timeout-s", str(config.sync.timeout_s)]
+    if config.cluster.threads_per_rank is not None:
+        command += ["--threads", str(config.cluster.threads_per_rank)]
     if parent_pipe is not None:
         command += ["--parent-pipe", str(parent_pipe)]
     return command + _extra_arguments(rollout.server_args)

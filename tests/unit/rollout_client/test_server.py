@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
+from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, SyncConfig
 from rlx.rollout.client import EngineError
 from rlx.rollout.server import engine_command, parse_ready_port, wait_until_healthy
 from tests.unit.rollout_client.peer import Peer
@@ -15,6 +15,8 @@ from tests.unit.rollout_client.peer import Peer
 
 def config_of(**rollout: object) -> Config:
     return Config(
+        cluster=ClusterConfig(device="cpu", threads_per_rank=3),
+        sync=SyncConfig(timeout_s=77.0),
         model=ModelConfig(path="/models/tiny", dtype="bf16"),
         data=DataConfig(train="t.jsonl"),
         reward=RewardConfig(name="exact"),
@@ -26,7 +28,8 @@ def test_command_of_an_embedded_engine() -> None:
     arguments = {"max_total_tokens": 4096, "quiet": True, "verbose": False, "names": ["a", "b"], "seed": None}
     config = config_of(num_engines=2, server_args=arguments)
     got = engine_command(config, index=1, port=0, python="/v/python", parent_pipe=7)
-    want = "/v/python -m rlx.cli.serve --model /models/tiny --port 0 --dtype bf16 --parent-pipe 7"
+    want = "/v/python -m rlx.cli.serve --model /models/tiny --port 0 --dtype bf16"
+    want += " --rank 1 --device cpu --weight-timeout-s 77.0 --threads 3 --parent-pipe 7"
     assert got == [*want.split(), "--max-total-tokens", "4096", "--quiet", "--names", "a", "b"]
 
 
