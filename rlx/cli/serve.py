@@ -18,6 +18,7 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import uvicorn
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Serve until told to end; returns the exit status."""
+    """Serve until told to end, then end the process; returns the exit status only when it cannot begin."""
     start_log("engine", args.rank)
     problem = _usage_problem(args)
     if problem:
@@ -71,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
         except (ValueError, OSError, RuntimeError) as error:
             log_failure(error)
             return 1
-    return _serve(args, listener, model)
+    _serve(args, listener, model)
 
 
 def _usage_problem(args: argparse.Namespace) -> str | None:
@@ -88,13 +89,20 @@ def _usage_problem(args: argparse.Namespace) -> str | None:
     return None
 
 
-def _serve(args: argparse.Namespace, listener: socket.socket, model: LanguageModel) -> int:
+def _serve(args: argparse.Namespace, listener: socket.socket, model: LanguageModel) -> NoReturn:
     engine = Engine(model, args.max_running)
     seeds = random.Random(secrets.randbits(64) if args.seed is None else args.seed)
     parser = RequestParser(model.info, model.tokenizer, lambda: seeds.getrandbits(63))
     api = Api(engine, WeightStore(model, args.weight_timeout_s), parser, args.max_running)
     config = uvicorn.Config(
-        api.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_DRAIN_S, timeout_keep_alive=75
+        api.app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        proxy_headers=False,
+        timeout_graceful_shutdown=_DRAIN_S,
+        timeout_keep_alive=75,
     )
     server = _Server(config, engine, listener.getsockname()[1])
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
@@ -106,14 +114,13 @@ def _serve(args: argparse.Namespace, listener: socket.socket, model: LanguageMod
     with phase("serve"):
         server.run(sockets=[listener])
     engine.close()
+    engine.join(_WORKER_END_S)
     status = 0 if engine.failure is None else 1
     logger.info("ends with status %d", status)
-    if not engine.join(_WORKER_END_S) or threading.active_count() > 1:
-        # Some thread waits inside torch for a peer; waiting for it, or unwinding it, could take minutes.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not a return: taking torch down takes seconds, and a thread that waits inside it for a peer would take minutes.
+    os._exit(status)
 
 
 class _Server(uvicorn.Server):
