@@ -1,0 +1,183 @@
+"""One sender, two real engines, real gloo: delivered weights are right, and every planted fault is caught and named."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import httpx
+import pytest
+import torch
+
+from rlx.config.schema import SyncConfig
+from rlx.rollout.control import EngineControl, EngineControlError
+from rlx.sync.errors import CanaryError, SyncError
+from rlx.sync.publisher import Publisher
+from tests.dist.sync_lab import (
+    make_publisher,
+    named,
+    new_model,
+    reload_from_disk,
+    shapes,
+    small_config,
+    start_engines,
+    worst_difference,
+)
+
+UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.gate_proj.weight"
+NORM = "model.layers.2.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sync")
+    running = start_engines(folder, 2, new_model(0))
+    yield folder, [engine.url for engine in running]
+    for engine in running:
+        engine.stop()
+
+
+@pytest.fixture
+def urls(engines):
+    folder, addresses = engines
+    for url in addresses:
+        reload_from_disk(url, folder)
+    return addresses
+
+
+@pytest.fixture
+def publisher_of():
+    opened: list[Publisher] = []
+
+    def make(*args, **kwargs):
+        opened.append(make_publisher(*args, **kwargs))
+        return opened[-1]
+
+    yield make
+    for publisher in opened:
+        publisher.close()
+
+
+def versions(urls):
+    return [EngineControl(url, timeout_s=10).weight_version() for url in urls]
+
+
+def is_paused(url):
+    return httpx.get(f"{url}/server_info").json()["paused"]
+
+
+def test_engines_score_the_new_weights(urls, publisher_of):
+    old, new = new_model(0), new_model(time.time_ns() % 2**31)
+    assert min(worst_difference(url, new) for url in urls) > 0.1
+    publisher = publisher_of(urls, new)
+    manifest = publisher.publish(7, iter(named(new)))
+    assert versions(urls) == ["7", "7"] and not any(map(is_paused, urls))
+    assert max(worst_difference(url, new) for url in urls) < 1e-4
+    assert {info.name: info.shape for info in manifest.tensors} == shapes(new)
+    assert manifest.version == 7 and manifest.num_bytes == sum(t.numel() * 4 for _, t in named(new)) and manifest.seconds > 0
+    # Another publication over the same groups, cut differently: in bf16 on the wire, loaded as fp32.
+    for parameter in old.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    second = publisher_of(urls[:1], old, config=SyncConfig(canary_first=1, timeout_s=20))
+    with pytest.raises(SyncError, match=r"phase group.*already been created"):
+        second.publish(8, iter(named(old)))
+    publisher.close()
+    third = publisher_of(urls, old, config=SyncConfig(canary_first=1, timeout_s=20))
+    third.publish(8, ((name, tensor.bfloat16()) for name, tensor in named(old)))
+    assert max(worst_difference(url, old) for url in urls) < 1e-4 and versions(urls) == ["8", "8"]
+
+
+def corrupt(tensors):
+    return [(name, tensor + 0.3 * torch.randn_like(tensor) if name == NORM else tensor) for name, tensor in tensors]
+
+
+def swap(tensors):
+    table = dict(tensors)
+    return [(name, table[{UP: DOWN, DOWN: UP}.get(name, name)]) for name, _ in tensors]
+
+
+@pytest.mark.parametrize(("plant", "names"), [(corrupt, {NORM}), (swap, {UP, DOWN})])
+def test_the_canary_finds_wrong_values_and_the_search_names_them(urls, publisher_of, plant, names):
+    model = new_model(3)
+    with pytest.raises(CanaryError, match=r"weight sync 4, phase canary: engine http.* mean difference") as caught:
+        publisher_of(urls, model).publish(4, iter(plant(named(model))))
+    assert set(re.findall(r"([\w.]+weight) \(by up to", str(caught.value))) == names
+    assert all(url in str(caught.value) for url in urls)
+    assert all(map(is_paused, urls))
+
+
+def without(*dropped):
+    return lambda tensors: [item for item in tensors if item[0] not in dropped]
+
+
+def replaced(name, change):
+    return lambda tensors: [(n, change(t)) if n == name else (n, t) for n, t in tensors]
+
+
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (without(UP, NORM), rf"2 tensors .* missing: {UP}, {NORM}"),
+        (lambda tensors: [*tensors, ("model.layers.9.mlp.up_proj.weight", torch.randn(3))], r"model\.layers\.9.* is unknown"),
+        (lambda tensors: [*tensors[:5], tensors[1], *tensors[5:]], r"model\.layers\.0\.self_attn\.q_proj\.weight is sent twice"),
+        (replaced(UP, lambda t: t[:-1]), rf"{UP} has shape \[43, 24\], the engines' model needs \[44, 24\]"),
+        (replaced(NORM, lambda t: t.double()), rf"{NORM} has dtype torch\.float64"),
+    ],
+)
+def test_what_does_not_fit_raises_before_continue(urls, publisher_of, plant, message):
+    model = new_model(3)
+    tensors = iter(plant(named(model)))
+    publisher = publisher_of(urls, model)
+    with pytest.raises(SyncError, match=message):
+        publisher.publish(4, tensors)
+    assert next(tensors, None) is None, "the iterator must be driven to its end: its gathers are collective"
+    assert all(map(is_paused, urls))
+    with pytest.raises(SyncError, match="an earlier one failed"):
+        publisher.publish(5, iter(named(model)))
+
+
+def test_a_skipped_bucket_is_named(urls, publisher_of, monkeypatch):
+    model = new_model(3)
+    real = EngineControl.update_weights
+    skipped = []
+
+    def skip_once(self, infos, *args, **kwargs):
+        if not skipped and not kwargs["flattened"]:
+            skipped.append((self.url, infos))
+            return  # the engine never hears of this chunk
+        real(self, infos, *args, **kwargs)
+
+    monkeypatch.setattr(EngineControl, "update_weights", skip_once)
+    began = time.monotonic()
+    with pytest.raises(SyncError) as caught:
+        publisher_of(urls, model, config=small_config(timeout_s=3)).publish(4, iter(named(model)))
+    assert time.monotonic() - began < 15
+    (_, infos) = skipped[0]
+    assert any(info.name in str(caught.value) for info in infos) or isinstance(caught.value, CanaryError)
+
+
+def test_an_iterator_that_fails_is_reported_with_its_place(urls, publisher_of):
+    model = new_model(3)
+
+    def broken():
+        yield from named(model)[:4]
+        raise OSError("gather lost a rank")
+
+    with pytest.raises(SyncError, match=rf"trainer side, stage 0, phase gather, after tensor {named(model)[3][0]}: OSError: gather"):
+        publisher_of(urls, model).publish(4, broken())
+
+
+def test_control_errors_name_url_call_and_message(urls):
+    control = EngineControl(urls[0], timeout_s=5)
+    with pytest.raises(EngineControlError, match=rf"{urls[0]}: POST /destroy_weights_update_group: .*does not exist"):
+        control.destroy_group("nobody")
+    with pytest.raises(EngineControlError, match=r"POST /pause_generation: .*mode"):
+        control.pause("sideways")
+    with pytest.raises(EngineControlError, match=r"http://127\.0\.0\.1:9: GET /model_info: ConnectError"):
+        EngineControl("http://127.0.0.1:9", timeout_s=5).model_info()
+    quick = EngineControl(urls[0], timeout_s=0.3)
+    control.pause()
+    with pytest.raises(EngineControlError, match=r"POST /generate: no answer within 0\.3 s"):
+        quick.score([1, 2, 3])
+    control.resume()
+    assert len(control.score([1, 2, 3])) == 2
