@@ -185,7 +185,9 @@ class SyncConfig:
     timeout_s: float = option(300.0, "limit of one request or broadcast", minimum=1)
     canary_first: int = option(3, "verify after each of the first N syncs", minimum=0)
     canary_every: int = option(10, "then after every N-th; 0: never", minimum=0)
-    canary_tolerance: float | None = option(None, "largest mean |log-prob| difference; none: 1e-3 in fp32, 0.1 in bf16", minimum=0)
+    canary_tolerance: float | None = option(
+        None, "largest mean |log-prob| difference; none: 1e-3 in fp32, 0.1 in bf16", minimum=0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

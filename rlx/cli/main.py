@@ -1,0 +1,69 @@
+"""The command ``rlx``: find the subcommand, run it, turn its outcome into an exit status.
+
+0 done; 2 bad usage or configuration, found before anything starts; 1 anything else, the cause in the last line.
+Only the chosen command's module is imported, so that ``rlx check`` needs no torch. A command is a module with
+``add_arguments(parser)`` and ``main(args) -> int``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from rlx.config.load import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Where a subcommand lives and what it does."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command("rlx.cli.train", "train a model (the main job)"),
+    "check": Command("rlx.cli.check", "validate a configuration and print it resolved; start nothing"),
+    "score": Command("rlx.cli.score", "log-probs of given tokens under a model"),
+    "serve": Command("rlx.cli.serve", "the embedded engine, speaking SGLang's HTTP protocol"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``rlx`` with ``argv`` (the process's own arguments by default) and return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = arguments[0] if arguments else ""
+    try:
+        module = import_module(COMMANDS[chosen].module) if chosen in COMMANDS else None
+        args = _parser(chosen, module).parse_args(arguments)
+        assert module is not None, "argparse ends on an unknown command"
+        return int(module.main(args))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"rlx {chosen}: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        print(f"rlx {chosen}: failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlx", description="Reinforcement-learning post-training for language models.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.help)
+        if name == chosen and module is not None:
+            module.add_arguments(subparser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

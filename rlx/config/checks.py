@@ -1,0 +1,185 @@
+"""What no single key can say: whether the keys fit together, and whether the files they name are there.
+
+Every message names the keys it is about and what would be right. Files are looked at, never loaded; no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rlx.config.model_facts import ModelFacts, read_model_facts
+from rlx.config.schema import Config, OptimizerConfig
+
+SUPPORTED_MODEL_TYPES = ("qwen2", "llama")
+DATA_ENDINGS = (".jsonl", ".parquet")
+
+
+def check(config: Config) -> list[str]:
+    """Every cross-field problem, one line each; empty when the configuration can be started."""
+    groups = (_layout, _models, _data, _rollout, _replay, _reward, _algorithm, _optimizers, _device)
+    return [message for group in groups for message in group(config)]
+
+
+def _layout(config: Config) -> Iterator[str]:
+    """The arithmetic of ``rlx.types.ParallelDims``, which cannot be used here because that file imports torch."""
+    parallel, ranks = config.parallel, config.num_trainer_ranks
+    block = parallel.tp * parallel.pp * parallel.cp
+    if ranks % block:
+        yield (
+            f"cluster.num_trainer_ranks: {ranks} is not a multiple of parallel.tp x parallel.pp x parallel.cp"
+            f" = {parallel.tp} x {parallel.pp} x {parallel.cp} = {block}"
+        )
+    expert_tp = parallel.tp if parallel.etp is None else parallel.etp
+    expert_block = expert_tp * parallel.ep * parallel.pp
+    if ranks % expert_block:
+        yield (
+            f"cluster.num_trainer_ranks: {ranks} is not a multiple of parallel.etp x parallel.ep x parallel.pp"
+            f" = {expert_tp} x {parallel.ep} x {parallel.pp} = {expert_block}"
+        )
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield f"parallel.vpp: {parallel.vpp} needs parallel.pp > 1, got 1"
+    if parallel.sequence_parallel and parallel.tp == 1:
+        yield "parallel.sequence_parallel: true needs parallel.tp > 1, got 1"
+
+
+def _models(config: Config) -> Iterator[str]:
+    named = {
+        "model.path": config.model.path,
+        "model.reference_path": config.model.reference_path,
+        "model.critic_path": config.model.critic_path,
+    }
+    read = {key: read_model_facts(key, folder) for key, folder in named.items() if folder is not None}
+    policy = read["model.path"]
+    for key, facts in read.items():
+        if isinstance(facts, str):
+            yield facts
+        elif facts.model_type not in SUPPORTED_MODEL_TYPES:
+            yield f"{key}: model_type {facts.model_type!r} is not supported; use one of {', '.join(SUPPORTED_MODEL_TYPES)}"
+        elif isinstance(policy, ModelFacts) and replace(facts, max_positions=policy.max_positions) != policy:
+            yield f"{key}: its config.json differs in shape from that of model.path; all roles share one architecture"
+    if isinstance(policy, ModelFacts):
+        yield from _model_fits(config, policy)
+    if config.model.tokenizer_path is not None and not Path(config.model.tokenizer_path).is_dir():
+        yield f"model.tokenizer_path: no such folder {config.model.tokenizer_path}"
+
+
+def _model_fits(config: Config, facts: ModelFacts) -> Iterator[str]:
+    parallel = config.parallel
+    if facts.num_heads % parallel.tp:
+        yield f"parallel.tp: {parallel.tp} does not divide the {facts.num_heads} attention heads of model.path"
+    if facts.num_kv_heads % parallel.tp and parallel.tp % facts.num_kv_heads:
+        yield (
+            f"parallel.tp: {parallel.tp} must divide, or be a multiple of, the {facts.num_kv_heads} key-value heads of model.path"
+        )
+    if facts.num_layers % (parallel.pp * parallel.vpp):
+        yield (
+            f"parallel.pp x parallel.vpp: {parallel.pp} x {parallel.vpp} does not divide"
+            f" the {facts.num_layers} layers of model.path"
+        )
+    if parallel.ep > 1 and not facts.num_experts:
+        yield f"parallel.ep: {parallel.ep} needs a mixture-of-experts model, but model.path is dense; set it to 1"
+    elif facts.num_experts % parallel.ep:
+        yield f"parallel.ep: {parallel.ep} does not divide the {facts.num_experts} experts of model.path"
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if facts.max_positions is not None and longest > facts.max_positions:
+        yield (
+            f"data.max_prompt_tokens + rollout.max_new_tokens: {config.data.max_prompt_tokens} + {config.rollout.max_new_tokens}"
+            f" = {longest} exceeds the {facts.max_positions} positions (max_position_embeddings) of model.path"
+        )
+
+
+def _data(config: Config) -> Iterator[str]:
+    for key, path in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
+        if path is not None:
+            yield from _data_file(key, path)
+    template = config.data.chat_template
+    if template is not None and not Path(template).is_file():
+        yield f"data.chat_template: no such file {template}"
+
+
+def _data_file(key: str, path: str) -> Iterator[str]:
+    if Path(path).suffix not in DATA_ENDINGS:
+        yield f"{key}: {path} must end in {' or '.join(DATA_ENDINGS)}"
+    elif not Path(path).is_file():
+        yield f"{key}: no such file {path}"
+
+
+def _rollout(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    off = "; anything else makes the engine's log-probs differ from the trainer's"
+    if rollout.top_p != 1.0:
+        yield f"rollout.top_p: {rollout.top_p:g} must be 1 in training{off}"
+    if rollout.top_k != -1:
+        yield f"rollout.top_k: {rollout.top_k} must be -1 (off) in training{off}"
+    if rollout.temperature == 0:
+        yield "rollout.temperature: 0 (greedy) cannot train, every answer to a prompt would be the same; use 1"
+    for url in rollout.endpoints:
+        if not url.startswith(("http://", "https://")):
+            yield f"rollout.endpoints: {url!r} must be a URL such as http://host:30000"
+    samples = config.data.prompts_per_step * rollout.samples_per_prompt
+    if samples < config.algorithm.num_mini_batches:
+        yield (
+            f"algorithm.num_mini_batches: {config.algorithm.num_mini_batches} needs at least as many samples, but"
+            f" data.prompts_per_step x rollout.samples_per_prompt is {samples}"
+        )
+
+
+def _replay(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.replay is None:
+        return
+    if not Path(rollout.replay).is_file():
+        yield f"rollout.replay: no such file {rollout.replay}; rollout.record writes one"
+    if rollout.endpoints:
+        yield "rollout.replay: no engine is asked when replaying; leave rollout.endpoints empty or rollout.replay out"
+    if rollout.record is not None and Path(rollout.record).resolve() == Path(rollout.replay).resolve():
+        yield f"rollout.record: {rollout.record} is also rollout.replay and would be overwritten; name another file"
+
+
+def _reward(config: Config) -> Iterator[str]:
+    path, colon, function = config.reward.name.rpartition(":")
+    if not colon:
+        return
+    if Path(path).suffix != ".py" or not function.isidentifier():
+        yield f"reward.name: {config.reward.name!r} must have the form path/to/file.py:function"
+    elif not Path(path).is_file():
+        yield f"reward.name: no such file {path}"
+
+
+def _algorithm(config: Config) -> Iterator[str]:
+    algorithm = config.algorithm
+    if algorithm.name == "grpo" and config.rollout.samples_per_prompt < 2:
+        yield "rollout.samples_per_prompt: algorithm.name grpo compares answers to one prompt and needs at least 2, got 1"
+    if algorithm.kl_controller == "adaptive" and (algorithm.kl_placement, algorithm.name) != ("reward", "ppo"):
+        yield (
+            "algorithm.kl_controller: adaptive needs algorithm.kl_placement reward and algorithm.name ppo,"
+            f" got {algorithm.kl_placement} and {algorithm.name}"
+        )
+    if algorithm.kl_placement != "none" and algorithm.kl_coefficient <= 0:
+        yield (
+            f"algorithm.kl_coefficient: must be above 0 with algorithm.kl_placement {algorithm.kl_placement};"
+            " set one, or the placement to none"
+        )
+    for name, value in (("gamma", algorithm.gamma), ("lam", algorithm.lam)):
+        if value > 1:
+            yield f"algorithm.{name}: must be at most 1, got {value:g}"
+
+
+def _optimizers(config: Config) -> Iterator[str]:
+    yield from _optimizer("optimizer", config.optimizer)
+    yield from _optimizer("critic_optimizer", config.critic_optimizer)
+
+
+def _optimizer(section: str, optimizer: OptimizerConfig) -> Iterator[str]:
+    if optimizer.min_lr > optimizer.lr:
+        yield f"{section}.min_lr: {optimizer.min_lr:g} must not exceed {section}.lr, which is {optimizer.lr:g}"
+    for name, value in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        if value >= 1:
+            yield f"{section}.{name}: must be below 1, got {value:g}"
+
+
+def _device(config: Config) -> Iterator[str]:
+    if config.cluster.device == "cpu" and config.model.layer_spec == "transformer_engine":
+        yield "model.layer_spec: transformer_engine needs GPUs, but cluster.device is cpu; use auto or torch"

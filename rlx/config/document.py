@@ -1,0 +1,58 @@
+"""The table of all keys in ``docs/config.md``, made from the schema: ``python -m rlx.config.document > docs/config.md``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rlx.config.convert import Entry, section_entries, type_words
+from rlx.config.schema import Config
+
+_HEAD = """# Configuration
+
+Every key, as written in a YAML file or given as `section.key=value` on the command line. This page is generated:
+`python -m rlx.config.document > docs/config.md`.
+
+A file may begin with `defaults: [other.yaml]`, paths relative to the file, whose keys come first and yield to the file's
+own. `${section.key}` refers to another key. `rlx check CONFIG.yaml [key=value ...]` reports every problem at once
+and prints the resolved tree.
+"""
+
+
+def document() -> str:
+    """The whole page as Markdown."""
+    return "\n".join([_HEAD, *(_section(entry) for entry in section_entries(Config))])
+
+
+def _section(section: Entry) -> str:
+    keys = section_entries(section.hint, f"{section.key}.")
+    same = section.field.name == "critic_optimizer"
+    about = "The same keys as `optimizer`, for the critic." if same else (section.hint.__doc__ or "").strip()
+    lines = [f"## {section.key}", "", about, ""]
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|", *(_row(entry) for entry in keys)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(entry: Entry) -> str:
+    default = "**required**" if entry.is_required else f"`{_yaml(entry.default())}`"
+    return f"| `{entry.key}` | {_type(entry)} | {default} | {_cell(entry.field.metadata['doc'])} |"
+
+
+def _type(entry: Entry) -> str:
+    choices, minimum = entry.field.metadata["choices"], entry.field.metadata["minimum"]
+    words = " / ".join(f"`{choice}`" for choice in choices) if choices else type_words(entry.hint)
+    return words if minimum is None else f"{words}, at least {minimum:g}"
+
+
+def _yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(document())

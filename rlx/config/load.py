@@ -1,0 +1,128 @@
+"""Read a configuration: YAML files and ``key=value`` overrides in, one frozen, checked ``Config`` out.
+
+A file may start with ``defaults: [other.yaml, ...]`` (paths relative to the file): those are merged first, in order,
+and the file's own keys win. ``${section.key}`` refers to another key. Everything wrong is reported at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlx.config.checks import check
+from rlx.config.convert import Problems, to_config, to_tree
+from rlx.config.schema import Config
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used. ``problems`` holds one line each; the message is all of them."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """The checked configuration of ``path`` under ``overrides`` (``section.key=value``, value in YAML).
+
+    Raises ``ConfigError`` listing every problem: unreadable files, unknown keys with the nearest known one, wrong
+    types, values out of range, missing keys, and keys that contradict each other.
+    """
+    config, problems = to_config(read_tree(path, overrides))
+    messages = problems.messages + _trusted(check(config), problems)
+    if messages:
+        raise ConfigError(messages)
+    return config
+
+
+def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The merged and resolved tree, before any typing. Raises ``ConfigError`` for files and overrides that do not parse."""
+    merged = _load_file(Path(path), ())
+    for override in overrides:
+        merged = _apply(merged, override)
+    try:
+        tree = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{error.full_key or path}: {_first_line(error)}"]) from error
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML; loading the text gives an equal ``Config``."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_tree(config))))
+
+
+def _trusted(messages: Sequence[str], problems: Problems) -> list[str]:
+    """Leave out cross-field complaints about keys that are wrong in themselves: a default stands in for those."""
+    wrong = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w])") for key in problems.keys]
+    return [message for message in messages if not any(pattern.search(message) for pattern in wrong)]
+
+
+def _load_file(path: Path, including: tuple[Path, ...]) -> DictConfig:
+    where = path.resolve()
+    if where in including:
+        circle = " -> ".join(str(step) for step in (*including[including.index(where) :], where))
+        raise ConfigError([f"defaults: {circle} include each other in a circle"])
+    try:
+        own = OmegaConf.load(where)
+    except OSError as error:
+        asked_by = f" (in the defaults of {including[-1]})" if including else ""
+        raise ConfigError([f"{path}: cannot be read{asked_by}: {error.strerror or error}"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(own, DictConfig):
+        raise ConfigError([f"{path}: expected a mapping of sections at the top, got a list"])
+    merged = OmegaConf.create({})
+    for base in _take_defaults(own, path):
+        merged = _merge(merged, _load_file(where.parent / base, (*including, where)), f"{path}: defaults {base}")
+    return _merge(merged, own, str(path))
+
+
+def _take_defaults(own: DictConfig, path: Path) -> list[str]:
+    defaults = OmegaConf.to_container(own).get("defaults", [])  # type: ignore[union-attr]
+    if not isinstance(defaults, list) or not all(isinstance(item, str) for item in defaults):
+        raise ConfigError([f"{path}: defaults: expected a list of YAML files, got {defaults!r}"])
+    own.pop("defaults", None)
+    return defaults
+
+
+def _apply(merged: DictConfig, override: str) -> DictConfig:
+    key, equals, _ = override.partition("=")
+    if not equals or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)*", key):
+        raise ConfigError([f"override {override!r}: expected section.key=value"])
+    try:
+        return _merge(merged, OmegaConf.from_dotlist([override]), f"override {override!r}")
+    except yaml.YAMLError as error:
+        raise ConfigError([f"override {override!r}: the value is not valid YAML: {_first_line(error)}"]) from error
+
+
+def _merge(lower: DictConfig, upper: DictConfig, what: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(lower, upper)
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{what}: {_first_line(error)}"]) from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _escaped(value: Any) -> Any:
+    """Guard text that only looks like an interpolation, so that it is read back as text."""
+    if isinstance(value, dict):
+        return {name: _escaped(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

