@@ -6,6 +6,15 @@ import os
 from dataclasses import dataclass
 
 
+# What Megatron says at every import, in every rank, about packages that are optional here.
+QUIET = {
+    "PYTHONWARNINGS": ",".join(
+        f"ignore:{notice}"
+        for notice in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated")
+    )
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEnvironment:
     """This process's place among the trainer ranks."""

@@ -100,14 +100,14 @@ def rope_fields(config: ConfigJson) -> dict[str, Any]:
     """``rope_theta``, ``rope`` and ``rope_factor`` from either spelling: ``rope_parameters`` (transformers 5), or
     ``rope_theta`` with ``rope_scaling``."""
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = parameters.get("rope_theta", config.get("rope_theta", 10_000.0))
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("config.json has a partial_rotary_factor other than 1, which is not supported")
     if kind == "default":
-        return {"rope_theta": float(theta)}
+        return {"rope_theta": theta}
     if kind == "linear":
-        return {"rope_theta": float(theta), "rope_factor": float(require(parameters, "factor"))}
+        return {"rope_theta": theta, "rope_factor": float(require(parameters, "factor"))}
     if kind == "llama3":
         rope = Llama3Rope(
             factor=float(require(parameters, "factor")),
@@ -115,7 +115,7 @@ def rope_fields(config: ConfigJson) -> dict[str, Any]:
             high_freq_factor=float(require(parameters, "high_freq_factor")),
             original_max_positions=int(require(parameters, "original_max_position_embeddings")),
         )
-        return {"rope_theta": float(theta), "rope": rope}
+        return {"rope_theta": theta, "rope": rope}
     raise ValueError(f"config.json has rope type {kind!r}; supported: 'default', 'linear', 'llama3'")
 
 

@@ -56,7 +56,13 @@ class CoreAttention(nn.Module):
         self.scale = softmax_scale
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, packed_seq_params: PackedSeqParams, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams,
+        **kwargs: Any,
     ) -> Tensor:
         """query [t, H, K], key and value [t, G, K] -> [t, H x K]."""
         cu_seqlens = packed_seq_params.cu_seqlens_q_padded
@@ -108,7 +114,9 @@ class ValueHead(nn.Module):
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
         values = F.linear(hidden.float(), self.weight.float(), self.bias.float())
         if self.config.sequence_parallel:
             # Every rank computes the same loss from the gathered values, so the gradient is split, not summed.

@@ -141,9 +141,7 @@ class QKV:
         return tuple((heads * arch.head_dim, *tail) for heads in rows)
 
     def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
-        parts = [
-            read(name, 0, *shard.cut(shape[0])) for name, shape in zip(names, self.hf_shapes(arch), strict=True)
-        ]
+        parts = [read(name, 0, *shard.cut(shape[0])) for name, shape in zip(names, self.hf_shapes(arch), strict=True)]
         groups = arch.num_kv_heads // shard.size
         grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
         return torch.cat(grouped, dim=1).flatten(0, 1)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
-    "arange as_tensor empty empty_like full full_like ones ones_like rand randn tensor tril triu zeros zeros_like".split()
+    ["arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "tensor", "tril", "triu", "zeros", "zeros_like"]
 )
 
 
@@ -54,6 +54,9 @@ class _Stream:
         pass
 
 
+_installed: list[bool] = []
+
+
 def _is_cuda(device: Any) -> bool:
     return device is not None and not isinstance(device, int | torch.dtype) and torch.device(device).type == "cuda"
 
@@ -71,8 +74,9 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def install() -> None:
     """Give this process the CPU answers; a second call does nothing."""
-    if torch.cuda.current_device is _current_device:
+    if _installed:
         return
+    _installed.append(True)
     _answer_cuda()
     _redirect_tensors()
     _answer_megatron()
@@ -104,7 +108,7 @@ def _redirect_tensors() -> None:
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.pin_memory = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment,misc,return-value]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     move, type_of = tensor.to, tensor.type
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

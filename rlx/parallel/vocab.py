@@ -103,7 +103,9 @@ class _VocabParallel(torch.autograd.Function):
             logprobs = _logits(hidden[rows], weight, ctx.shard, ctx.temperature) - logsumexp[rows, None]
             probs = logprobs.exp()
             # d entropy / d logit = -p (log p + H); d logprob(label) / d logit = [label] - p
-            slope = grad_logprob[rows, None] + grad_entropy[rows, None] * (logprobs.masked_fill_(probs == 0, 0) + entropy[rows, None])
+            slope = grad_logprob[rows, None] + grad_entropy[rows, None] * (
+                logprobs.masked_fill_(probs == 0, 0) + entropy[rows, None]
+            )
             grad = probs.mul_(slope).neg_()
             grad.scatter_add_(1, safe_label[rows, None], (grad_logprob[rows] * is_here[rows])[:, None])
             grad = (grad / ctx.temperature if ctx.temperature != 1.0 else grad).to(weight.dtype)

@@ -34,7 +34,8 @@ from rlx.sync.group import Endpoint
 from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget
 from rlx.trainer.advantages import from_critic, group_relative
 from rlx.trainer.batch import RankBatch, position_mask, position_rollout_logprobs
-from rlx.types import BatchPlan, LossInputs, LossOutput, MiniBatchPlan, TrainSample, UpdateStats, WeightManifest
+from rlx.trainer.scoring import score_sequences
+from rlx.types import BatchPlan, LossInputs, LossOutput, TrainSample, UpdateStats, WeightManifest
 
 Means = dict[str, float]
 
@@ -137,31 +138,9 @@ class Worker:
 
     def score_sequences(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """The policy's log-probs (temperature 1) of tokens 1..L-1 of each sequence, on every rank."""
-        samples = [
-            TrainSample(
-                sample_id=index,
-                group_id=index,
-                token_ids=tuple(tokens),
-                loss_mask=(1,) * len(tokens),
-                rollout_logprobs=(0.0,) * len(tokens),
-                reward=0.0,
-            )
-            for index, tokens in enumerate(sequences)
-        ]
-        # Every data-parallel rank scores all of them: they are few, and each replica is checked.
-        packs = tuple((index,) for index in range(len(samples)))
-        filled = packs + ((),) * (-len(packs) % self.context.dims.pp)
-        part = MiniBatchPlan(
-            micro_batches=(filled,) * self.context.dims.dp, num_loss_tokens=1, num_sequences=len(samples)
-        )
-        batch = RankBatch(samples, BatchPlan(mini_batches=(part,)), self.context)
         head = token_head(self.context, self.arch.vocab_size)
-        outputs = forward_only(self.policy.model.wrapped, batch.all_packs(), head, self.context)
-        mine: list[list[float]] | None = None
-        if self.context.is_last_stage:
-            batch.store("logprobs", [(local, out[0]) for local, out in outputs])
-            mine = [batch.columns["logprobs"][index][:-1].tolist() for index in range(len(samples))]
-        return next(rows for rows in self.context.gather_objects(mine) if rows is not None)
+        max_tokens = self.config.batching.max_tokens_per_micro_batch
+        return score_sequences(self.policy.model.wrapped, head, sequences, self.context, max_tokens)
 
     def _score_means(self) -> Means:
         stats: dict[str, Tensor] = {name: torch.zeros(2, dtype=torch.float64) for name in self._score_names()}
@@ -311,9 +290,7 @@ class Worker:
 
     def export(self, folder: str) -> None:
         with phase("export"):
-            export_hf(
-                self.policy.model.chunks, self.arch, source=self.config.model.path, target=folder, context=self.context
-            )
+            export_hf(self.policy.model.chunks, self.arch, source=self.config.model.path, target=folder, context=self.context)
 
     def _trained(self) -> list[tuple[str, Trained]]:
         found = [("policy", self.policy)]

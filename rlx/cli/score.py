@@ -1,0 +1,66 @@
+"""``rlx score``: log-probs of token sequences under a model, in any parallel layout, to compare with any reference."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rlx.cluster.local_ranks import run_local_ranks, this_module
+from rlx.models.architecture import Architecture
+from rlx.models.families import read_architecture
+from rlx.types import ParallelDims
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
+    parser.add_argument("--tokens", required=True, type=Path, metavar="IN.jsonl", help='{"input_ids": [...]} a line')
+    parser.add_argument("--out", required=True, type=Path, metavar="OUT.jsonl", help='{"logprobs": [...]} a line, length L-1')
+    for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
+        parser.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{meaning} parallel size")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of weights and activations")
+    parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="tokens of one packed forward pass")
+
+
+def main(args: argparse.Namespace) -> int:
+    arch = read_architecture(args.model)
+    read_sequences(args.tokens, arch)
+    argv = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key in _OPTIONS]
+    return run_local_ranks(this_module("rlx.cli.score_rank", *argv), dims_of(args).world_size)
+
+
+_OPTIONS = ("model", "tokens", "out", "tp", "pp", "cp", "ep", "dtype", "max_tokens")
+
+
+def dims_of(args: argparse.Namespace) -> ParallelDims:
+    """The layout asked for, on as many ranks as it takes."""
+    world_size = max(args.tp * args.cp, args.ep) * args.pp
+    return ParallelDims(world_size=world_size, tp=args.tp, pp=args.pp, cp=args.cp, ep=args.ep, sequence_parallel=args.tp > 1)
+
+
+def read_sequences(file: Path, arch: Architecture) -> list[list[int]]:
+    """The sequences of an input file. ValueError names the line that is not what it should be."""
+    if not file.is_file():
+        raise ValueError(f"--tokens: no such file: {file}")
+    sequences = []
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        try:
+            tokens = json.loads(line)["input_ids"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{file}:{number}: expected {{"input_ids": [...]}}: {error!r}') from error
+        if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
+            raise ValueError(f"{file}:{number}: input_ids must be a list of at least one whole number")
+        wrong = [token for token in tokens if not 0 <= token < arch.vocab_size]
+        if wrong:
+            raise ValueError(f"{file}:{number}: token {wrong[0]} is outside the vocabulary of {arch.vocab_size}")
+        sequences.append(tokens)
+    if not sequences:
+        raise ValueError(f"{file} holds no lines")
+    return sequences
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="rlx score", description=__doc__)
+    add_arguments(parser)
+    sys.exit(main(parser.parse_args()))

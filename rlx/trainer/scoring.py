@@ -1,0 +1,47 @@
+"""Log-probs of given token sequences under a policy, for the canary of weight sync and for ``rlx score``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from rlx.data.plan import plan_batch
+from rlx.parallel.context import ParallelContext
+from rlx.parallel.schedule import Head, forward_only
+from rlx.trainer.batch import RankBatch
+from rlx.types import BatchPlan, TrainSample
+
+
+def score_sequences(
+    chunks: Sequence[nn.Module], head: Head, sequences: Sequence[Sequence[int]], context: ParallelContext, max_tokens: int
+) -> list[list[float]]:
+    """Log-probs of tokens 1..L-1 of each sequence (at least one token each), on every rank. Collective.
+
+    Every data-parallel replica scores all sequences, so that a replica that went astray cannot hide behind another.
+    """
+    samples = [_as_sample(index, tokens) for index, tokens in enumerate(sequences)]
+    one_replica = replace(context.dims, world_size=context.dims.world_size // context.dims.dp)
+    lengths = [len(tokens) for tokens in sequences]
+    plan = plan_batch(lengths, lengths, dims=one_replica, num_mini_batches=1, max_tokens=max(max_tokens, *lengths))
+    part = plan.mini_batches[0]
+    everywhere = replace(part, micro_batches=part.micro_batches * context.dims.dp)
+    batch = RankBatch(samples, BatchPlan(mini_batches=(everywhere,)), context)
+    outputs = forward_only(chunks, batch.all_packs(), head, context)
+    rows: list[list[float]] | None = None
+    if context.is_last_stage:
+        batch.store("logprobs", [(local, out[0]) for local, out in outputs])
+        rows = [batch.columns["logprobs"][index][:-1].tolist() for index in range(len(samples))]
+    return next(found for found in context.gather_objects(rows) if found is not None)
+
+
+def _as_sample(index: int, tokens: Sequence[int]) -> TrainSample:
+    return TrainSample(
+        sample_id=index,
+        group_id=index,
+        token_ids=tuple(tokens),
+        loss_mask=(1,) * len(tokens),
+        rollout_logprobs=(0.0,) * len(tokens),
+        reward=0.0,
+    )
