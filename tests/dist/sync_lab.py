@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def worst_difference(url: str, model: LlamaForCausalLM) -> float:
     control = EngineControl(url, timeout_s=30)
     scores = [control.score(tokens) for tokens in sequences]
     control.close()
-    pairs = zip(sum(scores, []), sum(reference_scores(model, sequences), []), strict=True)
+    pairs = zip(chain(*scores), chain(*reference_scores(model, sequences)), strict=True)
     return max(abs(ours - theirs) for ours, theirs in pairs)
 
 

@@ -15,7 +15,7 @@ def test_sequences_are_fixed_and_inside_the_vocabulary():
     first = canary_sequences(vocab_size, 3)
     assert first == canary_sequences(vocab_size, 3) != canary_sequences(vocab_size, 4)
     assert {len(row) for row in first} >= {MIN_TOKENS, MAX_TOKENS}
-    assert all(MIN_TOKENS <= len(row) <= MAX_TOKENS and 0 <= min(row) and max(row) < vocab_size for row in first)
+    assert all(MIN_TOKENS <= len(row) <= MAX_TOKENS and min(row) >= 0 and max(row) < vocab_size for row in first)
 
 
 def test_compare_measures_mean_max_and_place():

@@ -26,7 +26,9 @@ def test_every_tensor_travels_once_within_the_limits(specs, bucket_bytes, flatte
     cut = list(chunks(iter(tensors), bucket_bytes, flatten_below_bytes))
     arrived = {}
     for chunk in cut:
-        assert chunk.infos and chunk.infos == tuple(tensor_info(i.name, t) for i, t in zip(chunk.infos, chunk.tensors, strict=True))
+        assert chunk.infos and chunk.infos == tuple(
+            tensor_info(i.name, t) for i, t in zip(chunk.infos, chunk.tensors, strict=True)
+        )
         assert chunk.num_bytes <= bucket_bytes or len(chunk.infos) == 1
         assert all((info.num_bytes < flatten_below_bytes) == chunk.flattened for info in chunk.infos)
         received = unflatten(flatten(chunk), chunk.infos) if chunk.flattened else chunk.tensors
@@ -82,5 +84,5 @@ def test_errors():
     with pytest.raises(ValueError, match=r"sync\.bucket_bytes"):
         list(chunks([("t", tensor)], 0, 1))
     chunk = WeightChunk(infos=(tensor_info("t", tensor),), tensors=(tensor,), flattened=True)
-    with pytest.raises(ValueError, match="11 bytes.* need 12"):
+    with pytest.raises(ValueError, match=r"11 bytes.* need 12"):
         unflatten(flatten(chunk)[:-1], chunk.infos)
