@@ -7,7 +7,7 @@ import sys
 
 from rlx.cluster.local import run_local
 from rlx.cluster.rundir import check_run_dir
-from rlx.config.load import load_config
+from rlx.config.load import ConfigError, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,7 @@ def main(args: argparse.Namespace) -> int:
         config = load_config(args.config, args.overrides)
         check_run_dir(config)
         return run_local(config)
-    except ValueError as error:
-        print(f"rlx: error: {error}", file=sys.stderr)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"rlx: error: {problem}", file=sys.stderr)
         return 2

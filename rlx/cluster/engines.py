@@ -53,7 +53,9 @@ class EngineStart:
         for engine, url in zip(self._engines, self._urls, strict=True):
             error = url.exception() if url.done() else None
             if error is not None:
-                first_line = (str(error).splitlines() or [""])[0].removesuffix("; last lines of its log:")
+                first_line = (str(error).splitlines() or [""])[0].removesuffix(
+                    "; last lines of its log:"
+                )  # the log is shown apart
                 return Cause(
                     role=engine.spec.role,
                     rank=engine.spec.rank,

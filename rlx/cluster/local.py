@@ -18,13 +18,14 @@ from pathlib import Path
 import rlx
 from rlx.cluster.causes import Cause, is_port_taken, tail, where
 from rlx.cluster.engines import EngineStart, write_endpoints
+from rlx.cluster.environment import QUIET
 from rlx.cluster.guard import Guard
 from rlx.cluster.interrupts import Interrupts
 from rlx.cluster.processes import LAUNCH_ID, Child, ChildSpec, stop_all
 from rlx.cluster.progress import Progress
 from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir
 from rlx.cluster.supervisor import Outcome, Supervisor
-from rlx.config.load import dump_config
+from rlx.config.load import ConfigError, dump_config
 from rlx.config.schema import Config
 from rlx.obs.log import last_phase
 from rlx.rollout.server import engine_command
@@ -56,7 +57,8 @@ def run_local(config: Config, programs: Programs = Programs()) -> int:
     """Run the whole job here and report on stdout and stderr. Must be called in the main thread.
 
     Returns 0 when the training is done, 1 after a failure (its cause is in the last lines of stderr), 128 + N after
-    signal N. Raises ValueError, with nothing started, when the run folder cannot be used. No process outlives it.
+    signal N. Raises ConfigError, with nothing started, when the run folder or an engine's
+    settings cannot be used. No process outlives it.
     """
     with open_run_dir(config) as run_dir, Interrupts() as interrupts:
         (run_dir / "config.yaml").write_text(dump_config(config))
@@ -107,7 +109,7 @@ class Launch:
     def run(self) -> Outcome:
         """Start everything and watch until it is over; trainers that found their port taken are started again."""
         self._parent_pipe = self._open.enter_context(_pipe())
-        engine_commands = [self._programs.engine(self._config, index, self._parent_pipe) for index in range(self._num_engines)]
+        engine_commands = self._engine_commands()
         log = log_path(self._run_dir, "trainer", 0)
         self._guard = Guard(launch_id=self._id, launcher_pid=os.getpid(), log=log, env=self._guard_env())
         self._open.callback(self._guard.dismiss)
@@ -136,7 +138,7 @@ class Launch:
         return left
 
     def _run_trainers(self, start: EngineStart | None) -> Outcome:
-        port = _free_port()
+        port = free_port()
         self._trainers = []
         for rank in range(self._config.num_trainer_ranks):
             self._trainers.append(self._spawn_trainer(rank, port))
@@ -162,6 +164,13 @@ class Launch:
         logs = [trainer.log_text() for trainer in self._trainers]
         return any(is_port_taken(log) for log in logs) and all(last_phase(log).step < 0 for log in logs)
 
+    def _engine_commands(self) -> list[Sequence[str]]:
+        """Raises ConfigError for settings that no engine can be started with."""
+        try:
+            return [self._programs.engine(self._config, index, self._parent_pipe) for index in range(self._num_engines)]
+        except ValueError as error:
+            raise ConfigError([str(error)]) from error
+
     def _spawn_trainer(self, rank: int, port: int) -> Child:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._config.num_trainer_ranks, "MASTER_PORT": port}
         env = self._env | {name: str(number) for name, number in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
@@ -184,7 +193,7 @@ def child_environment(config: Config, launch_id: str, *, num_engines: int) -> di
 
     Thread counts: ``cluster.threads_per_rank``, else what the environment already says, else cores / processes.
     """
-    env = dict(os.environ)
+    env = QUIET | dict(os.environ)
     num_processes = config.num_trainer_ranks + num_engines
     share = max(1, len(os.sched_getaffinity(0)) // num_processes)
     for name in _THREAD_VARIABLES:
@@ -226,7 +235,7 @@ def _pipe() -> Iterator[int]:
         os.close(reading)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody listens on now. It may be taken before it is used: see ``Launch.run``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlx.config.load import ConfigError
 from rlx.config.schema import Config
 
 ENDPOINTS = "engines.json"
@@ -21,16 +22,18 @@ def log_path(run_dir: Path, role: str, rank: int) -> Path:
 
 
 def check_run_dir(config: Config) -> None:
-    """Change nothing; ValueError when the folder holds a run that this launch would write over or mix with."""
+    """Change nothing; ConfigError when the folder holds a run that this launch would write over or mix with."""
     run_dir = Path(config.run.dir)
     if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run.dir: {run_dir} is a file; name a folder")
+        raise ConfigError([f"run.dir: {run_dir} is a file; name a folder"])
     if config.run.overwrite and config.run.resume == "auto":
-        raise ValueError("run.overwrite=true removes what run.resume=auto would go on from; choose one")
+        raise ConfigError(["run.overwrite=true removes what run.resume=auto would go on from; choose one"])
     if config.run.resume == "never" and not config.run.overwrite and (run_dir / "metrics.jsonl").exists():
-        raise ValueError(
-            f"run.dir: {run_dir} already holds a run (metrics.jsonl); take another run.dir,"
-            " go on from its newest checkpoint with run.resume=auto, or replace it with run.overwrite=true"
+        raise ConfigError(
+            [
+                f"run.dir: {run_dir} already holds a run (metrics.jsonl); take another run.dir,"
+                " go on from its newest checkpoint with run.resume=auto, or replace it with run.overwrite=true"
+            ]
         )
 
 
@@ -38,7 +41,7 @@ def check_run_dir(config: Config) -> None:
 def open_run_dir(config: Config) -> Iterator[Path]:
     """Make the folder, keep other launchers out until the end, remove an old run where asked to.
 
-    Yields its absolute path. ValueError as ``check_run_dir``, or when another launcher is at work there.
+    Yields its absolute path. ConfigError as ``check_run_dir``, or when another launcher is at work there.
     """
     check_run_dir(config)
     run_dir = Path(config.run.dir).resolve()
@@ -47,12 +50,14 @@ def open_run_dir(config: Config) -> Iterator[Path]:
         # A lock on an open file goes with its process, however that ends.
         lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ValueError(f"run.dir: cannot write to {run_dir}: {error.strerror or error}") from error
+        raise ConfigError([f"run.dir: cannot write to {run_dir}: {error.strerror or error}"]) from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"run.dir: another launcher is at work in {run_dir}; wait for it or take another run.dir") from None
+            raise ConfigError(
+                [f"run.dir: another launcher is at work in {run_dir}; wait for it or take another run.dir"]
+            ) from None
         if config.run.overwrite:
             for name in _OURS:
                 _remove(run_dir / name)

@@ -91,13 +91,16 @@ class Supervisor:
     def _settle(self, leave_timeout_s: float) -> Outcome:
         """Give the others a moment to say how they failed; one of them may have been first."""
         deadline = time.monotonic() + _SETTLE_S
-        num_children = len(self._trainers) + len(self._engines)
-        while time.monotonic() < deadline and len(self._exits) < num_children and not self._interrupted():
+        while time.monotonic() < deadline and not self._is_settled() and not self._interrupted():
             time.sleep(_POLL_S)
             self._look()
         causes = self._causes() or self._overdue(leave_timeout_s)
         self._tick()
         return Outcome(cause=first_cause(causes))
+
+    def _is_settled(self) -> bool:
+        """All trainers ended and one of the causes explains the others; engines outlive trainers without complaint."""
+        return all(trainer in self._exits for trainer in self._trainers) and any(not c.consequence for c in self._causes())
 
     def _causes(self) -> list[Cause]:
         causes = [cause_of(self._ended(child, seen)) for child, seen in self._exits.items() if self._is_failure(child, seen)]

@@ -1,0 +1,37 @@
+"""A launcher of dummies: ``dummy_launch.py RUN_DIR BEHAVIOURS_JSON [ENGINE_BEHAVIOUR [key=value ...]]``."""
+
+import json
+import sys
+from pathlib import Path
+
+import rlx.cluster.local as local
+from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig
+
+CHILD = str(Path(__file__).with_name("dummy_child.py"))
+
+
+def main() -> int:
+    run_dir, behaviours, engine = sys.argv[1], sys.argv[2], sys.argv[3]
+    settings = dict(word.split("=", 1) for word in sys.argv[4:])
+    config = Config(
+        model=ModelConfig(path="nowhere"),
+        data=DataConfig(train="nothing.jsonl"),
+        reward=RewardConfig(name="exact"),
+        run=RunConfig(dir=run_dir, steps=4, failure_timeout_s=float(settings.get("failure_timeout_s", 60))),
+        cluster=ClusterConfig(num_trainer_ranks=len(json.loads(behaviours)), threads_per_rank=1),
+        rollout=RolloutConfig(
+            num_engines=int(engine != "none"), start_timeout_s=2.0, endpoints=["http://x"] * (engine == "none")
+        ),
+    )
+    if "taken_port" in settings:
+        ports, free_port = [int(settings["taken_port"])] * int(settings.get("times", 1)), local.free_port
+        local.free_port = lambda: ports.pop() if ports else free_port()
+    programs = local.Programs(
+        trainer=lambda run_dir, file, pipe: [sys.executable, CHILD, "trainer", str(run_dir), str(file), str(pipe), behaviours],
+        engine=lambda config, index, pipe: [sys.executable, CHILD, "engine", str(pipe), engine],
+    )
+    return local.run_local(config, programs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""Whole launches with dummy children: how they end, what they say, and that nothing remains."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+MARK = "DUMMY_RUN"
+
+
+class Run:
+    """One launcher as a process. ``finish`` returns its status; output is in ``out`` and ``err``."""
+
+    def __init__(self, run_dir: Path, behaviours: dict[str, str], engine: str = "none", *settings: str) -> None:
+        self.dir = run_dir
+        program = [sys.executable, str(HERE / "dummy_launch.py"), str(run_dir), json.dumps(behaviours), engine, *settings]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: str(run_dir)}
+        self.out_path, self.err_path = run_dir.with_suffix(".out"), run_dir.with_suffix(".err")
+        with self.out_path.open("w") as out, self.err_path.open("w") as err:
+            self.process = subprocess.Popen(program, stdout=out, stderr=err, env=env, start_new_session=True)
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 30
+        metrics = self.dir / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) <= step:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.err
+            time.sleep(0.02)
+
+    def finish(self, limit_s: float = 20) -> int:
+        return self.process.wait(limit_s)
+
+    @property
+    def out(self) -> str:
+        return self.out_path.read_text()
+
+    @property
+    def err(self) -> str:
+        return self.err_path.read_text()
+
+    @property
+    def last_lines(self) -> list[str]:
+        return self.err.splitlines()[-3:]
+
+    def members(self) -> list[psutil.Process]:
+        """Every living process that inherited the launcher's environment, the launcher included."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == str(self.dir):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def wait_until_gone(self, limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while left := self.members():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+
+    def child(self, role: str, rank: int) -> psutil.Process:
+        """The process whose log that is."""
+        log = f"{self.dir}/logs/{role}-{rank}.log"
+        return next(p for p in psutil.Process(self.process.pid).children() if os.readlink(f"/proc/{p.pid}/fd/1") == log)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[object]:
+    runs: list[Run] = []
+
+    def start(*args: object) -> Run:
+        runs.append(Run(tmp_path / f"run{len(runs)}", *args))  # type: ignore[arg-type]
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        for process in run.members():
+            process.kill()
+        run.process.kill()
+        run.process.wait()
+
+
+def grandchild_ports(run: Run) -> list[int]:
+    return [int((run.dir / f"{name}.port").read_text()) for name in ("inner", "outer")]
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_done(launch) -> None:
+    run = launch({"0": "done 4", "1": "done 4"}, "ok")
+    assert run.finish() == 0, run.err
+    assert re.search(r"step 3/4  reward \+0\.3000  kl 0\.01000  s/step 0\.10  tokens/s 50", run.out)
+    assert "rlx: mean reward: +0.1500 over the first 4 steps, +0.1500 over the last 4" in run.out
+    assert "4 steps" in run.out and "20 tokens" in run.out and run.err == ""
+    [url] = json.loads((run.dir / "engines.json").read_text())
+    assert not is_listening(int(url.rpartition(":")[2]))
+    assert "model:\n  path: nowhere" in (run.dir / "config.yaml").read_text()
+    assert run.members() == []
+
+
+def test_killed_rank_is_named_and_nothing_remains(launch) -> None:
+    run = launch({"0": "done 999 grandchildren stubborn", "1": "kill 2"}, "ok")
+    began = time.monotonic()
+    assert run.finish() == 1
+    assert time.monotonic() - began < 12
+    assert run.last_lines == [
+        'rlx: FAILED trainer rank 1 in phase "update policy" of step 2',
+        "rlx: cause: killed by signal 9 (SIGKILL)",
+        f"rlx: logs: {run.dir}/logs/trainer-1.log",
+    ]
+    assert run.members() == [] and not any(map(is_listening, grandchild_ports(run)))
+
+
+def test_exception_is_quoted_from_its_own_log(launch) -> None:
+    run = launch({"0": "done 999", "1": "raise 1", "2": "done 999"})
+    assert run.finish() == 1
+    assert run.last_lines[:2] == [
+        'rlx: FAILED trainer rank 1 in phase "update policy" of step 1',
+        "rlx: cause: ValueError: odd 'shape' | second line",
+    ]
+    assert run.members() == []
+
+
+def test_silent_exit_shows_the_log(launch) -> None:
+    run = launch({"0": "exit 1"})
+    assert run.finish() == 1
+    assert run.last_lines[:2] == [
+        'rlx: FAILED trainer rank 0 in phase "update policy" of step 1',
+        "rlx: cause: exited with status 7",
+    ]
+    assert "trainer-0 PHASE step=1 update policy" in run.err
+
+
+def test_engine_that_leaves_early(launch) -> None:
+    run = launch({"0": "done 999"}, "exit 1.5")
+    assert run.finish() == 1
+    assert re.fullmatch(r'rlx: FAILED engine rank 0 in phase "update policy" of step \d+', run.last_lines[0])
+    assert run.last_lines[1] == "rlx: cause: exited with status 0 before the training was done"
+
+
+@pytest.mark.parametrize("engine", ["silent", "unhealthy"])
+def test_engine_never_healthy(launch, engine: str) -> None:
+    run = launch({"0": "done 999"}, engine)
+    assert run.finish() == 1
+    assert run.last_lines[0] == 'rlx: FAILED engine rank 0 in phase "start engine" before the first step'
+    assert re.search("reported no port within 2 s" if engine == "silent" else "not healthy within .* HTTP 503", run.last_lines[1])
+    assert "loading dummy weights of 17 tensors" in run.err
+    assert run.members() == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt(launch, number: int, status: int) -> None:
+    run = launch({"0": "done 999 grandchildren", "1": "done 999"}, "ok")
+    run.wait_for_step(1)
+    run.process.send_signal(number)
+    assert run.finish(8) == status
+    assert f"stopped 2 trainer rank(s) and 1 engine(s); run folder: {run.dir}" in run.last_lines[-1]
+    assert run.members() == [] and not any(map(is_listening, grandchild_ports(run)))
+
+
+def test_second_interrupt_kills_at_once(launch) -> None:
+    run = launch({"0": "done 999 stubborn"})
+    run.wait_for_step(1)
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.6)
+    assert run.process.poll() is None
+    began = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish(8) == 130
+    assert time.monotonic() - began < 1.5
+    assert run.members() == []
+
+
+@pytest.mark.parametrize("kind", ["", "deaf stubborn"])
+def test_killed_launcher_leaves_nothing(launch, kind: str) -> None:
+    """``deaf`` ranks do not watch the pipe: the guard ends them."""
+    run = launch({"0": f"done 999 grandchildren {kind}", "1": f"done 999 {kind}"}, "ok")
+    run.wait_for_step(1)
+    [url] = json.loads((run.dir / "engines.json").read_text())
+    run.process.kill()
+    run.wait_until_gone(12)
+    assert not any(map(is_listening, [int(url.rpartition(":")[2]), *grandchild_ports(run)]))
+    assert re.fullmatch(
+        rf'rlx: FAILED launcher \(pid {run.process.pid}\) died while trainer rank 0 was in phase "update policy" of step \d+',
+        run.last_lines[0],
+    )
+    assert "all its processes were ended" in run.last_lines[1]
+
+
+def test_stopped_child_is_ended_too(launch) -> None:
+    """A process under SIGSTOP does not act on SIGTERM."""
+    run = launch({"0": "done 999", "1": "done 999"})
+    run.wait_for_step(1)
+    run.child("trainer", 0).suspend()
+    run.child("trainer", 1).kill()
+    assert run.finish(12) == 1
+    assert run.last_lines[0].startswith('rlx: FAILED trainer rank 1 in phase "update policy" of step ')
+    assert run.members() == []
+
+
+def test_trainer_that_hangs_after_the_others_are_done(launch) -> None:
+    run = launch({"0": "done 1", "1": "done 1", "2": "done 999"}, "none", "failure_timeout_s=1")
+    # Ranks 0 and 1 leave; rank 2 sees rank 0 close its connection, which is only a consequence when nothing else failed.
+    assert run.finish() == 1
+    assert run.last_lines[0].startswith('rlx: FAILED trainer rank 2 in phase "update policy" of step')
+
+
+@pytest.mark.parametrize(("times", "status"), [(2, 0), (3, 1)])
+def test_taken_port_is_retried_twice(launch, times: int, status: int) -> None:
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        run = launch({"0": "done 2"}, "ok", f"taken_port={stranger.getsockname()[1]}", f"times={times}")
+        assert run.finish() == status, run.err
+    assert run.out.count("port was taken by another program") == 2
+    if status:
+        assert "Address already in use" in run.last_lines[1]

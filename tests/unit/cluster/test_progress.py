@@ -1,0 +1,55 @@
+"""Following the files of a run."""
+
+import io
+import json
+from pathlib import Path
+
+from rlx.cluster.progress import Progress, Tail
+
+
+def test_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    tail = Tail(path, skip_old=True)
+    assert tail.lines() == []
+    with path.open("a", buffering=1) as file:
+        seen = []
+        for piece in ("on", "e\ntw", "o\n", "", "three\nfour"):
+            file.write(piece)
+            file.flush()
+            seen.append(tail.lines())
+    assert seen == [[], ["one"], ["two"], [], ["three"]]
+
+
+def test_tail_skips_old_rows_and_follows_a_cut_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_text("1\n2\n3\n4\n")
+    tail = Tail(path, skip_old=True)
+    assert tail.lines() == []
+    path.write_text("1\n2\n")  # a resumed run drops what came after its checkpoint
+    assert tail.lines() == []
+    with path.open("a") as file:
+        file.write("3'\n")
+    assert tail.lines() == ["3'"]
+
+
+def test_steps_phases_and_summary(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    out = io.StringIO()
+    progress = Progress(tmp_path, total_steps=7, out=out)
+    (tmp_path / "logs" / "trainer-0.log").write_text(
+        "2026-01-01T00:00:00.000 trainer-0 PHASE step=-1 load model\nloss of phase\n"
+        "2026-01-01T00:00:01.000 trainer-0 PHASE step=1 roll out\n"
+    )
+    rewards = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.9]
+    rows = [{"step": i, "reward/mean": r, "perf/step_s": 2.0, "perf/tokens_per_s": 10.5} for i, r in enumerate(rewards, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "rew')
+    progress.close()
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "rlx: load model"
+    assert lines[1] == "step 1/7  reward +0.1000  s/step 2.00  tokens/s 10" and len(lines) == 8
+    summary = progress.summary()
+    assert "7 steps" in summary and "147 tokens" in summary
+    assert "+0.3000 over the first 5 steps, +0.5400 over the last 5" in summary
+    assert "model:" not in summary
+    (tmp_path / "hf").mkdir()
+    assert f"model: {tmp_path / 'hf'}" in progress.summary()

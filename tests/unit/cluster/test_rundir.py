@@ -1,0 +1,70 @@
+"""Which run folders a launch accepts, and what it leaves of an old run."""
+
+from pathlib import Path
+
+import pytest
+
+from rlx.cluster.rundir import check_run_dir, open_run_dir
+from rlx.config.load import ConfigError
+from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RunConfig
+
+
+def config_for(run_dir: Path, **run: object) -> Config:
+    return Config(
+        model=ModelConfig(path="m"),
+        data=DataConfig(train="t.jsonl"),
+        reward=RewardConfig(name="exact"),
+        run=RunConfig(dir=str(run_dir), **run),  # type: ignore[arg-type]
+    )
+
+
+def old_run(run_dir: Path) -> Path:
+    for name in ("checkpoints/step-000003/model.bin", "hf/config.json", "logs/trainer-0.log", "metrics.jsonl", "notes.txt"):
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text("old")
+    return run_dir
+
+
+def test_old_run_is_refused_untouched(tmp_path: Path) -> None:
+    run_dir = old_run(tmp_path / "run")
+    before = sorted(run_dir.rglob("*"))
+    with (
+        pytest.raises(ConfigError, match=r"run\.dir: .*run\.resume=auto.*run\.overwrite=true"),
+        open_run_dir(config_for(run_dir)),
+    ):
+        pass
+    assert sorted(run_dir.rglob("*")) == before
+
+
+def test_resume_keeps_everything_but_stale_endpoints(tmp_path: Path) -> None:
+    run_dir = old_run(tmp_path / "run")
+    (run_dir / "engines.json").write_text('["http://127.0.0.1:1"]')
+    with open_run_dir(config_for(run_dir, resume="auto")) as opened:
+        assert opened == run_dir
+    assert (run_dir / "checkpoints/step-000003/model.bin").read_text() == "old" and (run_dir / "hf").is_dir()
+    assert not (run_dir / "engines.json").exists()
+
+
+def test_overwrite_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    run_dir = old_run(tmp_path / "run")
+    with open_run_dir(config_for(run_dir, overwrite=True)):
+        left = sorted(path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*"))
+    assert left == [".lock", "logs", "notes.txt"]
+
+
+def test_contradiction_and_file_in_the_way(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="choose one"):
+        check_run_dir(config_for(tmp_path, overwrite=True, resume="auto"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        check_run_dir(config_for(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="cannot write"), open_run_dir(config_for(Path("/proc/nowhere/run"))):
+        pass
+
+
+def test_two_launchers_do_not_share_a_folder(tmp_path: Path) -> None:
+    config = config_for(tmp_path / "run")
+    with open_run_dir(config), pytest.raises(ConfigError, match="another launcher is at work"), open_run_dir(config):
+        pass
+    with open_run_dir(config):
+        pass
