@@ -1,0 +1,23 @@
+"""What all tests share: one thread a process, and a fresh seed that a failure shows."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import pytest
+from hypothesis import settings
+
+# Before torch is imported anywhere: the tests start many processes on few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("rlx", deadline=None, max_examples=60)
+settings.load_profile("rlx")
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh random seed; a failing test's output names it, and RLX_TEST_SEED=N brings it back."""
+    value = int(os.environ.get("RLX_TEST_SEED", secrets.randbelow(2**31)))
+    print(f"RLX_TEST_SEED={value}")
+    return value

@@ -1,0 +1,306 @@
+"""The house rules, read from the source: layers, fences, budgets. Each rule is shown to bite.
+
+A rule is a function from one ``Source`` to complaints; ``RULES`` runs on every file, and the synthetic sources at the end
+prove each of them. An exception stands in a table here, with its reason, and must still be needed.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What each package may import of its siblings. Lower rows only.
+LEVELS = [
+    {"cli"},
+    {"cluster"},
+    {"trainer"},
+    {"sync"},
+    {"models", "rollout", "parallel"},
+    {"algos", "data", "rewards"},
+    {"config", "obs"},
+    {"types"},
+]
+SIBLINGS = {
+    ("models", "parallel"): "models are built from parallel's process groups and layouts",
+    ("obs", "config"): "trackers are chosen by the configuration",
+}
+THIRD_PARTY = {
+    "megatron": {"parallel", "models"},
+    "transformer_engine": {"parallel", "models"},
+    "apex": {"parallel", "models"},
+    "sglang": {"rollout"},
+    "ray": {"cluster"},
+    "wandb": {"obs"},
+    "tensorboard": {"obs"},
+    "torch.utils.tensorboard": {"obs"},
+}
+OUTSIDE = ("converters", "launch", "tests", "setup")
+TORCH_FREE = ("torch", "transformers", "megatron", "rlx.types")
+PARALLEL_STATE_HOME = "rlx/parallel/context.py"
+ENVIRONMENT_HOMES = {"config", "cluster"}
+ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 6
+
+LATE_IMPORTS = {
+    "rlx/obs/trackers.py:__init__": "wandb is an extra, and TensorBoard takes a second to import; both only when asked for",
+    "rlx/parallel/cpu_backend.py:_answer_megatron": "must run after the torch patches above it: Megatron reads them on import",
+}
+OVER_BUDGET: dict[str, str] = {}
+
+TOP_FOLDERS = {"rlx", "configs", "launch", "converters", "tests", "docs"}
+TOP_FILES = {"Dockerfile", "setup.py", "README.md", "LICENSE", "Makefile", "pyproject.toml"}
+# Made by running things here; git ignores them.
+TOP_LEVEL_MADE = {"rlx.egg-info", "runs", "build", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file: its path from the root, and its text."""
+
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def package(self) -> str:
+        """The package below rlx ("types" for rlx/types.py, "" for rlx/__init__.py); the top folder elsewhere."""
+        parts = Path(self.path).with_suffix("").parts
+        if parts[0] != "rlx":
+            return parts[0]
+        return "" if parts[1] == "__init__" else parts[1]
+
+    @property
+    def in_rlx(self) -> bool:
+        return self.path.startswith("rlx/")
+
+    def imports(self) -> Iterator[str]:
+        """Every imported module, and every ``module.name`` of a from-import, with relative ones made absolute."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                if node.level:
+                    above = Path(self.path).parts[: -node.level]
+                    base = ".".join((*above, base)).rstrip(".")
+                yield base
+                yield from (f"{base}.{alias.name}" for alias in node.names)
+
+    def functions(self) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+        yield from (node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def _is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def _level(package: str) -> int | None:
+    return next((number for number, level in enumerate(LEVELS) if package in level), None)
+
+
+def layers(source: Source) -> Iterator[str]:
+    """Imports inside rlx point to lower rows, to the own package, or along a listed sibling pair."""
+    if not source.in_rlx or not source.package:
+        return
+    own = _level(source.package)
+    if own is None:
+        yield f"package {source.package} has no level; give it one in LEVELS"
+        return
+    for target in {name.split(".")[1] for name in source.imports() if name.startswith("rlx.")}:
+        level = _level(target)
+        allowed = target == source.package or (source.package, target) in SIBLINGS or (level is not None and level > own)
+        if not allowed and level is not None:
+            yield f"{source.package} must not import {target}"
+
+
+def outside(source: Source) -> Iterator[str]:
+    """rlx never imports what stands beside it."""
+    if source.in_rlx:
+        yield from (f"imports {name}" for name in source.imports() for top in OUTSIDE if _is_within(name, top))
+
+
+def third_party(source: Source) -> Iterator[str]:
+    """Each heavy dependency has its packages; converters may use Megatron too."""
+    for name in source.imports():
+        for dependency, homes in THIRD_PARTY.items():
+            if dependency == "megatron" and source.package == "converters":
+                continue
+            if _is_within(name, dependency) and source.package not in homes:
+                yield f"imports {name}; {dependency} belongs to {', '.join(sorted(homes))}"
+
+
+def parallel_state(source: Source) -> Iterator[str]:
+    """Megatron's globals have one home."""
+    if source.path == PARALLEL_STATE_HOME:
+        return
+    banned = ("megatron.core.parallel_state", "megatron.core.mpu")
+    yield from (f"imports {name}" for name in source.imports() if any(_is_within(name, ban) for ban in banned))
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in banned:
+            yield f"uses {ast.unparse(node)}"
+
+
+def environment(source: Source) -> Iterator[str]:
+    """Only config and cluster look at environment variables."""
+    if not source.in_rlx or source.package in ENVIRONMENT_HOMES:
+        return
+    yield from (f"imports {name}" for name in source.imports() if name in {f"os.{item}" for item in ENVIRONMENT_NAMES})
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT_NAMES and ast.unparse(node.value) == "os":
+            yield f"uses os.{node.attr}"
+
+
+def torch_free_config(source: Source) -> Iterator[str]:
+    """The configuration is read by processes that must start in no time."""
+    if source.in_rlx and source.package == "config":
+        yield from (f"imports {name}" for name in source.imports() for ban in TORCH_FREE if _is_within(name, ban))
+
+
+def no_utils(source: Source) -> Iterator[str]:
+    """A name that says nothing collects everything."""
+    if any(Path(part).stem in {"utils", "util", "helpers", "misc"} for part in Path(source.path).parts):
+        yield "is called utils, or as little"
+
+
+def late_imports(source: Source) -> Iterator[str]:
+    """An import inside a function hides a cycle or a cost; each needs a reason."""
+    for function in source.functions():
+        late = [node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)]
+        if late and f"{source.path}:{function.name}" not in LATE_IMPORTS:
+            yield f"{function.name} imports inside: {ast.unparse(late[0])}"
+
+
+def budgets(source: Source) -> Iterator[str]:
+    """Files, functions and parameter lists that a reader can hold in mind."""
+    lines = source.text.count("\n")
+    if lines > MAX_FILE_LINES and source.path not in OVER_BUDGET:
+        yield f"has {lines} lines, more than {MAX_FILE_LINES}"
+    for function in source.functions():
+        if f"{source.path}:{function.name}" in OVER_BUDGET:
+            continue
+        length = (function.end_lineno or 0) - function.lineno + 1
+        if length > MAX_FUNCTION_LINES:
+            yield f"{function.name} has {length} lines, more than {MAX_FUNCTION_LINES}"
+        spec = function.args
+        names = [argument.arg for argument in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)]
+        count = len([name for name in names if name not in ("self", "cls")])
+        if count > MAX_PARAMETERS:
+            yield f"{function.name} has {count} parameters, more than {MAX_PARAMETERS}"
+
+
+def unknown_top_level(names: set[str]) -> set[str]:
+    """Visible names at the top that have no place there."""
+    return {name for name in names if not name.startswith(".")} - TOP_FOLDERS - TOP_FILES - TOP_LEVEL_MADE
+
+
+def unmapped_packages(packages: set[str], readme: str) -> set[str]:
+    """Packages that the README's file map does not mention as ``rlx/NAME/``."""
+    return {package for package in packages if f"rlx/{package}/" not in readme}
+
+
+Rule = Callable[[Source], Iterator[str]]
+RULES: list[Rule] = [
+    layers, outside, third_party, parallel_state, environment, torch_free_config, no_utils, late_imports, budgets
+]  # fmt: skip
+PRODUCT = ("rlx", "converters", "launch")
+
+
+def product_sources() -> list[Source]:
+    paths = [path for top in PRODUCT for path in sorted((ROOT / top).rglob("*.py"))]
+    return [Source(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_product_keeps_the_rule(rule: Rule) -> None:
+    complaints = [f"{source.path}: {complaint}" for source in product_sources() for complaint in rule(source)]
+    assert not complaints, "\n".join(complaints)
+
+
+def test_exceptions_are_still_needed() -> None:
+    sources = {source.path: source for source in product_sources()}
+    for place, reason in LATE_IMPORTS.items():
+        path, _, name = place.partition(":")
+        named = [function for function in sources[path].functions() if function.name == name]
+        assert reason
+        assert any(isinstance(node, ast.Import | ast.ImportFrom) for function in named for node in ast.walk(function)), place
+    assert all(reason and place.partition(":")[0] in sources for place, reason in OVER_BUDGET.items())
+
+
+def test_top_level_holds_nothing_else() -> None:
+    assert not unknown_top_level({path.name for path in ROOT.iterdir()})
+
+
+def test_readme_maps_every_package() -> None:
+    packages = {path.parent.name for path in (ROOT / "rlx").glob("*/__init__.py")}
+    assert not unmapped_packages(packages, (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+BITES: list[tuple[Rule, str, str]] = [
+    (layers, "rlx/data/a.py", "from rlx.rewards.base import Verifier"),
+    (layers, "rlx/parallel/a.py", "import rlx.models.build"),
+    (layers, "rlx/rollout/a.py", "from rlx import parallel"),
+    (layers, "rlx/config/a.py", "from rlx.obs.log import logger"),
+    (layers, "rlx/algos/a.py", "from ..trainer import ppo"),
+    (layers, "rlx/types.py", "from rlx.config import schema"),
+    (layers, "rlx/fresh/a.py", "x = 1"),
+    (outside, "rlx/models/a.py", "from converters.cli import main"),
+    (outside, "rlx/models/a.py", "import tests.helpers"),
+    (third_party, "rlx/trainer/a.py", "from megatron.core import tensor_parallel"),
+    (third_party, "rlx/sync/a.py", "def f():\n    import sglang"),
+    (third_party, "converters/a.py", "import ray"),
+    (third_party, "rlx/trainer/a.py", "from torch.utils.tensorboard import SummaryWriter"),
+    (third_party, "rlx/trainer/a.py", "from torch.utils import tensorboard"),
+    (parallel_state, "rlx/parallel/a.py", "from megatron.core import parallel_state"),
+    (parallel_state, "rlx/models/a.py", "from megatron.core.parallel_state import get_tensor_model_parallel_rank"),
+    (parallel_state, "rlx/models/a.py", "import megatron.core\nx = megatron.core.parallel_state.f()"),
+    (environment, "rlx/trainer/a.py", "import os\nos.environ['A'] = '1'"),
+    (environment, "rlx/types.py", "import os\nx = os.getenv('A')"),
+    (environment, "rlx/cli/a.py", "from os import environ"),
+    (torch_free_config, "rlx/config/a.py", "from torch import nn"),
+    (torch_free_config, "rlx/config/a.py", "from rlx.types import ParallelDims"),
+    (no_utils, "rlx/utils/a.py", ""),
+    (no_utils, "rlx/data/utils.py", ""),
+    (late_imports, "rlx/data/a.py", "class A:\n    async def f(self):\n        from json import loads"),
+    (budgets, "rlx/data/a.py", "x = 1\n" * 401),
+    (budgets, "rlx/data/a.py", "def f():\n" + "    x = 1\n" * 60),
+    (budgets, "rlx/data/a.py", "class A:\n    def f(self, a, b, c, /, d, e, *, g, h=1): pass"),
+]
+PASSES: list[tuple[Rule, str, str]] = [
+    (layers, "rlx/models/a.py", "from rlx.parallel.context import x\nfrom rlx.types import y\nfrom rlx.models.b import z"),
+    (layers, "rlx/obs/a.py", "from rlx.config.schema import Config"),
+    (layers, "rlx/data/a.py", "from rlx import __version__"),
+    (third_party, "converters/a.py", "import megatron.core"),
+    (third_party, "rlx/parallel/a.py", "from megatron.core import tensor_parallel\nimport rayon"),
+    (parallel_state, PARALLEL_STATE_HOME, "from megatron.core import parallel_state"),
+    (environment, "rlx/cluster/a.py", "import os\nos.environ['A'] = '1'"),
+    (torch_free_config, "rlx/config/a.py", "import yaml\nimport torchlike"),
+    (late_imports, "rlx/data/a.py", "import json\ndef f(): return json"),
+    (budgets, "rlx/data/a.py", "class A:\n    def f(self, a, b, c, d, e, *, g): pass\n" + "x = 1\n" * 398),
+    (budgets, "rlx/data/a.py", "def f():\n" + "    x = 1\n" * 59),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), BITES)
+def test_rule_bites(rule: Rule, path: str, text: str) -> None:
+    assert list(rule(Source(path, text)))
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), PASSES)
+def test_rule_lets_good_code_pass(rule: Rule, path: str, text: str) -> None:
+    assert list(rule(Source(path, text))) == []
+
+
+def test_top_level_and_readme_rules_bite() -> None:
+    assert unknown_top_level({"rlx", ".ci", "scripts", "README.md"}) == {"scripts"}
+    assert unmapped_packages({"data", "sync"}, "rlx/data/  prompts") == {"sync"}
