@@ -1,0 +1,118 @@
+"""Each invariant of ``rlx.data.plan``, on random batches and layouts."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlx.data.plan import plan_batch, round_up
+from rlx.types import BatchPlan, ParallelDims
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> ParallelDims:
+    tp, cp, pp = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3]))
+    vpp = draw(st.sampled_from([1, 2])) if pp > 1 else 1
+    dp = draw(st.integers(1, 5))
+    return ParallelDims(
+        world_size=tp * cp * pp * dp, tp=tp, cp=cp, pp=pp, vpp=vpp, sequence_parallel=tp > 1 and draw(st.booleans())
+    )
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[int], list[int], int, int]:
+    """lengths, loss tokens, mini-batches, token budget (never below the longest sample)."""
+    lengths = draw(st.lists(st.integers(2, 60), min_size=1, max_size=40))
+    loss_tokens = [draw(st.integers(1, length - 1)) for length in lengths]
+    return lengths, loss_tokens, draw(st.integers(1, 5)), max(lengths) + draw(st.integers(0, 150))
+
+
+def plan_of(batch: tuple[list[int], list[int], int, int], dims: ParallelDims) -> BatchPlan:
+    lengths, loss_tokens, num_mini_batches, max_tokens = batch
+    return plan_batch(lengths, loss_tokens, dims=dims, num_mini_batches=num_mini_batches, max_tokens=max_tokens)
+
+
+def members(plan: BatchPlan) -> list[list[int]]:
+    return [sorted(i for rank in mini.micro_batches for micro in rank for i in micro) for mini in plan.mini_batches]
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), layouts())
+def test_every_sample_exactly_once(batch: tuple[list[int], list[int], int, int], dims: ParallelDims) -> None:
+    found = Counter(index for mini in members(plan_of(batch, dims)) for index in mini)
+    assert found == Counter(range(len(batch[0])))
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), layouts())
+def test_ranks_have_equally_many_micro_batches(batch: tuple[list[int], list[int], int, int], dims: ParallelDims) -> None:
+    for mini in plan_of(batch, dims).mini_batches:
+        assert len(mini.micro_batches) == dims.dp
+        assert {len(rank) for rank in mini.micro_batches} == {mini.num_micro_batches}
+        assert mini.num_micro_batches >= 1
+        assert dims.vpp == 1 or mini.num_micro_batches % dims.pp == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), layouts())
+def test_micro_batches_keep_to_the_budget(batch: tuple[list[int], list[int], int, int], dims: ParallelDims) -> None:
+    for mini in plan_of(batch, dims).mini_batches:
+        for micro in (micro for rank in mini.micro_batches for micro in rank if len(micro) > 1):
+            padded = sum(round_up(batch[0][index], dims.sequence_multiple) for index in micro)
+            assert round_up(padded, dims.pack_multiple) <= batch[3]
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), layouts(), layouts())
+def test_mini_batches_do_not_depend_on_the_layout(
+    batch: tuple[list[int], list[int], int, int], dims: ParallelDims, other: ParallelDims
+) -> None:
+    found = members(plan_of(batch, dims))
+    assert found == members(plan_of(batch, other))
+    assert [index for mini in found for index in mini] == list(range(len(batch[0])))
+    sizes = [len(mini) for mini in found]
+    assert len(sizes) == min(batch[2], len(batch[0])) and max(sizes) - min(sizes) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), layouts())
+def test_ranks_are_balanced(batch: tuple[list[int], list[int], int, int], dims: ParallelDims) -> None:
+    for mini, indices in zip(plan_of(batch, dims).mini_batches, members(plan_of(batch, dims)), strict=True):
+        padded = {index: round_up(batch[0][index], dims.sequence_multiple) for index in indices}
+        loads = [sum(padded[index] for micro in rank for index in micro) for rank in mini.micro_batches]
+        assert max(loads) - min(loads) <= max(padded.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(batches(), layouts())
+def test_counts_and_determinism(batch: tuple[list[int], list[int], int, int], dims: ParallelDims) -> None:
+    plan = plan_of(batch, dims)
+    assert plan == plan_of(batch, dims)
+    for mini, indices in zip(plan.mini_batches, members(plan), strict=True):
+        assert mini.num_sequences == len(indices)
+        assert mini.num_loss_tokens == sum(batch[1][index] for index in indices)
+
+
+def test_fewer_samples_than_ranks() -> None:
+    plan = plan_batch([5, 9], [2, 3], dims=ParallelDims(world_size=4), num_mini_batches=1, max_tokens=16)
+    (mini,) = plan.mini_batches
+    assert sorted(mini.micro_batches) == [((),), ((),), ((0,),), ((1,),)]
+
+
+def test_short_samples_share_a_micro_batch() -> None:
+    plan = plan_batch([3] * 64, [1] * 64, dims=ParallelDims(world_size=2), num_mini_batches=1, max_tokens=96)
+    assert plan.mini_batches[0].num_micro_batches == 1
+    assert plan_batch([], [], dims=ParallelDims(world_size=2), num_mini_batches=2, max_tokens=9).mini_batches == ()
+
+
+def test_errors_name_the_key() -> None:
+    dims = ParallelDims(world_size=1)
+    with pytest.raises(ValueError, match=r"17 tokens.*batching\.max_tokens_per_micro_batch"):
+        plan_batch([4, 17], [1, 1], dims=dims, num_mini_batches=1, max_tokens=16)
+    with pytest.raises(ValueError, match="2 lengths"):
+        plan_batch([4, 5], [1], dims=dims, num_mini_batches=1, max_tokens=16)
+    with pytest.raises(ValueError, match="num_mini_batches"):
+        plan_batch([4], [1], dims=dims, num_mini_batches=0, max_tokens=16)

@@ -1,0 +1,148 @@
+"""Prompt files, chat templates and exact resume, on a tokenizer written here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlx.config.schema import DataConfig
+from rlx.data.prompts import PromptSource
+from rlx.data.tokenizer import load_tokenizer
+from rlx.types import Prompt
+
+WORDS = ["a", "b", "c", "d", "<user>", "<assistant>", "<unk>"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tokenizer_of(template: str | None = None) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", chat_template=template)
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> DataConfig:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return DataConfig(train=str(path))
+
+
+def numbered(num: int) -> list[dict[str, object]]:
+    return [{"prompt": "a " * (index % 3 + 1), "label": index, "level": index * 2} for index in range(num)]
+
+
+def labels(prompts: list[Prompt]) -> list[str | None]:
+    return [prompt.label for prompt in prompts]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_rows_become_prompts(tmp_path: Path, ending: str) -> None:
+    source = PromptSource(write(tmp_path / f"p.{ending}", numbered(7)), tokenizer_of(), seed=3)
+    prompts = source.next(7)
+    assert sorted(labels(prompts), key=str) == [str(index) for index in range(7)]
+    assert [prompt.prompt_id for prompt in prompts] == list(range(7))
+    for prompt in prompts:
+        assert prompt.token_ids == (0,) * (int(prompt.label or 0) % 3 + 1)
+        assert prompt.extra == {"level": int(prompt.label or 0) * 2}
+
+
+@pytest.mark.parametrize("stop", [0, 3, 10, 11, 26])
+def test_an_interrupted_run_draws_what_an_uninterrupted_one_draws(tmp_path: Path, stop: int) -> None:
+    config = write(tmp_path / "p.jsonl", numbered(10))
+    whole = PromptSource(config, tokenizer_of(), seed=5).next(40)
+    first = PromptSource(config, tokenizer_of(), seed=5)
+    head = first.next(stop)
+    second = PromptSource(config, tokenizer_of(), seed=5)
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert head + second.next(40 - stop) == whole
+
+
+def test_every_epoch_has_its_own_order_and_every_seed_too(tmp_path: Path) -> None:
+    config = write(tmp_path / "p.jsonl", numbered(12))
+    source = PromptSource(config, tokenizer_of(), seed=5)
+    first, second = labels(source.next(12)), labels(source.next(12))
+    other = labels(PromptSource(config, tokenizer_of(), seed=6).next(12))
+    assert sorted(first, key=str) == sorted(second, key=str)
+    assert first != second and first != other
+    unshuffled = PromptSource(DataConfig(train=config.train, shuffle=False), tokenizer_of(), seed=5)
+    assert labels(unshuffled.next(12)) == [str(index) for index in range(12)] == labels(list(source.epoch()))
+
+
+def test_state_of_another_file_is_refused(tmp_path: Path) -> None:
+    source = PromptSource(write(tmp_path / "p.jsonl", numbered(4)), tokenizer_of(), seed=0)
+    with pytest.raises(ValueError, match="4 usable prompts, but 5"):
+        source.load_state({"epoch": 0, "offset": 2, "next_prompt_id": 2, "num_questions": 5})
+
+
+def test_too_long_prompts_are_dropped_and_counted(tmp_path: Path) -> None:
+    config = write(tmp_path / "p.jsonl", numbered(9))
+    short = DataConfig(train=config.train, max_prompt_tokens=2)
+    source = PromptSource(short, tokenizer_of(), seed=0)
+    assert source.drops == {"prompt_too_long": 3} and len(source) == 6
+    write(tmp_path / "p.jsonl", [{"prompt": "a b c"}])
+    with pytest.raises(ValueError, match=r"all 1 prompts are longer than data\.max_prompt_tokens = 2"):
+        PromptSource(short, tokenizer_of(), seed=0)
+
+
+def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"messages": [{"role": "user", "content": "b c"}], "prompt": "ignored"}]
+    config = write(tmp_path / "p.jsonl", rows)
+    (prompt,) = PromptSource(config, tokenizer_of(TEMPLATE), seed=0).next(1)
+    assert prompt.text == "<user> b c <assistant>" and prompt.token_ids == (4, 1, 2, 5)
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: .*data\.chat_template"):
+        PromptSource(config, tokenizer_of(), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', r"p\.jsonl:2: not JSON"),
+        ('{"prompt": "a"}\n\n["a"]\n', r"p\.jsonl:3: expected a JSON object"),
+        ('{"question": "a", "answer": 1}\n', r"p\.jsonl:1: .*the columns are question, answer"),
+        ('{"prompt": 5}\n', r"p\.jsonl:1: column 'prompt' must be text, got int"),
+        ('{"prompt": ""}\n', r"p\.jsonl:1: the prompt has no tokens"),
+        ('{"messages": "hello"}\n', r"p\.jsonl:1: column 'messages' must be a list"),
+        ('{"messages": [{"role": "user"}]}\n', r"p\.jsonl:1: .*needs role and content"),
+        ("\n", "holds no rows"),
+    ],
+)
+def test_faults_of_a_file_are_named_with_their_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        PromptSource(DataConfig(train=str(path)), tokenizer_of(TEMPLATE), seed=0)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt\na\n")
+    (tmp_path / "p.parquet").write_text("no parquet")
+    for name, message in [("p.csv", "must end in"), ("p.parquet", "cannot be read as parquet"), ("gone.jsonl", "does not exist")]:
+        with pytest.raises(ValueError, match=message):
+            PromptSource(DataConfig(train=str(tmp_path / name)), tokenizer_of(), seed=0)
+
+
+def test_loading_a_tokenizer(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    with pytest.raises(ValueError, match="is not a folder"):
+        load_tokenizer(str(folder))
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"holds no tokenizer; expected one of tokenizer\.json"):
+        load_tokenizer(str(folder))
+    tokenizer_of().save_pretrained(folder)
+    assert load_tokenizer(str(folder)).encode("b d") == [1, 3]
+    with pytest.raises(ValueError, match=r"data\.chat_template: no such file"):
+        load_tokenizer(str(folder), str(tmp_path / "gone.jinja"))
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    assert load_tokenizer(str(folder), str(tmp_path / "t.jinja")).chat_template == TEMPLATE
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_tokenizer(str(folder))
