@@ -35,7 +35,7 @@ def drive(config: Config, ranks: Ranks, endpoints: Sequence[str]) -> None:
         tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
         trainer = _make_trainer(config, ranks, endpoints, tokenizer, stack)
         writer = stack.enter_context(closing(MetricsWriter(run_dir / "metrics.jsonl")))
-        trackers = make_trackers(config.tracker, run_dir)
+        trackers = make_trackers(config, run_dir)
         for tracker in trackers:
             stack.callback(tracker.close)
         _resume(config, trainer, writer)
@@ -45,7 +45,7 @@ def drive(config: Config, ranks: Ranks, endpoints: Sequence[str]) -> None:
             row = evaluation.add_to(row)
             writer.write(row)
             for tracker in trackers:
-                tracker.log(row)
+                tracker.write(row)
 
         run(
             trainer,

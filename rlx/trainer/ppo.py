@@ -205,7 +205,7 @@ def _sync_metrics(manifest: WeightManifest | None) -> dict[str, float]:
 
 
 def _perf_metrics(timer: StepTimer, samples: Sequence[TrainSample]) -> dict[str, float]:
-    metrics = timer.take()
+    metrics = timer.metrics()
     tokens = sum(len(sample.token_ids) for sample in samples)
     return metrics | {"perf/tokens_per_s": tokens / max(metrics["perf/step_s"], 1e-9)}
 
@@ -223,7 +223,8 @@ def run(
     trainer.publish_start()
     saved = trainer.num_steps_done
     while trainer.num_steps_done < num_steps:
-        report(trainer.step())
+        with phase("step", trainer.num_steps_done + 1):
+            report(trainer.step())
         if save_every and trainer.num_steps_done % save_every == 0:
             save()
             saved = trainer.num_steps_done
