@@ -11,9 +11,12 @@ from rlx.types import Completion, Prompt, Reward
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _UNSIGNED = rf"(?:{_DIGITS}(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
-# A sign belongs to the number unless it follows one, or a word, as in "5-3" and "x-3". A comma after a number is
-# punctuation unless exactly three digits follow.
-_NUMBER = re.compile(rf"(?<![\w.])(?:(?<![\w)\]])[+\-−])?\s?(?P<top>{_UNSIGNED})(?:\s?/\s?(?P<bottom>{_UNSIGNED}))?")
+# A sign that touches its number belongs to it unless something it could be subtracted from touches it on the other side:
+# "is -5" but not "12-5". A sign with a space on its right is one only if no such thing stands before it: "= - 5" but not
+# "12 - 5".
+_TOUCHING = r"(?<![\w)\]])[+\-−]"
+_SPACED = r"(?<![\w)\]])(?<![\w)\]]\s)[+\-−]\s"
+_NUMBER = re.compile(rf"(?<![\w.])(?P<sign>{_SPACED}|{_TOUCHING})?\$?(?P<top>{_UNSIGNED})(?:\s?/\s?(?P<bottom>{_UNSIGNED}))?")
 
 
 def last_number(text: str) -> float | None:
@@ -29,7 +32,7 @@ def _value(match: re.Match[str]) -> float | None:
     bottom = 1.0 if match["bottom"] is None else float(match["bottom"].replace(",", ""))
     if bottom == 0:
         return None
-    sign = -1.0 if match[0][0] in "-−" else 1.0
+    sign = -1.0 if (match["sign"] or "+")[0] in "-−" else 1.0
     value = sign * float(match["top"].replace(",", "")) / bottom
     return value if math.isfinite(value) else None
 

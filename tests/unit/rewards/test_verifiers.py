@@ -1,0 +1,162 @@
+"""Each verifier on answers a model may write."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from rlx.config.schema import RewardConfig
+from rlx.rewards.base import MissingLabelError
+from rlx.rewards.numeric import last_number
+from rlx.rewards.registry import make_verifier
+from rlx.types import Completion, Prompt, Reward
+
+ANSWER = Completion(token_ids=(1,), rollout_logprobs=(-0.1,), finish_reason="stop", weight_versions=(0,))
+
+
+def judge(config: RewardConfig, response: str, label: str | None = "7", **extra: object) -> Reward:
+    prompt = Prompt(prompt_id=3, token_ids=(1,), text="the question", label=label, source="p.jsonl", extra=extra)
+    return make_verifier(config)(prompt, response, ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("args", "response", "label", "value"),
+    [
+        ({}, "  Paris\n", "Paris", 1.0),
+        ({"strip": False}, "Paris\n", "Paris", 0.0),
+        ({}, "paris", "Paris", 0.0),
+        ({"ignore_case": True}, "STRASSE", "straße", 1.0),
+        ({}, "New  York", "New York", 0.0),
+        ({"normalize": True}, "New \n York", "New York", 1.0),
+        ({"normalize": True}, "ﬁn", "fin", 1.0),
+        ({}, "", "", 1.0),
+    ],
+)
+def test_exact(args: dict[str, object], response: str, label: str, value: float) -> None:
+    assert judge(RewardConfig(name="exact", args=args), response, label).value == value
+
+
+@pytest.mark.parametrize(
+    ("args", "response", "value"),
+    [
+        ({"pattern": r"answer is (\d+)"}, "the answer is 7.", 1.0),
+        ({"pattern": r"answer is (\d+)"}, "the answer is 70", 0.0),
+        ({"pattern": r"(\d+)"}, "7 then 8", 0.0),
+        ({"pattern": r"(\d+)", "which": "first"}, "7 then 8", 1.0),
+        ({"pattern": r"(a|b): (?P<answer>\S+)"}, "b: 7", 1.0),
+        ({"pattern": r"\bseven\b", "ignore_case": True}, "Seven!", 1.0),
+        ({"pattern": r"\bseven\b"}, "Seven!", 0.0),
+        ({"pattern": r"x(\d)?"}, "x", 0.0),
+    ],
+)
+def test_regex(args: dict[str, object], response: str, value: float) -> None:
+    assert judge(RewardConfig(name="regex", args=args), response).value == value
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("7", 7.0),
+        ("so 3 + 4 = 7.", 7.0),
+        ("-5", -5.0),
+        ("−5", -5.0),
+        ("+5", 5.0),
+        ("= - 5", -5.0),
+        ("the answer is -5", -5.0),
+        ("-$5", -5.0),
+        ("(3)-5", 5.0),
+        ("12-5", 5.0),
+        ("12 - 5", 5.0),
+        ("3.25", 3.25),
+        (".5", 0.5),
+        ("$1,234,567.50!", 1234567.5),
+        ("1, 2, 3", 3.0),
+        ("12,34", 34.0),
+        ("1/2", 0.5),
+        ("-3 / 4", -0.75),
+        ("1/0", None),
+        ("6.02e23", 6.02e23),
+        ("1e999", None),
+        ("**42**", 42.0),
+        ("\\boxed{42}", 42.0),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_last_number(text: str, number: float | None) -> None:
+    found = last_number(text)
+    assert found is None if number is None else found == pytest.approx(number)
+
+
+def test_numeric_compares_within_tolerance() -> None:
+    assert judge(RewardConfig(name="numeric"), "it is 7.0000001").value == 1.0
+    assert judge(RewardConfig(name="numeric"), "it is 7.001").value == 0.0
+    assert judge(RewardConfig(name="numeric", args={"tolerance": 0.01}), "1012", "1,020").value == 1.0
+    assert judge(RewardConfig(name="numeric"), "I do not know").value == 0.0
+    assert judge(RewardConfig(name="numeric"), "0.5", "1/2").value == 1.0
+
+
+def test_a_label_is_needed_where_it_is_compared() -> None:
+    for config in (RewardConfig(name="exact"), RewardConfig(name="numeric"), RewardConfig(name="regex", args={"pattern": "(x)"})):
+        with pytest.raises(MissingLabelError, match=r"prompt 3 of p\.jsonl has no label"):
+            judge(config, "x", label=None)
+    assert judge(RewardConfig(name="regex", args={"pattern": "x"}), "x", label=None).value == 1.0
+    with pytest.raises(ValueError, match="'seven' of prompt 3 holds no number"):
+        judge(RewardConfig(name="numeric"), "7", label="seven")
+
+
+FUNCTIONS = """
+def plain(prompt, response, label, **extra):
+    return float(prompt == "the question" and response == label)
+
+def with_parts(prompt, response, label, level, bonus=0.0):
+    return level + bonus, {"level": level, "length": len(response)}
+
+def broken(prompt, response, label, **extra):
+    return {"nan": float("nan"), "text": "0.5", "none": None, "triple": (1, 2, 3), "part": (1.0, {"x": float("inf")})}[response]
+"""
+
+
+@pytest.fixture
+def functions(tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(FUNCTIONS)
+    return str(path)
+
+
+def test_python_function(functions: str) -> None:
+    assert judge(RewardConfig(name=f"{functions}:plain"), "7") == Reward(value=1.0)
+    config = RewardConfig(name=f"{functions}:with_parts", args={"bonus": 0.5})
+    assert judge(config, "abc", level=2) == Reward(value=2.5, parts={"level": 2.0, "length": 3.0})
+    for response in ("nan", "text", "none", "triple", "part"):
+        reward = judge(RewardConfig(name=f"{functions}:broken"), response)
+        assert not reward.valid and reward.error and math.isfinite(reward.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RewardConfig(name="exactly"), "exact, regex, numeric, or path/to/file.py:function; got 'exactly'"),
+        (RewardConfig(name="exact", args={"case": True}), "reward.args do not fit the verifier exact"),
+        (RewardConfig(name="regex"), "pattern"),
+        (RewardConfig(name="regex", args={"pattern": "("}), "is not a regular expression"),
+        (RewardConfig(name="regex", args={"pattern": "x", "which": "third"}), "reward.args.which"),
+        (RewardConfig(name="numeric", args={"tolerance": -1}), "reward.args.tolerance"),
+        (RewardConfig(name="numeric", args={"tolerance": "wide"}), "reward.args"),
+        (RewardConfig(name="/nowhere/x.py:f"), "no such file: /nowhere/x.py"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(config: RewardConfig, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        make_verifier(config)
+    assert message in str(caught.value)
+
+
+def test_bad_files_are_refused_at_once(functions: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no function 'other'"):
+        make_verifier(RewardConfig(name=f"{functions}:other"))
+    (tmp_path / "bad.py").write_text("import nothing_of_this_name")
+    with pytest.raises(ValueError, match=r"bad\.py cannot be imported: ModuleNotFoundError"):
+        make_verifier(RewardConfig(name=f"{tmp_path}/bad.py:f"))
