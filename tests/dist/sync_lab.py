@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import select
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +91,7 @@ class EngineProcess:
     process: subprocess.Popen[bytes]
     url: str = ""
     log: Path = field(default_factory=Path)
+    pipe: int = -1
 
     def wait_ready(self, limit_s: float = 90.0) -> None:
         assert self.process.stdout is not None
@@ -100,22 +103,68 @@ class EngineProcess:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait(10)
+        if self.pipe >= 0:
+            os.close(self.pipe)
+            self.pipe = -1
         if self.process.stdout is not None:
             self.process.stdout.close()
 
 
-def start_engines(folder: Path, count: int, model: LlamaForCausalLM, weight_timeout_s: float = 20.0) -> list[EngineProcess]:
+class EnginePair:
+    """Two engines that several test files share: starting them costs more than most tests."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="rlx-sync-")
+        self.folder = Path(self._folder.name)
+        self.engines = start_engines(self.folder, 2, new_model(0))
+
+    @property
+    def urls(self) -> list[str]:
+        return [engine.url for engine in self.engines]
+
+    def stop(self) -> None:
+        for engine in self.engines:
+            engine.stop()
+        self._folder.cleanup()
+
+
+_running: list[EnginePair] = []
+
+
+def shared_engines() -> EnginePair:
+    """The pair, started on first use and again after ``stop_shared_engines``; both on the weights of ``new_model(0)``."""
+    if not _running:
+        _running.append(EnginePair())
+        atexit.register(stop_shared_engines)
+    for url in _running[0].urls:
+        reload_from_disk(url, _running[0].folder)
+    return _running[0]
+
+
+def stop_shared_engines() -> None:
+    while _running:
+        _running.pop().stop()
+
+
+def start_engines(folder: Path, count: int, model: LlamaForCausalLM) -> list[EngineProcess]:
     model.save_pretrained(folder / "model")
     engines = []
     for index in range(count):
         log = folder / f"engine-{index}.log"
+        ours, theirs = os.pipe()[::-1]  # the engine ends when our end of the pipe is gone, however this process ends
         command = [sys.executable, "-m", "rlx.cli.serve", "--model", str(folder / "model"), "--port", "0", "--dtype", "fp32"]
-        command += ["--threads", "1", "--weight-timeout-s", str(weight_timeout_s)]
+        command += ["--threads", "1", "--weight-timeout-s", "20", "--parent-pipe", str(theirs)]
         with log.open("wb") as stderr:
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stderr, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                command,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd=REPOSITORY,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                pass_fds=[theirs],
             )
-        engines.append(EngineProcess(process=process, log=log))
+        os.close(theirs)
+        engines.append(EngineProcess(process=process, log=log, pipe=ours))
     try:
         for engine in engines:
             engine.wait_ready()

@@ -17,10 +17,9 @@ from tests.dist.sync_lab import (
     make_publisher,
     named,
     new_model,
-    reload_from_disk,
     shapes,
+    shared_engines,
     small_config,
-    start_engines,
     worst_difference,
 )
 
@@ -28,21 +27,9 @@ UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.gate_proj.we
 NORM = "model.layers.2.input_layernorm.weight"
 
 
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sync")
-    running = start_engines(folder, 2, new_model(0))
-    yield folder, [engine.url for engine in running]
-    for engine in running:
-        engine.stop()
-
-
 @pytest.fixture
-def urls(engines):
-    folder, addresses = engines
-    for url in addresses:
-        reload_from_disk(url, folder)
-    return addresses
+def urls():
+    return shared_engines().urls
 
 
 @pytest.fixture

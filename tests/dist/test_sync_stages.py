@@ -27,9 +27,9 @@ from tests.dist.sync_lab import (
     named,
     new_model,
     reference_scores,
-    reload_from_disk,
+    shared_engines,
     small_config,
-    start_engines,
+    stop_shared_engines,
     wait_until,
     worst_difference,
 )
@@ -37,13 +37,9 @@ from tests.dist.sync_lab import (
 LAST_STAGE_TENSOR = "model.layers.2.mlp.down_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sync")
-    running = start_engines(folder, 2, new_model(0))
-    yield folder, running
-    for engine in running:
-        engine.stop()
+@pytest.fixture
+def urls():
+    return shared_engines().urls
 
 
 def plant(scenario: str, stage: int, tensors):
@@ -86,30 +82,24 @@ def stage_rank(rank: int, store: str, urls: list[str], scenarios: list[tuple[str
 
 
 def run_stages(tmp_path, urls, scenarios):
+    """Stage 0 runs in this process, stage 1 in a spawned one."""
     context = mp.get_context("spawn")
     answers = context.Queue()
-    ranks = [
-        context.Process(target=stage_rank, args=(rank, str(tmp_path / "store"), urls, scenarios, answers), daemon=True)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
+    arguments = (str(tmp_path / "store"), urls, scenarios, answers)
+    second = context.Process(target=stage_rank, args=(1, *arguments), daemon=True)
+    second.start()
     try:
-        got = [answers.get(timeout=60) for _ in range(2 * len(scenarios))]
-        for process in ranks:
-            process.join(15)
-        assert [process.exitcode for process in ranks] == [0, 0]
+        stage_rank(0, *arguments)
+        got = [answers.get(timeout=30) for _ in range(2 * len(scenarios))]
+        second.join(15)
+        assert second.exitcode == 0
     finally:
-        for process in ranks:
-            process.kill()
+        second.kill()
+        second.join(5)
     return {(rank, scenario): (outcome, detail) for rank, scenario, outcome, detail in got}
 
 
-def test_two_stages_deliver_halves_and_share_failures(engines, tmp_path):
-    folder, running = engines
-    urls = [engine.url for engine in running]
-    for url in urls:
-        reload_from_disk(url, folder)
+def test_two_stages_deliver_halves_and_share_failures(urls, tmp_path):
     scenarios = [("corrupt", 11), ("drop", 12), ("stray", 13), ("good", 14)]
     outcomes = run_stages(tmp_path, urls, scenarios)
     for rank in range(2):
@@ -158,11 +148,7 @@ class Load:
             thread.join(30)
 
 
-def test_twenty_syncs_under_load(engines):
-    folder, running = engines
-    urls = [engine.url for engine in running]
-    for url in urls:
-        reload_from_disk(url, folder)
+def test_twenty_syncs_under_load(urls):
     models = [new_model(21), new_model(22)]
     publisher = make_publisher(urls, models[0], canary=False, config=SyncConfig(timeout_s=20))
     load = Load(urls, 6)
@@ -187,11 +173,9 @@ def test_twenty_syncs_under_load(engines):
     assert all(score <= 0 for score in reference_scores(models[0], [tokens])[0])
 
 
-def test_canary_due_by_the_calendar(engines):
+def test_canary_due_by_the_calendar(urls):
     """A model whose trainer scores are wrong passes until the canary is due."""
-    folder, running = engines
-    url = running[0].url
-    reload_from_disk(url, folder)
+    url = urls[0]
     sent, claimed = new_model(31), new_model(32)
     publisher = make_publisher([url], claimed, config=replace(small_config(), canary_first=0, canary_every=3))
     try:
@@ -203,19 +187,15 @@ def test_canary_due_by_the_calendar(engines):
         publisher.close()
 
 
-def test_an_engine_killed_during_the_broadcast_is_named_in_time(engines):
-    """Last test of this file: it ends an engine."""
-    folder, running = engines
-    urls = [engine.url for engine in running]
-    for url in urls:
-        reload_from_disk(url, folder)
+def test_an_engine_killed_during_the_broadcast_is_named_in_time(urls):
+    shared = shared_engines()
     model = new_model(41)
     publisher = make_publisher(urls, model, config=small_config(timeout_s=8))
 
     def killing() -> Iterator[tuple[str, torch.Tensor]]:
         for index, item in enumerate(named(model)):
             if index == len(named(model)) // 2:
-                running[1].process.kill()
+                shared.engines[1].process.kill()
             yield item
 
     try:
@@ -226,8 +206,10 @@ def test_an_engine_killed_during_the_broadcast_is_named_in_time(engines):
         assert urls[1] in str(caught.value)
         assert httpx.get(f"{urls[0]}/server_info", timeout=10).json()["paused"]
         began = time.monotonic()
+        publisher.close()
+        assert time.monotonic() - began < 12
+        with pytest.raises(SyncError, match=f"phase group: .*{urls[1]}.*ConnectError"):
+            make_publisher(urls, model).publish(2, iter(named(model)))
     finally:
         publisher.close()
-    assert time.monotonic() - began < 12
-    with pytest.raises(SyncError, match=f"phase group: .*{urls[1]}.*ConnectError"):
-        make_publisher(urls, model).publish(2, iter(named(model)))
+        stop_shared_engines()
