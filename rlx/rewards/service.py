@@ -141,12 +141,12 @@ class RewardPool:
         try:
             text = self._decode(verdict.completion.token_ids)
             reward = self._verifier(verdict.prompt, text, verdict.completion)
+            if reward.valid and not is_finite_number(reward.value):
+                return invalid(f"the verifier returned {reward.value!r}, which is not a finite number")
+            return reward
         except Exception as error:
             # Verifiers are users' code: whatever they raise makes this sample invalid, never the run fail.
             return invalid(f"{type(error).__name__}: {error}")
-        if reward.valid and not is_finite_number(reward.value):
-            return invalid(f"the verifier returned {reward.value!r}, which is not a finite number")
-        return reward
 
     def _wait(self, verdict: _Verdict) -> Reward:
         """Any verdict may be what keeps the threads busy, so the clock is read for all of them while waiting for one."""
