@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ class Engine:
         self._batch = DecodeBatch(model)
         self._waiting: deque[Sequence] = deque()
         self._held: deque[Sequence] = deque()
-        self._exclusive: deque[Callable[[], None]] = deque()
+        self._exclusive: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._tickets: dict[Sequence, _Ticket] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -100,7 +101,7 @@ class Engine:
         future: Future[R] = Future()
 
         def accept() -> None:
-            self._exclusive.append(lambda: _fulfil(future, function))
+            self._exclusive.append((future, function))
             if abort_running:
                 self._abort([*self._batch.sequences, *self._waiting])
 
@@ -207,7 +208,7 @@ class Engine:
             self._enter("weight update")
             # Paused in place: no key or value may outlive the weights that made it.
             self._waiting.extendleft(reversed(self._batch.retract()))
-            self._exclusive[0]()
+            _fulfil(*self._exclusive[0])
             self._exclusive.popleft()
 
     def _abort(self, sequences: list[Sequence]) -> None:
@@ -234,16 +235,22 @@ class Engine:
             self._phases.enter_context(phase(name))
 
     def _end(self) -> None:
+        """Answer everybody who still waits. Touches no key/values: after a failure the device may be unusable."""
         with self._wake:
             self._closing = True
             commands = list(self._inbox)
             self._inbox.clear()
+        self._batch = DecodeBatch(self.model)
         for command in commands:
             command()
+        reason = "the engine is shutting down" if self.failure is None else f"the engine failed: {self.failure}"
+        for future, _ in self._exclusive:
+            if not future.cancelled():
+                future.set_exception(RuntimeError(reason))
         for sequence in self._tickets:
-            sequence.abort("the engine is shutting down")
+            sequence.abort(reason)
             if self.failure is not None:
-                sequence.error = f"the engine failed: {self.failure}"
+                sequence.error = reason
         self._settle(list(self._tickets))
         if self.failure is not None:
             self.on_failure()
