@@ -31,6 +31,12 @@ def _layout(config: Config) -> Iterator[str]:
             f"cluster.num_trainer_ranks: {ranks} is not a multiple of parallel.tp x parallel.pp x parallel.cp"
             f" = {parallel.tp} x {parallel.pp} x {parallel.cp} = {block}"
         )
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield f"parallel.vpp: {parallel.vpp} needs parallel.pp > 1, got 1"
+    if parallel.sequence_parallel and parallel.tp == 1:
+        yield "parallel.sequence_parallel: true needs parallel.tp > 1, got 1"
+    if parallel.etp is None and parallel.ep == 1:
+        return  # the same block without cp: it fits where the one above does
     expert_tp = parallel.tp if parallel.etp is None else parallel.etp
     expert_block = expert_tp * parallel.ep * parallel.pp
     if ranks % expert_block:
@@ -38,10 +44,6 @@ def _layout(config: Config) -> Iterator[str]:
             f"cluster.num_trainer_ranks: {ranks} is not a multiple of parallel.etp x parallel.ep x parallel.pp"
             f" = {expert_tp} x {parallel.ep} x {parallel.pp} = {expert_block}"
         )
-    if parallel.vpp > 1 and parallel.pp == 1:
-        yield f"parallel.vpp: {parallel.vpp} needs parallel.pp > 1, got 1"
-    if parallel.sequence_parallel and parallel.tp == 1:
-        yield "parallel.sequence_parallel: true needs parallel.tp > 1, got 1"
 
 
 def _models(config: Config) -> Iterator[str]:

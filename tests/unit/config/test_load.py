@@ -120,7 +120,7 @@ def test_unusable_files_are_named(run_yaml: Path, text: str, words: str) -> None
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nope.yaml"):
+    with pytest.raises(ConfigError, match=r"nope\.yaml"):
         load_config(tmp_path / "nope.yaml")
 
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from rlx.config.convert import Entry, section_entries, to_config, to_tree
-from rlx.config.load import dump_config, read_tree
-from rlx.config.schema import Config
+from rlx.config.load import dump_config, load_config, read_tree
+from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig
 
 _TRICKY = ["", "null", "~", "true", "1e-5", "1_000", "0x1f", "${run.seed}", "\\${x}", "\\\\${x}", "a: b", "- a", "#", "=", "a\\",
            "${", "$", "{}", "2026-01-01", "yes", "\n", " x ", "é\u2028", "???x", "1:30"]  # fmt: skip
 _TEXT = (st.sampled_from(_TRICKY) | st.text(alphabet="a${}\\'\": \n#é1.-", max_size=8)).filter(lambda text: text != "???")
 _FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 _PLAIN = st.none() | st.booleans() | st.integers() | _FLOATS | _TEXT
+_BLANK = Config(model=ModelConfig(path="m"), data=DataConfig(train="t"), reward=RewardConfig(name="exact"))
 _NAMES = st.text(alphabet="abc-_é 1", min_size=1, max_size=5)
 _TREES = st.dictionaries(_NAMES, st.recursive(_PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES, inner)))
 
@@ -50,6 +52,7 @@ def _configs(section: type = Config) -> st.SearchStrategy[Any]:
     return st.builds(section, **parts)
 
 
+@settings(max_examples=20)
 @given(_configs())
 def test_dump_loads_back_to_an_equal_config(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -68,10 +71,18 @@ def _typed(value: Any) -> Any:
     return [_typed(item) for item in value] if isinstance(value, list) else (type(value), value)
 
 
-@given(_configs())
-def test_dump_spells_out_every_key(config: Config) -> None:
-    tree = OmegaConf.to_container(OmegaConf.create(dump_config(config)))
+def test_dump_spells_out_every_key(run_yaml: Path) -> None:
+    tree = OmegaConf.to_container(OmegaConf.create(dump_config(load_config(run_yaml))))
     assert isinstance(tree, dict)
     assert {name: set(section) for name, section in tree.items()} == {
         entry.key: {below.field.name for below in section_entries(entry.hint)} for entry in section_entries(Config)
     }
+
+
+@settings(max_examples=100)
+@given(_TEXT)
+def test_text_of_any_look_stays_text(text: str) -> None:
+    config = replace(_BLANK, run=RunConfig(dir=text), rollout=RolloutConfig(server_args={"a": {"b": [text]}}))
+    again = OmegaConf.to_container(OmegaConf.create(dump_config(config)), resolve=True)
+    assert isinstance(again, dict)
+    assert (again["run"]["dir"], again["rollout"]["server_args"]) == (text, {"a": {"b": [text]}})

@@ -1,0 +1,151 @@
+"""Cross-field checks: each contradiction is found, named by its keys, and goes away when resolved."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlx.config.checks import SUPPORTED_MODEL_TYPES
+from rlx.models.families import FAMILIES
+from rlx.rewards.registry import VERIFIERS
+from rlx.types import ParallelDims
+
+Problems = Callable[..., tuple[str, ...]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.top_p=0.9"], ["rollout.top_p", "must be 1"]),
+        (["rollout.top_k=50"], ["rollout.top_k", "-1"]),
+        (["rollout.temperature=0"], ["rollout.temperature", "greedy"]),
+        (["rollout.endpoints=['host:1']"], ["rollout.endpoints", "http://"]),
+        (["algorithm.num_mini_batches=9"], ["algorithm.num_mini_batches", "data.prompts_per_step", "8"]),
+        (["algorithm.name=grpo"], ["rollout.samples_per_prompt", "grpo", "at least 2"]),
+        (["algorithm.kl_controller=adaptive"], ["algorithm.kl_controller", "algorithm.kl_placement reward"]),
+        (["algorithm.kl_placement=loss"], ["algorithm.kl_coefficient", "above 0"]),
+        (
+            ["algorithm.kl_controller=adaptive", "algorithm.kl_placement=loss", "algorithm.kl_coefficient=0.1"],
+            ["algorithm.kl_controller", "loss"],
+        ),
+        (["algorithm.gamma=1.01"], ["algorithm.gamma", "at most 1"]),
+        (["optimizer.min_lr=0.1"], ["optimizer.min_lr", "optimizer.lr", "1e-06"]),
+        (["critic_optimizer.beta2=1"], ["critic_optimizer.beta2", "below 1"]),
+        (["cluster.device=cpu", "model.layer_spec=transformer_engine"], ["model.layer_spec", "cluster.device"]),
+        (["parallel.vpp=2"], ["parallel.vpp", "parallel.pp > 1"]),
+        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tp > 1"]),
+        (["parallel.tp=8"], ["parallel.tp", "12 attention heads"]),
+        (["parallel.tp=6"], ["parallel.tp", "4 key-value heads"]),
+        (["parallel.pp=5"], ["parallel.pp", "12 layers"]),
+        (["parallel.pp=2", "parallel.vpp=4"], ["parallel.vpp", "12 layers"]),
+        (["parallel.ep=2", "cluster.num_trainer_ranks=2"], ["parallel.ep", "dense"]),
+        (["parallel.tp=2", "cluster.num_trainer_ranks=3"], ["cluster.num_trainer_ranks", "parallel.tp", "3"]),
+        (["parallel.etp=2"], ["cluster.num_trainer_ranks", "parallel.etp"]),
+        (["data.max_prompt_tokens=4000"], ["data.max_prompt_tokens", "rollout.max_new_tokens", "4256", "4096"]),
+        (["data.train=nowhere.jsonl"], ["data.train", "nowhere.jsonl"]),
+        (["data.train=prompts.csv"], ["data.train", ".jsonl or .parquet"]),
+        (["evaluation.data=nowhere.parquet"], ["evaluation.data", "nowhere.parquet"]),
+        (["data.chat_template=none.jinja"], ["data.chat_template", "none.jinja"]),
+        (["model.tokenizer_path=/nowhere"], ["model.tokenizer_path", "/nowhere"]),
+        (["model.critic_path=/nowhere"], ["model.critic_path", "/nowhere"]),
+        (["model.path=/nowhere"], ["model.path", "/nowhere"]),
+        (["rollout.replay=none.jsonl"], ["rollout.replay", "none.jsonl"]),
+        (["reward.name='none.py:f'"], ["reward.name", "none.py"]),
+        (["reward.name='file:f'"], ["reward.name", "path/to/file.py:function"]),
+    ],
+)
+def test_contradiction_is_one_problem_that_names_its_keys(problems: Problems, overrides: list[str], words: list[str]) -> None:
+    (problem,) = problems(*overrides)
+    assert all(word in problem for word in words), problem
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.name=grpo", "rollout.samples_per_prompt=2"],
+        ["algorithm.kl_controller=adaptive", "algorithm.kl_placement=reward", "algorithm.kl_coefficient=0.1"],
+        ["algorithm.num_mini_batches=8"],
+        ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.pp=2", "parallel.vpp=3"],
+        ["parallel.tp=12"],
+        ["data.max_prompt_tokens=3840"],
+        ["rollout.endpoints=['http://host:1']"],
+    ],
+)
+def test_what_fits_is_accepted(problems: Problems, overrides: list[str]) -> None:
+    assert problems(*overrides) == ()
+
+
+def test_replay_contradicts_endpoints_and_recording_over_itself(problems: Problems, tmp_path: Path) -> None:
+    file = tmp_path / "groups.jsonl"
+    file.write_text("")
+    assert problems(f"rollout.replay={file}", f"rollout.record={tmp_path}/new.jsonl") == ()
+    (clash,) = problems(f"rollout.replay={file}", f"rollout.record={tmp_path}/./groups.jsonl")
+    assert "rollout.record" in clash and "rollout.replay" in clash
+    (clash,) = problems(f"rollout.replay={file}", "rollout.endpoints=['http://a:1']")
+    assert "rollout.endpoints" in clash
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"num_hidden_layers": "x"}, "num_hidden_layers"),
+        (None, "config.json is missing"),
+        ("{", "not readable JSON"),
+        ("[]", "JSON object"),
+    ],
+)
+def test_model_folder_is_looked_at(problems: Problems, tmp_path: Path, change: object, word: str) -> None:
+    file = tmp_path / "model" / "config.json"
+    whole = json.loads(file.read_text())
+    if change is None:
+        file.unlink()
+    else:
+        file.write_text(json.dumps(whole | change) if isinstance(change, dict) else str(change))
+    (problem,) = problems()
+    assert problem.startswith("model.path") and word in problem
+
+
+def test_reference_of_another_shape_is_refused(problems: Problems, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    whole = json.loads((tmp_path / "model" / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(whole | {"max_position_embeddings": 9999}))
+    assert problems(f"model.reference_path={other}") == ()
+    (other / "config.json").write_text(json.dumps(whole | {"num_hidden_layers": 6}))
+    (problem,) = problems(f"model.reference_path={other}")
+    assert "model.reference_path" in problem and "model.path" in problem
+
+
+def test_layout_agrees_with_parallel_dims(problems: Problems, seed: int) -> None:
+    """The check repeats ParallelDims' arithmetic because it may not import it; both must say the same."""
+    draw = random.Random(seed)
+    refused = 0
+    for _ in range(60):
+        sizes = {name: draw.choice([1, 1, 2, 3]) for name in ("tp", "pp", "vpp", "cp")} | {"etp": draw.choice([1, 2, 3])}
+        world = draw.choice([1, 2, 4, 6, 12, 18, 36])
+        sequence_parallel = draw.random() < 0.3
+        try:
+            ParallelDims(world_size=world, sequence_parallel=sequence_parallel, **sizes)
+            fits = True
+        except ValueError:
+            fits = False
+        overrides = [f"parallel.{name}={size}" for name, size in sizes.items()]
+        found = problems(
+            *overrides, f"cluster.num_trainer_ranks={world}", f"parallel.sequence_parallel={str(sequence_parallel).lower()}"
+        )
+        about_layout = [
+            line for line in found if "attention heads" not in line and "key-value" not in line and "layers" not in line
+        ]
+        assert fits == (not about_layout), (sizes, world, sequence_parallel, found)
+        refused += not fits
+    assert 0 < refused < 60
+
+
+def test_names_that_config_may_not_import_agree_with_their_homes() -> None:
+    assert set(SUPPORTED_MODEL_TYPES) == set(FAMILIES)
+    assert set(VERIFIERS) == {"exact", "regex", "numeric"}

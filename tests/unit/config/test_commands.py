@@ -1,0 +1,75 @@
+"""The command line: exit status, what goes where, and that only the chosen command is imported."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from rlx.cli.main import COMMANDS, Command, main
+from rlx.config.convert import to_tree
+from rlx.config.load import ConfigError, load_config
+
+
+def test_check_prints_a_configuration_that_loads_back(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["parallel.tp=2", "cluster.num_trainer_ranks=6", "rollout.samples_per_prompt=5"]
+    assert main(["check", str(run_yaml), *overrides]) == 0
+    out = capsys.readouterr().out
+    assert yaml.safe_load(out) == to_tree(load_config(run_yaml, overrides))
+    assert "6 trainer ranks" in out and "dp 3" in out and "40 samples" in out
+
+
+def test_wrong_configuration_is_status_2_without_traceback(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(run_yaml), "run.stepz=1", "rollout.top_p=0.5"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    assert "run.steps" in captured.err and "rollout.top_p" in captured.err
+
+
+@pytest.mark.parametrize("argv", [[], ["nope"], ["check"], ["check", "x.yaml", "--nope"]])
+def test_bad_usage_is_status_2(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and all(f"\n    {name} " in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (ConfigError(["a: wrong", "b: wrong"]), 2, "a: wrong\nb: wrong\n"),
+        (RuntimeError("engine-1 died"), 1, "rlx probe: failed: RuntimeError: engine-1 died\n"),
+        (KeyboardInterrupt(), 1, "rlx probe: interrupted\n"),
+        (None, 0, ""),
+    ],
+)
+def test_outcome_becomes_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException | None, status: int, words: str
+) -> None:
+    def run(args: argparse.Namespace) -> int:
+        if error is not None:
+            raise error
+        return int(args.number)
+
+    module = ModuleType("probe_command")
+    module.add_arguments = lambda parser: parser.add_argument("number", type=int)  # type: ignore[attr-defined]
+    module.main = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "probe_command", module)
+    monkeypatch.setitem(COMMANDS, "probe", Command("probe_command", "a probe"))
+    assert main(["probe", "0"]) == status
+    assert capsys.readouterr().err.endswith(words)
+
+
+def test_every_command_has_its_module() -> None:
+    assert [name for name, command in COMMANDS.items() if find_spec(command.module) is None] == []
