@@ -100,7 +100,8 @@ def living_members(sessions: Collection[int], launch_id: str | None) -> list[int
         try:
             # The command stands in parentheses and may itself hold spaces and parentheses.
             fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            if fields[0] in ("Z", "X"):
+            # While a killed process's threads end, its first one is a zombie already but its sockets are still open.
+            if fields[0] in ("Z", "X") and int(fields[17]) <= 1:
                 continue
             if int(fields[3]) in sessions or (marker is not None and marker in (entry / "environ").read_bytes().split(b"\0")):
                 found.append(int(entry.name))
