@@ -7,10 +7,12 @@ import random
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from rlx.rollout.embedded.draws import uniform_draws
 from tests.unit.rollout_engine.process import EOS, Server, random_prompts, reference_logprobs
 
 GREEDY = {"temperature": 0, "max_new_tokens": 9, "ignore_eos": True}
@@ -98,6 +100,15 @@ def test_seeds_fix_the_draws_whatever_shares_the_batch(server: Server, qwen2: Pr
     second = server.post("/generate", {"input_ids": prompts[1], "sampling_params": {**sampling, "sampling_seed": seed + 1}})
     assert alone["output_ids"] == together[2]["output_ids"]
     assert second["output_ids"] == together[3]["output_ids"] != alone["output_ids"]
+    # The contract of a draw: the cumulative distribution inverted at the number of (seed, position).
+    tokens = prompts[1] + alone["output_ids"]
+    with torch.no_grad():
+        cumulative = qwen2(torch.tensor([tokens])).logits[0].double().softmax(-1).cumsum(-1)
+    for position in range(len(prompts[1]), len(tokens)):
+        draw = uniform_draws(np.array([seed], dtype=np.uint64), np.array([position])).item()
+        below = cumulative[position - 1, tokens[position] - 1].item() if tokens[position] else 0.0
+        assert below - 1e-5 <= draw <= cumulative[position - 1, tokens[position]].item() + 1e-5
+    # So an answer that was cut off goes on as it would have, when prompt + part are sent with the same seed.
     part = alone["output_ids"][:4]
     rest = server.post("/generate", {"input_ids": prompts[1] + part, "sampling_params": {**sampling, "max_new_tokens": 6}})
     assert part + rest["output_ids"] == alone["output_ids"]
