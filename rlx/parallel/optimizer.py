@@ -100,28 +100,30 @@ class Trainable:
         """Take back what ``sharded_state`` described, as read from a checkpoint."""
         for index, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state["model"][f"chunk{index}"])
-        self._hide_step_tensors()
+        hooks = [part.optimizer.register_load_state_dict_post_hook(_hide_step_tensors) for part in self._parts()]
         self.optimizer.load_state_dict(state["optimizer"])
-        self._separate_step_tensors()
+        for hook in hooks:
+            hook.remove()
+        for part in self._parts():
+            _separate_step_tensors(part.optimizer)
         self.schedule.load_state_dict(state["schedule"])
 
     def _parts(self) -> list[Any]:
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
-    def _adam_states(self) -> list[dict[str, Any]]:
-        return [state for part in self._parts() for state in part.optimizer.state.values()]
 
-    def _hide_step_tensors(self) -> None:
-        # Torch's Adam keeps a step tensor a parameter, which Megatron's load would look for among the saved moments.
-        for state in self._adam_states():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = float(state["step"])
+def _hide_step_tensors(optimizer: torch.optim.Optimizer) -> None:
+    # Torch's Adam keeps a step tensor a parameter, which Megatron's load would look for among the saved moments.
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = float(state["step"])
 
-    def _separate_step_tensors(self) -> None:
-        # Megatron's load leaves one shared step tensor, which Adam would then advance once a parameter.
-        for state in self._adam_states():
-            if "step" in state:
-                state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
+
+def _separate_step_tensors(optimizer: torch.optim.Optimizer) -> None:
+    # Each parameter needs a tensor of its own: Adam advances a shared one once a parameter.
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
 
 
 _METADATA = {

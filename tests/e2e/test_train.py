@@ -1,0 +1,74 @@
+"""The whole job, run as a user runs it: two trainer ranks and an engine, resumed, recorded, replayed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.e2e.job import demo_overrides, make_demo, numbers, rlx
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_demo(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="module")
+def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps in one go, recorded."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    record = run_dir.parent / "rollouts.jsonl"
+    rlx("train", *demo_overrides(demo, run_dir, 6), f"rollout.record={record}", "checkpoint.at_end=false")
+    return run_dir
+
+
+def test_run_folder_is_complete(whole: Path) -> None:
+    rows = numbers(whole)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(row["mismatch/logprob_abs_mean"] <= 1e-4 for row in rows)
+    assert all(row["sync/version"] == row["step"] for row in rows)
+    assert {"config.yaml", "metrics.jsonl", "logs", "hf"} <= {path.name for path in whole.iterdir()}
+    assert {"trainer-0.log", "trainer-1.log", "engine-0.log"} <= {path.name for path in (whole / "logs").iterdir()}
+    AutoModelForCausalLM.from_pretrained(whole / "hf")
+
+
+def test_resume_gives_the_same_numbers(demo: Path, whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    rlx("train", *demo_overrides(demo, run_dir, 3), "run.resume=auto", "checkpoint.every=2")
+    rlx("train", *demo_overrides(demo, run_dir, 6), "run.resume=auto", "checkpoint.every=2")
+    assert numbers(run_dir) == numbers(whole)
+
+
+def test_replay_needs_no_engine_and_gives_the_same_losses(demo: Path, whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    record = whole.parent / "rollouts.jsonl"
+    rlx("train", *demo_overrides(demo, run_dir, 6), f"rollout.replay={record}", "run.export_hf=false")
+    assert not list((run_dir / "logs").glob("engine-*"))
+    expected = [{key: value for key, value in row.items() if not key.startswith("sync/")} for row in numbers(whole)]
+    assert numbers(run_dir) == expected
+
+
+def test_grpo_on_a_pipeline_with_kl_in_the_loss(demo: Path, tmp_path: Path) -> None:
+    overrides = [
+        "algorithm.name=grpo",
+        "parallel.tp=1",
+        "parallel.pp=2",
+        "algorithm.kl_placement=loss",
+        "algorithm.kl_coefficient=0.1",
+    ]
+    rlx("train", *demo_overrides(demo, tmp_path / "run", 2), *overrides)
+    rows = numbers(tmp_path / "run")
+    assert rows[1]["kl/ref"] != 0 and rows[1]["mismatch/logprob_abs_mean"] <= 1e-4
+    assert "critic/grad_norm" not in rows[0]
+
+
+def test_a_reward_function_that_raises_is_the_cause(demo: Path, tmp_path: Path) -> None:
+    function = tmp_path / "reward.py"
+    function.write_text("def score(prompt, response, label, **extra):\n    raise ZeroDivisionError('no such luck')\n")
+    done = rlx("train", *demo_overrides(demo, tmp_path / "run", 2), f"reward.name={function}:score", check=False)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-3:]
+    assert 'FAILED trainer rank 0 in phase "rollout" of step 1' in last[0]
+    assert "no such luck" in last[1]
