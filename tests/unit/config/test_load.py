@@ -119,6 +119,14 @@ def test_unusable_files_are_named(run_yaml: Path, text: str, words: str) -> None
         load_config(run_yaml)
 
 
+def test_a_circle_is_shown_without_the_files_that_lead_to_it(run_yaml: Path) -> None:
+    (run_yaml.parent / "other.yaml").write_text("defaults: [other.yaml]")
+    run_yaml.write_text("defaults: [other.yaml]")
+    with pytest.raises(ConfigError) as caught:
+        load_config(run_yaml)
+    assert run_yaml.name not in str(caught.value) and str(caught.value).count("other.yaml") == 2
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nope\.yaml"):
         load_config(tmp_path / "nope.yaml")
@@ -129,6 +137,7 @@ def test_nearest_key_prefers_the_right_name_in_the_wrong_section() -> None:
     assert nearest_key("data.max_new_tokens", known) == "rollout.max_new_tokens"
     assert nearest_key("optimiser.lr", known) == "optimizer.lr"
     assert nearest_key("seed", known) == "run.seed"
+    assert nearest_key("optimizer.top_p", ["optimizer.eps", "rollout.top_k", "rollout.top_p"]) == "rollout.top_p"
 
 
 def test_configuration_and_check_command_import_no_torch() -> None:
