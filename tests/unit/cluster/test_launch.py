@@ -95,6 +95,13 @@ def grandchild_ports(run: Run) -> list[int]:
     return [int((run.dir / f"{name}.port").read_text()) for name in ("inner", "outer")]
 
 
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -173,15 +180,19 @@ def test_interrupt(launch, number: int, status: int) -> None:
 
 
 def test_second_interrupt_kills_at_once(launch) -> None:
+    """Timed at the trainer's end, not the launcher's: leaving an interpreter that holds torch takes seconds by itself."""
     run = launch({"0": "done 999 stubborn"})
     run.wait_for_step(1)
+    trainer = run.child("trainer", 0)
     run.process.send_signal(signal.SIGINT)
     time.sleep(0.6)
-    assert run.process.poll() is None
+    assert not has_ended(trainer)
     began = time.monotonic()
     run.process.send_signal(signal.SIGINT)
-    assert run.finish(8) == 130
-    assert time.monotonic() - began < 1.5
+    while not has_ended(trainer):
+        assert time.monotonic() - began < 1.5  # the rest of the grace would be 2.4 s
+        time.sleep(0.01)
+    assert run.finish(10) == 130
     assert run.members() == []
 
 
