@@ -1,0 +1,238 @@
+"""A whole iteration of the driver on in-process fakes: who is called, in which order, with what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlx.algos.kl_controller import make_kl_controller
+from rlx.algos.registry import make_algorithm
+from rlx.config.schema import AlgorithmConfig, BatchingConfig, Config, DataConfig, ModelConfig, RewardConfig, RunConfig
+from rlx.trainer.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
+from rlx.trainer.ppo import PPOTrainer, Roles, run
+from rlx.types import (
+    BatchPlan,
+    Completion,
+    ParallelDims,
+    Prompt,
+    Reward,
+    RolloutGroup,
+    SamplingSpec,
+    StepReport,
+    TrainSample,
+    UpdateStats,
+    WeightManifest,
+)
+
+
+@dataclass
+class Calls:
+    """What happened, in order."""
+
+    names: list[str] = field(default_factory=list)
+    samples: list[TrainSample] = field(default_factory=list)
+    plan: BatchPlan | None = None
+
+
+class FakePolicy:
+    def __init__(self, calls: Calls, kl: float = 0.0) -> None:
+        self.calls, self.kl = calls, kl
+
+    def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
+        self.calls.names.append("load_batch")
+        self.calls.samples, self.calls.plan = list(samples), plan
+
+    def score(self) -> Mapping[str, float]:
+        self.calls.names.append("score policy")
+        return {"policy/entropy": 1.5, "kl/ref": self.kl}
+
+    def compute_advantages(self, kl_coefficient: float) -> Mapping[str, float]:
+        self.calls.names.append(f"advantages {kl_coefficient}")
+        return {}
+
+    def update(self, mini_batch: int) -> UpdateStats:
+        self.calls.names.append(f"update policy {mini_batch}")
+        return UpdateStats(grad_norm=2.0 + mini_batch, learning_rate=0.1, skipped=mini_batch == 1, means={"policy": -0.5})
+
+    def publish(self, version: int) -> WeightManifest | None:
+        self.calls.names.append(f"publish {version}")
+        return WeightManifest(version=version, tensors=(), num_bytes=7, seconds=0.5)
+
+    def save(self, path: str) -> None:
+        (Path(path) / "weights").write_text("w")
+
+    def load(self, path: str) -> None: ...
+
+    def export_hf(self, path: str) -> None: ...
+
+
+class FakeCritic:
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+
+    def score(self) -> Mapping[str, float]:
+        self.calls.names.append("score critic")
+        return {}
+
+    def update(self, mini_batch: int) -> UpdateStats:
+        self.calls.names.append(f"update critic {mini_batch}")
+        return UpdateStats(grad_norm=1.0, learning_rate=0.2, skipped=False, means={"value": 0.25})
+
+
+class FakeReference:
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+
+    def score(self) -> Mapping[str, float]:
+        self.calls.names.append("score reference")
+        return {}
+
+
+class FakeRollout:
+    """Answers in the reverse order of the prompts; the second answer of each is empty, the third cannot be judged."""
+
+    def begin_step(self, step: int) -> None:
+        self.step = step
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> Iterator[RolloutGroup]:
+        for prompt in reversed(prompts):
+            answers = [(5, 6), (), (7,), (8, 9, 1)]
+            yield RolloutGroup(prompt=prompt, completions=tuple(self._completion(ids) for ids in answers))
+
+    def _completion(self, ids: tuple[int, ...]) -> Completion:
+        return Completion(
+            token_ids=ids, rollout_logprobs=(-1.0,) * len(ids), finish_reason="stop", weight_versions=(self.step,) * len(ids)
+        )
+
+    def close(self) -> None: ...
+
+
+class FakeReward:
+    def score(self, groups: Iterable[RolloutGroup]) -> Iterator[RolloutGroup]:
+        for group in groups:
+            rewards = (
+                Reward(value=1.0, parts={"right": 1.0}),
+                Reward(value=0.0),
+                Reward(value=9.0, valid=False, error="?"),
+                Reward(value=0.0),
+            )
+            yield replace(group, rewards=rewards)
+
+    def close(self) -> None: ...
+
+
+class FakePrompts:
+    def __init__(self) -> None:
+        self.num_drawn = 0
+
+    def next(self, num: int) -> list[Prompt]:
+        ids = range(self.num_drawn, self.num_drawn + num)
+        self.num_drawn += num
+        return [Prompt(prompt_id=index, token_ids=(1, 2, 3), text="?") for index in ids]
+
+    def state(self) -> dict[str, int]:
+        return {"num_drawn": self.num_drawn}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        self.num_drawn = state["num_drawn"]
+
+
+def make_trainer(calls: Calls, kl: float = 0.0, **algorithm: Any) -> PPOTrainer:
+    config = Config(
+        run=RunConfig(seed=4),
+        model=ModelConfig(path="none"),
+        data=DataConfig(train="none", prompts_per_step=3),
+        reward=RewardConfig(name="exact"),
+        algorithm=AlgorithmConfig(**algorithm),
+        batching=BatchingConfig(max_tokens_per_micro_batch=12),
+    )
+    rule = make_algorithm(config.algorithm)
+    roles = Roles(
+        policy=FakePolicy(calls, kl),
+        critic=FakeCritic(calls) if rule.needs_critic else None,
+        reference=FakeReference(calls) if config.algorithm.needs_reference else None,
+        rollout=FakeRollout(),
+        reward=FakeReward(),
+        prompts=FakePrompts(),  # type: ignore[arg-type]
+    )
+    sampling = SamplingSpec(max_new_tokens=4, num_samples=4)
+    return PPOTrainer(config, ParallelDims(world_size=2), roles, rule, make_kl_controller(config.algorithm), sampling)
+
+
+def test_ppo_step_calls_everyone_in_order() -> None:
+    calls = Calls()
+    trainer = make_trainer(calls, kl_placement="reward", kl_coefficient=0.3, epochs=2, num_mini_batches=2)
+    report = trainer.step()
+    updates = ["update critic 0", "update policy 0", "update critic 1", "update policy 1"] * 2
+    scores = ["score reference", "score policy", "score critic", "advantages 0.3"]
+    assert calls.names == ["load_batch", *scores, *updates, "publish 1"]
+    assert report.metrics["policy/grad_norm"] == pytest.approx(2.5)
+    assert report.metrics["policy/skipped_steps"] == 2
+    assert report.metrics["loss/value"] == pytest.approx(0.25)
+
+
+def test_batch_is_in_prompt_order_and_drops_are_counted() -> None:
+    calls = Calls()
+    metrics = make_trainer(calls, name="grpo").step().metrics
+    assert [sample.group_id for sample in calls.samples] == [0, 0, 1, 1, 2, 2]
+    assert (metrics["drops/empty_response"], metrics["drops/invalid_reward"]) == (3, 3)
+    # The invalid verdict's 9.0 counts nowhere.
+    assert metrics["reward/mean"] == pytest.approx(1 / 3)
+    assert metrics["reward/right"] == 1.0
+    assert calls.plan is not None and calls.plan.mini_batches[0].num_loss_tokens == 3 * (2 + 3)
+
+
+def test_group_advantages_rank_the_right_answer_first() -> None:
+    calls = Calls()
+    make_trainer(calls, name="grpo").step()
+    first, second = calls.samples[:2]
+    assert first.scalar_advantage is not None and second.scalar_advantage is not None
+    assert first.scalar_advantage > 0 > second.scalar_advantage
+
+
+def test_adaptive_kl_moves_after_the_step_that_showed_it() -> None:
+    calls = Calls()
+    options: dict[str, Any] = {"kl_controller": "adaptive", "kl_target": 0.1, "kl_horizon": 10.0}
+    trainer = make_trainer(calls, kl=5.0, kl_placement="reward", kl_coefficient=0.3, **options)
+    report = trainer.step()
+    assert report.metrics["kl/coefficient"] == 0.3
+    assert trainer.controller.coefficient > 0.3
+
+
+def test_state_resumes_where_it_stopped(tmp_path: Path) -> None:
+    calls, reports = Calls(), []
+    trainer = make_trainer(calls)
+
+    def save() -> None:
+        write_checkpoint(tmp_path, trainer.num_steps_done, trainer.state(), trainer.roles.policy.save, keep=2)
+
+    run(trainer, num_steps=5, report=reports.append, save=save, save_every=2, save_at_end=True)
+    assert [step for step, _ in whole_checkpoints(tmp_path)] == [4, 5]
+    again = make_trainer(Calls())
+    again.load_state(read_driver_state(whole_checkpoints(tmp_path)[-1][1]))
+    assert again.num_steps_done == 5
+    assert again.roles.prompts.state() == trainer.roles.prompts.state()
+    assert isinstance(reports[0], StepReport)
+
+
+def test_another_seed_is_refused_on_resume() -> None:
+    trainer = make_trainer(Calls())
+    with pytest.raises(ValueError, match=r"run\.seed=4.*made with 5"):
+        trainer.load_state({**trainer.state(), "seed": 5})
+
+
+def test_an_interrupted_save_is_no_checkpoint(tmp_path: Path) -> None:
+    def fail(folder: str) -> None:
+        (Path(folder) / "half").write_text("")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_checkpoint(tmp_path, 3, {}, fail, keep=1)
+    assert whole_checkpoints(tmp_path) == []
+    write_checkpoint(tmp_path, 3, {"step": 3}, lambda folder: None, keep=1)
+    assert [step for step, _ in whole_checkpoints(tmp_path)] == [3]
+    assert not (whole_checkpoints(tmp_path)[0][1] / "half").exists()
