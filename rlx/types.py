@@ -14,7 +14,7 @@ prediction made AT position t, that is, about token t + 1. ``rlx.data.collate`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -224,10 +224,17 @@ class LossInputs:
 
     ``logprobs_T`` / ``entropy_T`` / ``values_T`` carry gradients; everything else is data. Columns a loss does not
     use may be None. ``weights_T`` is what each token counts for in the sum (0 off the response); the division by the
-    mini-batch's global count happens outside, once.
+    mini-batch's global count happens outside, once. ``importance_T`` (1 where None) scales the policy term alone.
+
+    ``sequence_T`` (int64) numbers each token's sequence in the micro-batch, 0 to ``num_sequences`` - 1. Context parallelism
+    spreads a sequence over ranks; ``sum_over_ranks`` adds a tensor up over them, with gradient (None: one rank has all).
     """
 
     weights_T: Tensor
+    importance_T: Tensor | None = None
+    sequence_T: Tensor | None = None
+    num_sequences: int = 0
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None
     logprobs_T: Tensor | None = None
     entropy_T: Tensor | None = None
     values_T: Tensor | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlx.config.schema import AlgorithmConfig
+from rlx.config.algorithm import AlgorithmConfig
 
 # The paper's limit on the proportional error of one update.
 MAX_ERROR = 0.2

@@ -9,20 +9,9 @@ import torch
 from torch import Tensor
 
 from rlx.algos.base import Algorithm
-from rlx.algos.policy_loss import add_losses, clipped_policy_loss, entropy_bonus, kl_penalty
+from rlx.algos.policy_loss import ppo_policy_loss
 from rlx.algos.value_loss import clipped_value_loss
-from rlx.config.schema import AlgorithmConfig
-from rlx.types import LossInputs, LossOutput
-
-
-def composed_policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutput:
-    """The clipped loss, with the entropy bonus and the KL to the reference where ``config`` asks for them."""
-    terms = [clipped_policy_loss(inputs, config.clip_low, config.clip_high)]
-    if config.entropy_coefficient > 0:
-        terms.append(entropy_bonus(inputs, config.entropy_coefficient))
-    if config.kl_placement == "loss":
-        terms.append(kl_penalty(inputs, config.kl_coefficient, config.kl_estimator))
-    return add_losses(*terms)
+from rlx.config.algorithm import AlgorithmConfig
 
 
 def token_rewards(reward: float, mask_L: Tensor, kl_L: Tensor | None = None, kl_coefficient: float = 0.0) -> Tensor:
@@ -41,8 +30,7 @@ def token_rewards(reward: float, mask_L: Tensor, kl_L: Tensor | None = None, kl_
 def make_ppo(config: AlgorithmConfig) -> Algorithm:
     """PPO: one value a token, GAE on the workers."""
     return Algorithm(
-        needs_critic=True,
-        group_relative=False,
-        policy_loss=lambda inputs: composed_policy_loss(inputs, config),
+        kind="critic",
+        policy_loss=lambda inputs: ppo_policy_loss(inputs, config),
         value_loss=lambda inputs: clipped_value_loss(inputs, config.value_clip),
     )

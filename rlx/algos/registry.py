@@ -1,17 +1,34 @@
-"""The table of algorithms. A new one is a file beside this one, a row here and its name in ``AlgorithmConfig.name``."""
+"""The table of algorithms. A new one is a file beside this one, a row here and one in ``rlx.config.algorithm.PRESETS``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 from rlx.algos.base import Algorithm
+from rlx.algos.cispo import make_cispo
+from rlx.algos.dapo import make_dapo
+from rlx.algos.dr_grpo import make_dr_grpo
 from rlx.algos.grpo import make_grpo
+from rlx.algos.gspo import make_gspo
 from rlx.algos.ppo import make_ppo
-from rlx.config.schema import AlgorithmConfig
+from rlx.algos.prime import make_prime
+from rlx.algos.reinforce_pp import make_reinforce_pp, make_reinforce_pp_baseline
+from rlx.algos.remax import make_remax
+from rlx.algos.rloo import make_rloo
+from rlx.config.algorithm import AlgorithmConfig
 
 ALGORITHMS: Mapping[str, Callable[[AlgorithmConfig], Algorithm]] = {
     "ppo": make_ppo,
     "grpo": make_grpo,
+    "dr_grpo": make_dr_grpo,
+    "dapo": make_dapo,
+    "rloo": make_rloo,
+    "reinforce_pp": make_reinforce_pp,
+    "reinforce_pp_baseline": make_reinforce_pp_baseline,
+    "remax": make_remax,
+    "gspo": make_gspo,
+    "cispo": make_cispo,
+    "prime": make_prime,
 }
 
 

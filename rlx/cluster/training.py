@@ -23,8 +23,8 @@ from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
 from rlx.trainer.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
 from rlx.trainer.evaluate import Evaluation
-from rlx.trainer.ppo import PPOTrainer, Roles, run
-from rlx.trainer.roles import RolloutService
+from rlx.trainer.ppo import PPOTrainer, run
+from rlx.trainer.roles import Roles, RolloutService
 from rlx.types import SamplingSpec, StepReport
 
 

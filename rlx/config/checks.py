@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from rlx.config.algorithm import KL_IN_REWARD, NEEDS_GROUPS
 from rlx.config.model_facts import ModelFacts, read_model_facts
 from rlx.config.schema import Config, OptimizerConfig
 
@@ -152,21 +153,32 @@ def _reward(config: Config) -> Iterator[str]:
 
 def _algorithm(config: Config) -> Iterator[str]:
     algorithm = config.algorithm
-    if algorithm.name == "grpo" and config.rollout.samples_per_prompt < 2:
-        yield "rollout.samples_per_prompt: algorithm.name grpo compares answers to one prompt and needs at least 2, got 1"
-    if algorithm.kl_controller == "adaptive" and (algorithm.kl_placement, algorithm.name) != ("reward", "ppo"):
+    if algorithm.name in NEEDS_GROUPS and config.rollout.samples_per_prompt < 2:
         yield (
-            "algorithm.kl_controller: adaptive needs algorithm.kl_placement reward and algorithm.name ppo,"
-            f" got {algorithm.kl_placement} and {algorithm.name}"
+            f"rollout.samples_per_prompt: algorithm.name {algorithm.name} compares answers to one prompt"
+            " and needs at least 2, got 1"
         )
+    if algorithm.dynamic_sampling and config.rollout.samples_per_prompt < 2:
+        yield "algorithm.dynamic_sampling: needs rollout.samples_per_prompt of at least 2, got 1; set it to false"
+    if algorithm.kl_placement == "reward" and algorithm.name not in KL_IN_REWARD:
+        yield (
+            f"algorithm.kl_placement: reward works with algorithm.name {', '.join(KL_IN_REWARD)}; use loss with {algorithm.name}"
+        )
+    if algorithm.kl_controller == "adaptive" and algorithm.kl_placement != "reward":
+        yield f"algorithm.kl_controller: adaptive needs algorithm.kl_placement reward, got {algorithm.kl_placement}"
     if algorithm.kl_placement != "none" and algorithm.kl_coefficient <= 0:
         yield (
             f"algorithm.kl_coefficient: must be above 0 with algorithm.kl_placement {algorithm.kl_placement};"
             " set one, or the placement to none"
         )
-    for name, value in (("gamma", algorithm.gamma), ("lam", algorithm.lam)):
+    limits = {"gamma": algorithm.gamma, "lam": algorithm.lam, "overlong_buffer": algorithm.overlong_buffer}
+    for name, value in {**limits, "clip_low": algorithm.clip_low}.items():
         if value > 1:
             yield f"algorithm.{name}: must be at most 1, got {value:g}"
+    if algorithm.mismatch_low > algorithm.mismatch_high:
+        yield f"algorithm.mismatch_low: {algorithm.mismatch_low:g} exceeds algorithm.mismatch_high {algorithm.mismatch_high:g}"
+    if algorithm.name == "prime" and algorithm.prime_beta <= 0:
+        yield "algorithm.prime_beta: must be above 0 with algorithm.name prime"
 
 
 def _optimizers(config: Config) -> Iterator[str]:

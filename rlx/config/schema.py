@@ -9,18 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def option(default: Any, doc: str, *, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
-    """A documented field; mutable defaults are copied for each instance."""
-    metadata = {"doc": doc, "choices": choices, "minimum": minimum}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def required(doc: str) -> Any:
-    """A documented field without a default: leaving it out is an error that names it."""
-    return field(metadata={"doc": doc, "choices": (), "minimum": None})
+from rlx.config.algorithm import AlgorithmConfig as AlgorithmConfig
+from rlx.config.options import option, required
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,37 +109,6 @@ class RewardConfig:
     args: Mapping[str, Any] = option({}, "arguments of the verifier, by name")
     num_workers: int = option(1, "verifier threads", minimum=1)
     timeout_s: float = option(30.0, "limit of one verdict", minimum=0.01)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AlgorithmConfig:
-    """The update rule."""
-
-    name: str = option("ppo", "the algorithm", choices=("ppo", "grpo"))
-    epochs: int = option(1, "passes over a rollout batch", minimum=1)
-    num_mini_batches: int = option(1, "optimizer steps a pass", minimum=1)
-    gamma: float = option(1.0, "discount", minimum=0)
-    lam: float = option(1.0, "GAE lambda (Schulman et al. 2016)", minimum=0)
-    clip_low: float = option(0.2, "policy ratio is clipped at 1 - clip_low", minimum=0)
-    clip_high: float = option(0.2, "policy ratio is clipped at 1 + clip_high", minimum=0)
-    value_clip: float | None = option(0.2, "value change is clipped to this; none: no clipping", minimum=0)
-    whiten_advantages: bool = option(True, "PPO: zero mean, unit variance over the rollout batch's response tokens")
-    normalize_by_std: bool = option(True, "GRPO: divide by the group's standard deviation")
-    entropy_coefficient: float = option(0.0, "weight of the entropy bonus", minimum=0)
-    kl_placement: str = option("none", "where the KL to the reference enters", choices=("none", "reward", "loss"))
-    kl_estimator: str = option("k3", "estimator of that KL (Schulman 2020)", choices=("k1", "k2", "k3"))
-    kl_coefficient: float = option(0.0, "its weight (start value when adaptive)", minimum=0)
-    kl_controller: str = option("fixed", "adaptive: Ziegler et al. 2019, reward placement only", choices=("fixed", "adaptive"))
-    kl_target: float = option(0.1, "adaptive controller: wanted KL a sequence", minimum=0)
-    kl_horizon: float = option(10_000.0, "adaptive controller: samples to adapt over", minimum=1)
-
-    @property
-    def needs_critic(self) -> bool:
-        return self.name == "ppo"
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.kl_placement != "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,3 +66,28 @@ def gather_pack_with_grad(local: Tensor, cu_seqlens_S1: Tensor, group: ProcessGr
         return local
     gathered: Tensor = _GatherPack.apply(local, cu_seqlens_S1, group)  # type: ignore[no-untyped-call]
     return gathered
+
+
+class _SumOverGroup(torch.autograd.Function):
+    """Every rank's loss may use the sum, so the gradient is summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = local.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def sum_over_group(local: Tensor, group: ProcessGroup) -> Tensor:
+    """``local`` of all ranks added up, on every rank, differentiable. Collective, also in the backward pass."""
+    if group.size() == 1:
+        return local
+    total: Tensor = _SumOverGroup.apply(local, group)  # type: ignore[no-untyped-call]
+    return total

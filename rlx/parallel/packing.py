@@ -26,6 +26,11 @@ class LocalBatch:
     loss_mask_t: Tensor
     packed_seq_params: PackedSeqParams
 
+    @property
+    def sequence_t(self) -> Tensor:
+        """The number of each token's sequence in the pack, int64 [t]."""
+        return torch.searchsorted(self.pack.cu_seqlens_S1[1:].to(self.index_t), self.index_t, right=True)
+
     def column(self, name: str) -> Tensor | None:
         """This rank's part of a column of the pack, float32 [t]; None when the pack has no such column."""
         column_T = self.pack.columns.get(name)

@@ -1,15 +1,21 @@
-"""From rewards to advantages and returns, for the samples of one data-parallel rank, on its last pipeline stage."""
+"""From rewards to advantages and returns, for the samples of one data-parallel rank, on its last pipeline stage.
+
+``sums`` adds a float64 tensor up over the data-parallel ranks; every rank must come here, also one without samples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from rlx.algos.base import Algorithm
 from rlx.algos.gae import gae_ragged
 from rlx.algos.kl import kl_estimate
 from rlx.algos.ppo import token_rewards
+from rlx.algos.prime import process_advantages, process_baselines
 from rlx.algos.whitening import whiten
 from rlx.config.schema import AlgorithmConfig
 from rlx.trainer.batch import RankBatch, position_mask
@@ -17,33 +23,103 @@ from rlx.trainer.batch import RankBatch, position_mask
 Sums = Callable[[Tensor], Tensor]
 
 
-def group_relative(batch: RankBatch) -> None:
-    """Spread each sample's scalar advantage over its response positions."""
-    batch.columns["advantages"] = {
-        sample.sample_id: position_mask(sample) * (sample.scalar_advantage or 0.0) for sample in batch.samples
+def add_advantages(batch: RankBatch, algorithm: Algorithm, config: AlgorithmConfig, kl_coefficient: float, sums: Sums) -> None:
+    """The column ``advantages`` (and ``returns`` with a critic), whitened over all response tokens if asked for."""
+    if algorithm.kind == "group":
+        advantages = _from_groups(batch, algorithm, config, kl_coefficient, sums)
+    elif algorithm.kind == "process":
+        advantages = _from_process(batch, config, sums)
+    else:
+        advantages = _from_token_rewards(batch, algorithm, config, kl_coefficient)
+    if config.whiten_advantages:
+        advantages = _whitened(advantages, [position_mask(sample) for sample in batch.samples], sums)
+    batch.columns["advantages"] = _by_id(batch, advantages)
+
+
+def _from_groups(
+    batch: RankBatch, algorithm: Algorithm, config: AlgorithmConfig, kl_coefficient: float, sums: Sums
+) -> list[Tensor]:
+    """Each sample's scalar advantage at its response positions.
+
+    A KL in the reward enters here and not on the driver, which has no log-probs: the advantage must be linear in the
+    rewards, so that the group's KLs can be turned into advantages on their own and added.
+    """
+    scalars = {sample.sample_id: sample.scalar_advantage or 0.0 for sample in batch.samples}
+    if config.kl_placement == "reward":
+        assert algorithm.group_advantages is not None
+        kls = _over_all_samples(batch, {id: float(kl.sum()) for id, kl in _kls(batch, config).items()}, sums)
+        for members in _groups(batch):
+            parts = algorithm.group_advantages([-kl_coefficient * kls[index] for index in members], [True] * len(members), None)
+            for index, part in zip(members, parts, strict=True):
+                if index in scalars:
+                    scalars[index] += part
+    return [position_mask(sample) * scalars[sample.sample_id] for sample in batch.samples]
+
+
+def _from_token_rewards(batch: RankBatch, algorithm: Algorithm, config: AlgorithmConfig, kl_coefficient: float) -> list[Tensor]:
+    """GAE on token rewards: with the critic's values, or plain returns without one."""
+    samples, columns = batch.samples, batch.columns
+    masks = [position_mask(sample) for sample in samples]
+    kls = _kls(batch, config) if config.kl_placement == "reward" else {}
+    rewards = [
+        token_rewards(sample.reward, mask, kls.get(sample.sample_id), kl_coefficient)
+        for sample, mask in zip(samples, masks, strict=True)
+    ]
+    if algorithm.kind == "returns":
+        return gae_ragged(rewards, [torch.zeros_like(mask) for mask in masks], masks, config.gamma, 1.0)[0]
+    values = [columns["values"][sample.sample_id] for sample in samples]
+    advantages, returns = gae_ragged(rewards, values, masks, config.gamma, config.lam)
+    columns["returns"] = _by_id(batch, returns)
+    return advantages
+
+
+def _from_process(batch: RankBatch, config: AlgorithmConfig, sums: Sums) -> list[Tensor]:
+    """PRIME: the group's outcomes (on the driver) and the process rewards of the second model."""
+    samples, columns = batch.samples, batch.columns
+    masks = [position_mask(sample) for sample in samples]
+    rewards = [
+        config.prime_beta * (columns["process_logprobs"][sample.sample_id] - columns["ref_logprobs"][sample.sample_id]) * mask
+        for sample, mask in zip(samples, masks, strict=True)
+    ]
+    own = {s.sample_id: float(r.sum()) / max(1, s.num_loss_tokens) for s, r in zip(samples, rewards, strict=True)}
+    means = _over_all_samples(batch, own, sums)
+    baselines: dict[int, float] = {}
+    for members in _groups(batch):
+        baselines |= dict(zip(members, process_baselines([means[index] for index in members]), strict=True))
+    chosen = [baselines[sample.sample_id] for sample in samples]
+    return process_advantages(rewards, masks, chosen, [sample.scalar_advantage or 0.0 for sample in samples], config.gamma)
+
+
+def _kls(batch: RankBatch, config: AlgorithmConfig) -> dict[int, Tensor]:
+    """The KL estimate at each response position of each sample, by sample id."""
+    old, ref = batch.columns["old_logprobs"], batch.columns["ref_logprobs"]
+    return {
+        sample.sample_id: kl_estimate(old[sample.sample_id], ref[sample.sample_id], config.kl_estimator) * position_mask(sample)
+        for sample in batch.samples
     }
 
 
-def from_critic(batch: RankBatch, config: AlgorithmConfig, kl_coefficient: float, sums: Sums) -> None:
-    """GAE on rewards and values, whitened over all ranks' response tokens if asked for.
+def _over_all_samples(batch: RankBatch, own: dict[int, float], sums: Sums) -> list[float]:
+    """One number a sample, known to the rank that has the sample, for all samples of the batch on every rank."""
+    table = torch.zeros(len(batch.everyone), dtype=torch.float64)
+    for index, value in own.items():
+        table[index] = value
+    return [float(value) for value in sums(table)]
 
-    ``sums`` adds a float64 tensor up over the data-parallel ranks; every rank must come here, also one without samples.
-    """
-    samples, columns = batch.samples, batch.columns
-    masks = [position_mask(sample) for sample in samples]
-    rewards = []
-    for sample, mask in zip(samples, masks, strict=True):
-        kl = None
-        if config.kl_placement == "reward":
-            old, ref = columns["old_logprobs"][sample.sample_id], columns["ref_logprobs"][sample.sample_id]
-            kl = kl_estimate(old, ref, config.kl_estimator)
-        rewards.append(token_rewards(sample.reward, mask, kl, kl_coefficient))
-    values = [columns["values"][sample.sample_id] for sample in samples]
-    advantages, returns = gae_ragged(rewards, values, masks, config.gamma, config.lam)
-    if config.whiten_advantages:
-        empty = [torch.zeros(0)]
-        whitened = whiten(torch.cat([*advantages, *empty]), torch.cat([*masks, *empty]), sums)
-        advantages = list(whitened.split([mask.numel() for mask in masks])) if masks else []
-    ids = [sample.sample_id for sample in samples]
-    columns["advantages"] = dict(zip(ids, advantages, strict=True))
-    columns["returns"] = dict(zip(ids, returns, strict=True))
+
+def _groups(batch: RankBatch) -> list[list[int]]:
+    """Sample ids of each group, over all ranks."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for sample in batch.everyone:
+        groups[sample.group_id].append(sample.sample_id)
+    return list(groups.values())
+
+
+def _whitened(advantages: Sequence[Tensor], masks: Sequence[Tensor], sums: Sums) -> list[Tensor]:
+    empty = [torch.zeros(0)]
+    whitened = whiten(torch.cat([*advantages, *empty]), torch.cat([*masks, *empty]), sums)
+    return list(whitened.split([mask.numel() for mask in masks])) if masks else []
+
+
+def _by_id(batch: RankBatch, values: Sequence[Tensor]) -> dict[int, Tensor]:
+    return {sample.sample_id: value for sample, value in zip(batch.samples, values, strict=True)}

@@ -29,6 +29,16 @@ class RankBatch:
         mine = [ids for part in plan.mini_batches for ids in part.micro_batches[context.dp_rank]]
         self.samples = [self._samples[index] for ids in mine for index in ids]
 
+    @property
+    def everyone(self) -> list[TrainSample]:
+        """The samples of all ranks, in order; sample ids are their indices."""
+        return self._samples
+
+    def members(self, mini_batch: int) -> list[TrainSample]:
+        """The samples of one mini-batch over all ranks."""
+        ranks = self.plan.mini_batches[mini_batch].micro_batches
+        return [self._samples[index] for rank in ranks for ids in rank for index in ids]
+
     def packs(self, mini_batch: int) -> list[MicroBatch]:
         """The micro-batches of one mini-batch, with every column computed so far."""
         micro_batches = self.plan.mini_batches[mini_batch].micro_batches[self._context.dp_rank]

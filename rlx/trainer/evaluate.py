@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlx.config.schema import Config
 from rlx.data.prompts import PromptSource
 from rlx.obs.log import phase
-from rlx.trainer.ppo import Roles
+from rlx.trainer.roles import Roles
 from rlx.types import Prompt, SamplingSpec, StepReport
 
 

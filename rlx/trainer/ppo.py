@@ -6,32 +6,17 @@ The driver sees only the Protocols of ``rlx.trainer.roles``; it holds samples an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, pstdev
 
 from rlx.algos.base import Algorithm
-from rlx.algos.grpo import group_relative_advantages
 from rlx.algos.kl_controller import KLController
 from rlx.config.schema import Config
 from rlx.data.plan import plan_batch
-from rlx.data.prompts import PromptSource
-from rlx.data.samples import to_train_samples
 from rlx.obs.log import phase
 from rlx.obs.timers import StepTimer
-from rlx.trainer.roles import CriticGroup, PolicyGroup, ReferenceGroup, RewardService, RolloutService
-from rlx.types import ParallelDims, RolloutGroup, SamplingSpec, StepReport, TrainSample, UpdateStats, WeightManifest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Roles:
-    """Everyone the driver talks to."""
-
-    policy: PolicyGroup
-    critic: CriticGroup | None
-    reference: ReferenceGroup | None
-    rollout: RolloutService
-    reward: RewardService
-    prompts: PromptSource
+from rlx.trainer.experience import Rollouts, Samples, collect, prepare
+from rlx.trainer.roles import Roles
+from rlx.types import ParallelDims, SamplingSpec, StepReport, TrainSample, UpdateStats, WeightManifest
 
 
 class PPOTrainer:
@@ -54,8 +39,9 @@ class PPOTrainer:
         """One iteration: prompts to published weights."""
         step, roles, timer = self.num_steps_done + 1, self.roles, StepTimer()
         with phase("rollout", step), timer("rollout"):
-            groups = self._rollout(step)
-        samples = self._samples(groups)
+            roles.rollout.begin_step(step)
+            rollouts = collect(self.config, roles, self.algorithm, self.sampling)
+        samples = prepare(self.config, self.algorithm, rollouts)
         plan = plan_batch(
             [len(sample.token_ids) for sample in samples.kept],
             [sample.num_loss_tokens for sample in samples.kept],
@@ -69,14 +55,16 @@ class PPOTrainer:
             if roles.reference is not None:
                 scores |= roles.reference.score()
             scores |= roles.policy.score()
+            first = self._teach_critic_first(len(plan.mini_batches))
             if roles.critic is not None:
                 scores |= roles.critic.score()
             scores |= roles.policy.compute_advantages(self.controller.coefficient)
         with phase("update", step), timer("update"):
             updates = self._update(len(plan.mini_batches))
+            updates["critic"] += first
         with phase("sync", step), timer("sync"):
             manifest = roles.policy.publish(step)
-        metrics = self._metrics(groups, samples, scores, updates)
+        metrics = self._metrics(rollouts, samples, scores, updates)
         self._adapt_kl(scores, samples.kept)
         self.num_steps_done = step
         return StepReport(step=step, metrics=metrics | _sync_metrics(manifest) | _perf_metrics(timer, samples.kept))
@@ -104,31 +92,18 @@ class PPOTrainer:
         assert isinstance(prompts, Mapping)
         self.roles.prompts.load_state(prompts)
 
-    def _rollout(self, step: int) -> list[RolloutGroup]:
-        self.roles.rollout.begin_step(step)
-        prompts = self.roles.prompts.next(self.config.data.prompts_per_step)
-        groups = self.roles.reward.score(self.roles.rollout.generate(prompts, self.sampling))
-        # Groups finish in any order; the batch must not depend on it.
-        return sorted(groups, key=lambda group: group.prompt.prompt_id)
-
-    def _samples(self, groups: Sequence[RolloutGroup]) -> _Samples:
-        advantages = None
-        if self.algorithm.group_relative:
-            by_std = self.config.algorithm.normalize_by_std
-            advantages = [
-                group_relative_advantages([r.value for r in group.rewards or ()], [r.valid for r in group.rewards or ()], by_std)
-                for group in groups
-            ]
-        kept, drops = to_train_samples(groups, advantages)
-        if not kept:
-            raise RuntimeError(f"no sample of the batch can be trained on; drops: {dict(drops)}")
-        return _Samples(kept=kept, drops=drops)
+    def _teach_critic_first(self, num_mini_batches: int) -> list[UpdateStats]:
+        """A process reward model learns from the outcomes before it scores the batch they belong to."""
+        critic = self.roles.critic
+        if critic is None or not self.algorithm.critic_first:
+            return []
+        return [critic.update(mini_batch) for mini_batch in range(num_mini_batches)]
 
     def _update(self, num_mini_batches: int) -> dict[str, list[UpdateStats]]:
         done: dict[str, list[UpdateStats]] = {"policy": [], "critic": []}
         for _ in range(self.config.algorithm.epochs):
             for mini_batch in range(num_mini_batches):
-                if self.roles.critic is not None:
+                if self.roles.critic is not None and not self.algorithm.critic_first:
                     done["critic"].append(self.roles.critic.update(mini_batch))
                 done["policy"].append(self.roles.policy.update(mini_batch))
         return done
@@ -140,11 +115,12 @@ class PPOTrainer:
 
     def _metrics(
         self,
-        groups: Sequence[RolloutGroup],
-        samples: _Samples,
+        rollouts: Rollouts,
+        samples: Samples,
         scores: Mapping[str, float],
         updates: Mapping[str, Sequence[UpdateStats]],
     ) -> dict[str, float]:
+        groups = rollouts.groups
         rewards = [reward for group in groups for reward in group.rewards or () if reward.valid]
         values = [reward.value for reward in rewards]
         lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
@@ -156,18 +132,14 @@ class PPOTrainer:
             "kl/coefficient": self.controller.coefficient,
             "loss/value": 0.0,
             **scores,
+            **rollouts.metrics,
+            **samples.metrics,
         }
         for part in sorted({name for reward in rewards for name in reward.parts}):
             metrics[f"reward/{part}"] = fmean(reward.parts[part] for reward in rewards if part in reward.parts)
         for role, stats in updates.items():
             metrics |= _update_metrics(role, stats)
         return metrics | {f"drops/{reason}": float(count) for reason, count in samples.drops.items()}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Samples:
-    kept: list[TrainSample]
-    drops: Mapping[str, int]
 
 
 _STAT_NAMES = {
@@ -177,6 +149,7 @@ _STAT_NAMES = {
     "approx_kl": "policy/approx_kl",
     "kl_ref": "kl/loss",
     "value": "loss/value",
+    "accuracy": "value/accuracy",
     "value_clip_fraction": "value/clip_fraction",
     "value_mean": "value/mean",
     "return_mean": "value/return_mean",

@@ -8,8 +8,10 @@ collective for the ranks behind it; errors raise in the driver with role, rank a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from rlx.data.prompts import PromptSource
 from rlx.types import BatchPlan, Prompt, RolloutGroup, SamplingSpec, TrainSample, UpdateStats, WeightManifest
 
 
@@ -82,3 +84,15 @@ class RewardService(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """Everyone the driver talks to."""
+
+    policy: PolicyGroup
+    critic: CriticGroup | None
+    reference: ReferenceGroup | None
+    rollout: RolloutService
+    reward: RewardService
+    prompts: PromptSource

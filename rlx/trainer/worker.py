@@ -7,7 +7,7 @@ columns never leave it. Numbers that only the last pipeline stage knows are retu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,15 +26,17 @@ from rlx.models.hf_io import expected_shapes, export_hf, load_hf, stage_weights
 from rlx.obs.log import phase
 from rlx.parallel.checkpoint import load_trainable, save_trainable
 from rlx.parallel.context import ParallelContext
+from rlx.parallel.context_parallel import sum_over_group
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Head, forward_backward, forward_only
 from rlx.sync.canary import CanarySpec
 from rlx.sync.group import Endpoint
 from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget
-from rlx.trainer.advantages import from_critic, group_relative
-from rlx.trainer.batch import RankBatch, position_mask, position_rollout_logprobs
+from rlx.trainer.advantages import add_advantages
+from rlx.trainer.batch import RankBatch, position_mask
 from rlx.trainer.scoring import score_sequences
+from rlx.trainer.weighting import add_importance, add_weights, divisor
 from rlx.types import BatchPlan, LossInputs, LossOutput, TrainSample, UpdateStats, WeightManifest
 
 Means = dict[str, float]
@@ -42,11 +44,12 @@ Means = dict[str, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trained:
-    """A trained model, the head it is run with and the loss it is updated by."""
+    """A trained model, the head it is run with, the loss it is updated by and how that loss is aggregated."""
 
     model: Trainable
     head: Head
     loss: Callable[[Tensor, LocalBatch], LossOutput]
+    aggregation: str
 
 
 class Worker:
@@ -78,16 +81,20 @@ class Worker:
             chunks = build_model(self.arch, self.context, self._options)
             load_hf(chunks, self.arch, self.config.model.path, self.context)
             model = Trainable(chunks, self.config.optimizer, self.context, self._total_steps())
-        return Trained(model=model, head=self._token_head, loss=self._policy_loss)
+        aggregation = self.config.algorithm.loss_aggregation
+        return Trained(model=model, head=self._token_head, loss=self._policy_loss, aggregation=aggregation)
 
     def _build_critic(self) -> Trained:
         with phase("load critic"):
             folder = self.config.model.critic_path or self.config.model.path
             arch = read_architecture(folder)
-            chunks = build_model(arch, self.context, self._options, head="value")
+            judges_tokens = self.algorithm.kind == "process"
+            chunks = build_model(arch, self.context, self._options, head="token" if judges_tokens else "value")
             load_hf(chunks, arch, folder, self.context)
             model = Trainable(chunks, self.config.critic_optimizer, self.context, self._total_steps())
-        return Trained(model=model, head=value_head, loss=self._value_loss)
+        if judges_tokens:
+            return Trained(model=model, head=self._token_head, loss=self._process_loss, aggregation="seq-mean-token-mean")
+        return Trained(model=model, head=value_head, loss=self._value_loss, aggregation="token-mean")
 
     def _build_reference(self) -> list[nn.Module]:
         with phase("load reference"):
@@ -109,6 +116,8 @@ class Worker:
 
     def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
         self._batch = RankBatch(samples, plan, self.context)
+        if self.context.is_last_stage:
+            add_weights(self._batch, self.config.algorithm.loss_aggregation)
 
     def score_policy(self) -> Means | None:
         """Old log-probs; entropy, mismatch with the engine and (when the reference scored before) KL to it."""
@@ -132,7 +141,9 @@ class Worker:
         assert self.critic is not None, "this algorithm has no critic"
         with phase("score critic"):
             outputs = forward_only(self.critic.model.wrapped, self.batch.all_packs(), self.critic.head, self.context)
-            if self.context.is_last_stage:
+            if self.context.is_last_stage and self.algorithm.kind == "process":
+                self.batch.store("process_logprobs", [(batch, out[0]) for batch, out in outputs])
+            elif self.context.is_last_stage:
                 self.batch.store("values", outputs)
         return {} if self.context.is_last_stage else None
 
@@ -143,22 +154,16 @@ class Worker:
         return score_sequences(self.policy.model.wrapped, head, sequences, self.context, max_tokens)
 
     def _score_means(self) -> Means:
-        stats: dict[str, Tensor] = {name: torch.zeros(2, dtype=torch.float64) for name in self._score_names()}
-        columns = self.batch.columns
-        for sample in self.batch.samples:
+        columns, samples = self.batch.columns, self.batch.samples
+        names = ["policy/entropy", "kl/ref"] if "ref_logprobs" in columns else ["policy/entropy"]
+        stats = {name: torch.zeros(2, dtype=torch.float64) for name in names} | add_importance(self.batch, self.config)
+        for sample in samples:
             keep = position_mask(sample) != 0
-            old = columns["old_logprobs"][sample.sample_id]
             stats["policy/entropy"] += sum_and_count(columns["entropy"][sample.sample_id], keep)
-            difference = (old - position_rollout_logprobs(sample)).abs()
-            stats["mismatch/logprob_abs_mean"] += sum_and_count(difference, keep)
             if "ref_logprobs" in columns:
-                ref = columns["ref_logprobs"][sample.sample_id]
+                old, ref = columns["old_logprobs"][sample.sample_id], columns["ref_logprobs"][sample.sample_id]
                 stats["kl/ref"] += sum_and_count(kl_estimate(old, ref, "k1"), keep)
         return self._reduce(stats, self.context.groups.dp)
-
-    def _score_names(self) -> list[str]:
-        names = ["mismatch/logprob_abs_mean", "policy/entropy"]
-        return [*names, "kl/ref"] if "ref_logprobs" in self.batch.columns else names
 
     # Learning
 
@@ -166,10 +171,7 @@ class Worker:
         if not self.context.is_last_stage:
             return None
         with phase("advantages"):
-            if self.algorithm.group_relative:
-                group_relative(self.batch)
-            else:
-                from_critic(self.batch, self.config.algorithm, kl_coefficient, self._sum_over_data)
+            add_advantages(self.batch, self.algorithm, self.config.algorithm, kl_coefficient, self._sum_over_data)
             stats = {"advantages/mean": torch.zeros(2, dtype=torch.float64)}
             for sample in self.batch.samples:
                 stats["advantages/mean"] += sum_and_count(
@@ -187,14 +189,13 @@ class Worker:
             return self._update(self.critic, mini_batch)
 
     def _update(self, trained: Trained, mini_batch: int) -> UpdateStats | None:
-        plan = self.batch.plan.mini_batches[mini_batch]
         trained.model.zero_grad()
         totals = forward_backward(
             trained.model.wrapped,
             self.batch.packs(mini_batch),
             trained.head,
             trained.loss,
-            divisor=max(1, plan.num_loss_tokens),
+            divisor=divisor(self.batch, mini_batch, trained.aggregation, self.config),
             context=self.context,
         )
         result = trained.model.step()
@@ -208,8 +209,11 @@ class Worker:
         )
 
     def _policy_loss(self, outputs: Tensor, batch: LocalBatch) -> LossOutput:
+        weights = batch.column("weights")
+        assert weights is not None, "load_batch adds the weights"
         inputs = LossInputs(
-            weights_T=batch.loss_mask_t,
+            weights_T=weights,
+            importance_T=batch.column("importance"),
             logprobs_T=outputs[0],
             entropy_T=outputs[1],
             old_logprobs_T=batch.column("old_logprobs"),
@@ -217,7 +221,26 @@ class Worker:
             rollout_logprobs_T=batch.column("rollout_logprobs"),
             advantages_T=batch.column("advantages"),
         )
-        return self.algorithm.policy_loss(inputs)
+        return self.algorithm.policy_loss(self._with_sequences(inputs, batch))
+
+    def _process_loss(self, outputs: Tensor, batch: LocalBatch) -> LossOutput:
+        weights = batch.column("sequence_weights")
+        assert self.algorithm.value_loss is not None and weights is not None
+        inputs = LossInputs(
+            weights_T=weights,
+            logprobs_T=outputs[0],
+            ref_logprobs_T=batch.column("ref_logprobs"),
+            returns_T=batch.column("outcomes"),
+        )
+        return self.algorithm.value_loss(self._with_sequences(inputs, batch))
+
+    def _with_sequences(self, inputs: LossInputs, batch: LocalBatch) -> LossInputs:
+        return replace(
+            inputs,
+            sequence_T=batch.sequence_t,
+            num_sequences=len(batch.pack.sample_ids),
+            sum_over_ranks=lambda local: sum_over_group(local, self.context.groups.cp),
+        )
 
     def _value_loss(self, outputs: Tensor, batch: LocalBatch) -> LossOutput:
         assert self.algorithm.value_loss is not None

@@ -20,13 +20,13 @@ def _save(model: PreTrainedModel, folder: Path, seed: int) -> Path:
     return folder
 
 
-def make_qwen2(folder: Path, seed: int = 0, tied: bool = True) -> Path:
+def make_qwen2(folder: Path, seed: int = 0, tied: bool = True, num_layers: int = 4) -> Path:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,

@@ -47,7 +47,7 @@ def collect(trained: Trained, worker: Worker, context: ParallelContext, what: st
     found = {}
     for name, tensor in stage_weights(trained.model.chunks, worker.arch, context, read):
         found[name] = tensor
-    if trained is worker.critic and context.is_last_stage:
+    if trained is worker.critic and worker.algorithm.kind == "critic" and context.is_last_stage:
         head = trained.model.chunks[-1].output_layer
         found |= {f"value_head.{name}": read(parameter) for name, parameter in head.named_parameters()}
     return {name: tensor for part in context.gather_objects(found) for name, tensor in part.items()}

@@ -13,7 +13,8 @@ from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.registry import make_algorithm
 from rlx.config.schema import AlgorithmConfig, BatchingConfig, Config, DataConfig, ModelConfig, RewardConfig, RunConfig
 from rlx.trainer.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
-from rlx.trainer.ppo import PPOTrainer, Roles, run
+from rlx.trainer.ppo import PPOTrainer, run
+from rlx.trainer.roles import Roles
 from rlx.types import (
     BatchPlan,
     Completion,

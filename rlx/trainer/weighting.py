@@ -1,0 +1,54 @@
+"""What each response token counts for: aggregation, sequence means, and the correction for the engine's drift.
+
+Runs on the last pipeline stage; the columns it adds are position-aligned like all others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlx.algos.aggregation import loss_divisor, token_weight
+from rlx.algos.mismatch import drift, importance_weights
+from rlx.config.schema import Config
+from rlx.trainer.batch import RankBatch, position_mask, position_rollout_logprobs
+
+Stats = dict[str, Tensor]
+
+
+def add_weights(batch: RankBatch, aggregation: str) -> None:
+    """The columns ``weights`` (by ``aggregation``), ``sequence_weights`` (1 / tokens) and ``outcomes`` (the reward)."""
+    masks = {sample.sample_id: position_mask(sample) for sample in batch.samples}
+    for name, mode in (("weights", aggregation), ("sequence_weights", "seq-mean-token-mean")):
+        batch.columns[name] = {
+            sample.sample_id: masks[sample.sample_id] * token_weight(mode, sample.num_loss_tokens) for sample in batch.samples
+        }
+    batch.columns["outcomes"] = {sample.sample_id: masks[sample.sample_id] * sample.reward for sample in batch.samples}
+
+
+def divisor(batch: RankBatch, mini_batch: int, aggregation: str, config: Config) -> float:
+    """The mini-batch's divisor, the same on every rank."""
+    counts = [sample.num_loss_tokens for sample in batch.members(mini_batch)]
+    return loss_divisor(aggregation, counts, config.algorithm.loss_constant or config.rollout.max_new_tokens)
+
+
+def add_importance(batch: RankBatch, config: Config) -> Stats:
+    """Drift statistics under ``mismatch/...``; the column ``importance`` where a correction is asked for."""
+    algorithm = config.algorithm
+    corrects = algorithm.mismatch_correction != "none" or algorithm.mismatch_reject_low > 0
+    corrects = corrects or algorithm.mismatch_reject_high is not None
+
+    def look(old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Stats]:
+        weights, more = importance_weights(old, rollout, mask, algorithm)
+        return weights, drift(old, rollout, mask) | (more if corrects else {})
+
+    # A rank without samples must know the names too.
+    stats = look(*(torch.zeros(0) for _ in range(3)))[1]
+    column: dict[int, Tensor] = {}
+    for sample in batch.samples:
+        old = batch.columns["old_logprobs"][sample.sample_id]
+        column[sample.sample_id], found = look(old, position_rollout_logprobs(sample), position_mask(sample))
+        stats = {name: stats[name] + stat for name, stat in found.items()}
+    if corrects:
+        batch.columns["importance"] = column
+    return {f"mismatch/{name}": stat for name, stat in stats.items()}
