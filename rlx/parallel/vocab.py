@@ -7,6 +7,7 @@ Legend: T tokens, D hidden size, v vocabulary rows of this rank (padding include
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +47,11 @@ def logprobs_and_entropy(
     return logprobs_T, entropy_T
 
 
-def _chunk_size(num_rows: int) -> int:
-    return max(1, CHUNK_BYTES // (4 * max(1, num_rows)))
+def _chunks(num_tokens: int, num_rows: int) -> Iterator[slice]:
+    """Runs of tokens whose fp32 logits fit ``CHUNK_BYTES``."""
+    size = max(1, CHUNK_BYTES // (4 * max(1, num_rows)))
+    for start in range(0, num_tokens, size):
+        yield slice(start, min(start + size, num_tokens))
 
 
 def _logits(hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float) -> Tensor:
@@ -64,32 +68,36 @@ class _VocabParallel(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        maximum, sum_exp, sum_exp_logit, label_logit = (hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for _ in range(4))
+        # Per token, over this rank's rows z: top = max z, sum_exp = sum e^(z - top), sum_shifted = sum e^(z - top) (z - top).
+        # Shifted sums keep their digits where raw logits are large.
+        top, sum_exp, sum_shifted, label_logit = (hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for _ in range(4))
         local_label = labels - shard.first
         is_here = (local_label >= 0) & (local_label < shard.num_real)
         safe_label = torch.where(is_here, local_label, 0)
-        for part in torch.arange(hidden.shape[0], device=hidden.device).split(_chunk_size(weight.shape[0])):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
+        for rows in _chunks(hidden.shape[0], weight.shape[0]):
             logits = _logits(hidden[rows], weight, shard, temperature)
-            # A rank of padding rows alone has maximum -inf; a finite stand-in keeps exp(-inf - x) = 0 instead of nan.
-            top = logits.max(dim=-1).values.clamp_min(torch.finfo(torch.float32).min)
-            exp = (logits - top[:, None]).exp_()
-            maximum[rows] = top
             label_logit[rows] = torch.where(is_here[rows], logits.gather(1, safe_label[rows, None]).squeeze(1), 0.0)
+            # A rank of padding rows alone has maximum -inf; a finite stand-in keeps exp(-inf - x) = 0 instead of nan.
+            top[rows] = logits.max(dim=-1).values.clamp_min(torch.finfo(torch.float32).min)
+            shifted = logits.sub_(top[rows, None])
+            exp = shifted.exp()
             sum_exp[rows] = exp.sum(-1)
-            sum_exp_logit[rows] = (exp * logits.masked_fill_(exp == 0, 0)).sum(-1)
+            sum_shifted[rows] = (exp * shifted.masked_fill_(exp == 0, 0)).sum(-1)
         if shard.group.size() > 1:
-            top = maximum.clone()
+            own_top = top.clone()
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
-            scale = (maximum - top).exp()
-            sums = torch.stack([sum_exp * scale, sum_exp_logit * scale, label_logit])
+            # Only a rank without real rows is so far below that the difference overflows; its sums are 0 anyway.
+            down = (own_top - top).clamp_min(-1e4)
+            scale = down.exp()
+            sums = torch.stack([sum_exp * scale, (sum_shifted + down * sum_exp) * scale, label_logit])
             dist.all_reduce(sums, group=shard.group)
-            maximum, (sum_exp, sum_exp_logit, label_logit) = top, sums.unbind()
-        logsumexp = maximum + sum_exp.log()
-        entropy = logsumexp - sum_exp_logit / sum_exp
+            sum_exp, sum_shifted, label_logit = sums.unbind()
+        log_sum = sum_exp.log()
+        entropy = log_sum - sum_shifted / sum_exp
+        logsumexp = top + log_sum
         ctx.save_for_backward(hidden, weight, safe_label, is_here, logsumexp, entropy)
         ctx.shard, ctx.temperature = shard, temperature
-        return label_logit - logsumexp, entropy
+        return label_logit - top - log_sum, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
@@ -98,8 +106,7 @@ class _VocabParallel(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         # Accumulated in fp32: a sum over many chunks would lose small gradients in bf16.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for part in torch.arange(hidden.shape[0], device=hidden.device).split(_chunk_size(weight.shape[0])):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
+        for rows in _chunks(hidden.shape[0], weight.shape[0]):
             logprobs = _logits(hidden[rows], weight, ctx.shard, ctx.temperature) - logsumexp[rows, None]
             probs = logprobs.exp()
             # d entropy / d logit = -p (log p + H); d logprob(label) / d logit = [label] - p

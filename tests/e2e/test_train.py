@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from rlx.obs.metrics import read_metrics
 from tests.e2e.job import demo_overrides, make_demo, numbers, rlx
 
 
@@ -27,7 +28,7 @@ def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_folder_is_complete(whole: Path) -> None:
     rows = numbers(whole)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert all(row["mismatch/logprob_abs_mean"] <= 1e-4 for row in rows)
+    assert all(row.metrics["mismatch/logprob_abs_mean"] <= 1e-4 for row in read_metrics(whole / "metrics.jsonl"))
     assert all(row["sync/version"] == row["step"] for row in rows)
     assert {"config.yaml", "metrics.jsonl", "logs", "hf"} <= {path.name for path in whole.iterdir()}
     assert {"trainer-0.log", "trainer-1.log", "engine-0.log"} <= {path.name for path in (whole / "logs").iterdir()}
@@ -59,7 +60,7 @@ def test_grpo_on_a_pipeline_with_kl_in_the_loss(demo: Path, tmp_path: Path) -> N
         "algorithm.kl_coefficient=0.1",
     ]
     rlx("train", *demo_overrides(demo, tmp_path / "run", 2), *overrides)
-    rows = numbers(tmp_path / "run")
+    rows = [row.metrics for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert rows[1]["kl/ref"] != 0 and rows[1]["mismatch/logprob_abs_mean"] <= 1e-4
     assert "critic/grad_norm" not in rows[0]
 
