@@ -159,6 +159,11 @@ def _algorithm(config: Config) -> Iterator[str]:
             "algorithm.kl_controller: adaptive needs algorithm.kl_placement reward and algorithm.name ppo,"
             f" got {algorithm.kl_placement} and {algorithm.name}"
         )
+    if algorithm.kl_placement == "reward" and not algorithm.needs_critic:
+        yield (
+            f"algorithm.kl_placement: reward needs token-level advantages, which algorithm.name {algorithm.name} has not;"
+            " use loss"
+        )
     if algorithm.kl_placement != "none" and algorithm.kl_coefficient <= 0:
         yield (
             f"algorithm.kl_coefficient: must be above 0 with algorithm.kl_placement {algorithm.kl_placement};"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,29 @@ def test_a_reward_function_that_raises_is_the_cause(demo: Path, tmp_path: Path) 
     last = done.stderr.splitlines()[-3:]
     assert 'FAILED trainer rank 0 in phase "rollout" of step 1' in last[0]
     assert "no such luck" in last[1]
+
+
+def test_bad_data_is_found_before_anything_starts(demo: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "next 1 =", "label": "2"}\n{"prompt": "next 2 =", "label"\n')
+    options = [f"data.train={prompts}", "reward.name=numeric", "reward.args={tolerence: 1}"]
+    done = rlx("train", *demo_overrides(demo, tmp_path / "run", 2), *options, check=False)
+    assert done.returncode == 2
+    assert f"{prompts}:2" in done.stderr and "tolerence" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_chat_without_a_template_is_refused(demo: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo / "model", model)
+    for file in model.glob("*.jinja"):
+        file.unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"messages": [{"role": "user", "content": "next 1 ="}], "label": "2"}\n')
+    options = [f"data.train={prompts}", f"model.path={model}"]
+    done = rlx("train", *demo_overrides(demo, tmp_path / "run", 2), *options, check=False)
+    assert done.returncode == 2
+    assert "chat template" in done.stderr and "data.chat_template" in done.stderr
