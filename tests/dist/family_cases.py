@@ -54,6 +54,8 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_YI = {"rope_type": "default", "rope_theta": 5_000_000.0}
+_MOSTLY_FULL = ["full_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"]
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,
@@ -92,12 +94,12 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama 3.1": lambda: llama(rope_parameters=_LLAMA3),
     "llama biases": lambda: llama(num_key_value_heads=1, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "deepseek-llm": lambda: llama(num_key_value_heads=4),
-    "yi-1.5 200k": lambda: llama(rope_parameters={"rope_type": "default", "rope_theta": 5_000_000.0}, max_position_embeddings=200_000),
+    "yi-1.5 200k": lambda: llama(rope_parameters=_YI, max_position_embeddings=200_000),
     "gemma2": gemma2,
-    "gemma2 untied": lambda: gemma2(tie_word_embeddings=False, num_key_value_heads=1, layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"]),
+    "gemma2 untied": lambda: gemma2(tie_word_embeddings=False, num_key_value_heads=1, layer_types=_MOSTLY_FULL),
     "phi3 4k": lambda: phi3(sliding_window=6),
     "phi3 128k": lambda: phi3(rope_parameters=_LONGROPE, original_max_position_embeddings=ORIGINAL_POSITIONS),
-}  # fmt: skip
+}
 
 
 def sequences() -> list[list[int]]:

@@ -11,7 +11,8 @@ from tests.dist.launch import run_ranks
 
 # (tokens, hidden, vocabulary): odd everywhere; the last leaves one of three ranks with padding rows alone.
 SHAPES = [(13, 6, 37), (1, 4, 5), (5, 3, 4)]
-TEMPERATURES = [1.0, 0.7]
+# Soft caps that bite: logits reach far beyond them.
+SCALINGS = [{"temperature": 1.0}, {"temperature": 0.7}, {"softcap": 30.0}, {"temperature": 0.7, "softcap": 20.0}]
 
 
 def make_data(file: Path, shape: tuple[int, int, int], seed: int) -> dict[str, torch.Tensor]:
@@ -29,10 +30,13 @@ def make_data(file: Path, shape: tuple[int, int, int], seed: int) -> dict[str, t
     return data
 
 
-def reference(data: dict[str, torch.Tensor], temperature: float) -> dict[str, torch.Tensor]:
+def reference(data: dict[str, torch.Tensor], scaling: dict[str, float]) -> dict[str, torch.Tensor]:
     hidden = data["hidden"].double().requires_grad_()
     weight = data["weight"].double().requires_grad_()
-    logprobs_all = (hidden @ weight.t() / temperature).log_softmax(-1)
+    logits = hidden @ weight.t()
+    if "softcap" in scaling:
+        logits = torch.tanh(logits / scaling["softcap"]) * scaling["softcap"]
+    logprobs_all = (logits / scaling.get("temperature", 1.0)).log_softmax(-1)
     logprobs = logprobs_all.gather(1, data["labels"][:, None]).squeeze(1)
     entropy = -(logprobs_all.exp() * logprobs_all).sum(-1)
     (logprobs * data["logprob_slope"] + entropy * data["entropy_slope"]).sum().backward()
@@ -44,12 +48,12 @@ def reference(data: dict[str, torch.Tensor], temperature: float) -> dict[str, to
 def test_split_vocabulary_equals_float64(world_size: int, tmp_path: Path) -> None:
     cases, expected = [], []
     for seed, shape in enumerate(SHAPES):
-        for temperature in TEMPERATURES:
-            file = tmp_path / f"{seed}-{temperature}.pt"
+        for number, scaling in enumerate(SCALINGS):
+            file = tmp_path / f"{seed}-{number}.pt"
             data = make_data(file, shape, seed)
             for chunk_bytes in (1, 10**9):
-                cases.append({"data": str(file), "temperature": temperature, "chunk_bytes": chunk_bytes})
-                expected.append(reference(data, temperature))
+                cases.append({"data": str(file), "scaling": scaling, "chunk_bytes": chunk_bytes})
+                expected.append(reference(data, scaling))
     run_ranks("tests.dist.programs.vocab", world_size, {"cases": cases}, tmp_path / "out.pt")
     results = torch.load(tmp_path / "out.pt", weights_only=True)
     for case, found, wanted in zip(cases, results, expected, strict=True):

@@ -43,9 +43,14 @@ def _longrope(config: ConfigJson, scaling: Mapping[str, Any]) -> LongRope:
     unknown = sorted(scaling.keys() - known - {"original_max_position_embeddings"})
     if unknown:
         raise ValueError(f"config.json has {', '.join(unknown)} in its rope parameters, which Phi-3's longrope does not know")
+    half = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
+    factors = {name: tuple(map(float, require(scaling, name))) for name in ("short_factor", "long_factor")}
+    for name, values in factors.items():
+        if len(values) != half:
+            raise ValueError(f"config.json has {len(values)} numbers in {name}; a head of {2 * half} needs {half}")
     return LongRope(
-        short_factors=tuple(map(float, require(scaling, "short_factor"))),
-        long_factors=tuple(map(float, require(scaling, "long_factor"))),
+        short_factors=factors["short_factor"],
+        long_factors=factors["long_factor"],
         original_max_positions=original,
         attention_factor=float(attention_factor),
     )
