@@ -40,11 +40,11 @@ $(SMOLLM2_STAMP): $(STAMP)
 
 demo: $(STAMP)  ## train a tiny model with PPO on arithmetic, on this machine
 	$(PY) launch/demo/make_assets.py --out .demo
-	$(VENV)/bin/rlx train configs/demo.yaml $(ARGS)
+	$(VENV)/bin/rlx train configs/demo.yaml run.overwrite=true $(ARGS)
 
 demo-smollm2: $(SMOLLM2_STAMP)  ## the same with SmolLM2-135M-Instruct, a real pretrained model
 	$(PY) launch/demo/make_smollm2.py --out .demo/smollm2
-	$(VENV)/bin/rlx train configs/demo-smollm2.yaml $(ARGS)
+	$(VENV)/bin/rlx train configs/demo-smollm2.yaml run.overwrite=true $(ARGS)
 
 test: lint  ## lint, types, then every test that a CPU machine passes quickly
 	$(PY) -m pytest $(ARGS)

@@ -53,7 +53,9 @@ LATE_IMPORTS = {
     "rlx/obs/trackers.py:__init__": "wandb is an extra, and TensorBoard takes a second to import; both only when asked for",
     "rlx/parallel/cpu_backend.py:_answer_megatron": "must run after the torch patches above it: Megatron reads them on import",
 }
-OVER_BUDGET: dict[str, str] = {}
+OVER_BUDGET: dict[str, str] = {
+    "rlx/rollout/weight_group.py:join_weight_group": "the seven facts of a rendezvous, all by keyword, as engines spell them",
+}
 
 TOP_FOLDERS = {"rlx", "configs", "launch", "converters", "tests", "docs"}
 TOP_FILES = {"Dockerfile", "setup.py", "README.md", "LICENSE", "Makefile", "pyproject.toml"}

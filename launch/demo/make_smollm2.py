@@ -83,13 +83,12 @@ def write_model(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 def questions(num: int, draw: random.Random) -> Iterator[dict[str, object]]:
-    """Sums, differences and products that the model gets right sometimes."""
+    """Small sums: the model gets about one in five right when it samples, so most groups of answers have something to learn
+    from."""
     for _ in range(num):
-        sign = draw.choice("+-*")
-        left, right = (draw.randint(2, 12) for _ in range(2)) if sign == "*" else (draw.randint(2, 60) for _ in range(2))
-        answer = {"+": left + right, "-": left - right, "*": left * right}[sign]
-        content = f"What is {left} {sign} {right}? {INSTRUCTION}"
-        yield {"messages": [{"role": "user", "content": content}], "label": str(answer)}
+        left, right = draw.randint(1, 12), draw.randint(1, 12)
+        content = f"What is {left} + {right}? {INSTRUCTION}"
+        yield {"messages": [{"role": "user", "content": content}], "label": str(left + right)}
 
 
 def write_rows(path: Path, num: int, draw: random.Random) -> None:

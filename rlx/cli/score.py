@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from rlx.cluster.local_ranks import run_local_ranks, this_module
+from rlx.config.load import ConfigError
 from rlx.models.architecture import Architecture
 from rlx.models.families import read_architecture
 from rlx.types import ParallelDims
@@ -24,10 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    arch = read_architecture(args.model)
-    read_sequences(args.tokens, arch)
+    try:
+        read_sequences(args.tokens, read_architecture(args.model))
+        num_ranks = dims_of(args).world_size
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
     argv = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key in _OPTIONS]
-    return run_local_ranks(this_module("rlx.cli.score_rank", *argv), dims_of(args).world_size)
+    return run_local_ranks(this_module("rlx.cli.score_rank", *argv), num_ranks)
 
 
 _OPTIONS = ("model", "tokens", "out", "tp", "pp", "cp", "ep", "dtype", "max_tokens")

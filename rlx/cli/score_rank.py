@@ -40,7 +40,7 @@ def score(args: argparse.Namespace, arch: Architecture, sequences: Sequence[Sequ
     chunks = build_model(arch, context, BuildOptions(dtype=args.dtype))
     load_hf(chunks, arch, args.model, context)
     freeze(chunks)
-    rows = score_sequences(chunks, token_head(context, arch.vocab_size), sequences, context, args.max_tokens)
+    rows = score_sequences(chunks, token_head(context, arch), sequences, context, args.max_tokens)
     shut_down()
     return rows if where.rank == 0 else None
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from rlx.cluster.local import run_local
+from rlx.cluster.preflight import preflight
 from rlx.cluster.rundir import check_run_dir
 from rlx.config.load import ConfigError, load_config
 
@@ -20,6 +21,7 @@ def main(args: argparse.Namespace) -> int:
     """Exit status: 0 done, 1 failed, 2 wrong configuration (nothing started), 128 + N stopped by signal N."""
     try:
         config = load_config(args.config, args.overrides)
+        preflight(config)
         check_run_dir(config)
         return run_local(config)
     except ConfigError as error:

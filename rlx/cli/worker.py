@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rlx.cluster.environment import RankEnvironment, rank_environment
 from rlx.cluster.parent import watch_parent
-from rlx.cluster.training import drive
 from rlx.cluster.ranks import Ranks
+from rlx.cluster.training import drive
 from rlx.config.load import load_config
 from rlx.config.schema import Config
 from rlx.obs.log import log_failure, logger, phase, start_log

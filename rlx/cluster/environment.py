@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-
 # What Megatron says at every import, in every rank, about packages that are optional here.
 QUIET = {
     "PYTHONWARNINGS": ",".join(

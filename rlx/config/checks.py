@@ -13,7 +13,7 @@ from rlx.config.algorithm import KL_IN_REWARD, NEEDS_GROUPS
 from rlx.config.model_facts import ModelFacts, read_model_facts
 from rlx.config.schema import Config, OptimizerConfig
 
-SUPPORTED_MODEL_TYPES = ("qwen2", "llama")
+SUPPORTED_MODEL_TYPES = ("gemma2", "llama", "phi3", "qwen2", "qwen3")
 DATA_ENDINGS = (".jsonl", ".parquet")
 
 
@@ -76,9 +76,9 @@ def _model_fits(config: Config, facts: ModelFacts) -> Iterator[str]:
         yield (
             f"parallel.tp: {parallel.tp} must divide, or be a multiple of, the {facts.num_kv_heads} key-value heads of model.path"
         )
-    if facts.num_layers % (parallel.pp * parallel.vpp):
+    if facts.num_layers < parallel.pp * parallel.vpp:
         yield (
-            f"parallel.pp x parallel.vpp: {parallel.pp} x {parallel.vpp} does not divide"
+            f"parallel.pp x parallel.vpp: {parallel.pp} x {parallel.vpp} leaves some of its parts without any of"
             f" the {facts.num_layers} layers of model.path"
         )
     if parallel.ep > 1 and not facts.num_experts:

@@ -119,13 +119,36 @@ class PromptSource:
         return questions
 
 
-def _to_question(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _Question:
+def check_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, num_encoded: int = 64) -> None:
+    """Look for faults in ``config.train`` before a run: every row is read, the first ``num_encoded`` are tokenised too.
+
+    Raises ValueError with file and line, as ``PromptSource`` would.
+    """
+    num_rows = 0
+    for where, row in read_rows(config.train):
+        try:
+            if num_rows < num_encoded:
+                _to_question(row, config, tokenizer)
+            else:
+                _check_columns(row, config)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        num_rows += 1
+    if not num_rows:
+        raise ValueError(f"data.train {config.train} holds no rows")
+
+
+def _check_columns(row: Row, config: DataConfig) -> None:
     if row.get(config.messages_key) is None and row.get(config.prompt_key) is None:
         columns = ", ".join(row) or "none"
         raise ValueError(
             f"neither a {config.messages_key!r} nor a {config.prompt_key!r} column; the columns are {columns}"
             " (data.messages_key and data.prompt_key name them)"
         )
+
+
+def _to_question(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _Question:
+    _check_columns(row, config)
     token_ids, text = encode_prompt(row, config, tokenizer)
     if not token_ids:
         raise ValueError("the prompt has no tokens")

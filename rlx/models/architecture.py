@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from rlx.models.longrope import LongRope
+
 ConfigJson = Mapping[str, Any]
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +34,16 @@ class Llama3Rope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A dense decoder: sizes in elements, ``rope`` None for plain rotary embeddings, or their scaling."""
+    """A dense decoder: sizes in elements, ``rope`` None for plain rotary embeddings, or their scaling.
+
+    attention_scale     what scores are multiplied by; None for 1 / sqrt(head_dim)
+    attention_softcap   c in c * tanh(score / c), after the scale; None for none. ``final_softcap`` is the logits' one
+    window              a token sees itself and the window - 1 tokens before it, in the layers that ``windowed_layers``
+                        marks (all layers when it is empty); None for no window
+    zero_centered_norm  norms multiply by 1 + weight
+    post_norms          attention and MLP outputs are normed before they join the residual stream
+    embedding_scale     what embeddings are multiplied by, rounded to the model's dtype first
+    """
 
     model_type: str
     hidden_size: int
@@ -44,17 +57,34 @@ class Architecture:
     rope_theta: float
     max_positions: int
     tied_embeddings: bool
-    rope: Llama3Rope | None = None
+    rope: Llama3Rope | LongRope | None = None
     rope_factor: float = 1.0
     qkv_bias: bool = False
+    projection_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    activation: Activation = "silu"
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    window: int | None = None
+    windowed_layers: tuple[bool, ...] = ()
+    zero_centered_norm: bool = False
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+
+    def softmax_scale(self) -> float | None:
+        """What attention scores are multiplied by, a rotary embedding's own factor included; None for 1 / sqrt(head_dim)."""
+        if not isinstance(self.rope, LongRope):
+            return self.attention_scale
+        # LongRoPE multiplies rotated queries and rotated keys; the product of both is a factor on the scores.
+        return (self.attention_scale or self.head_dim**-0.5) * self.rope.attention_factor**2
 
     def inverse_frequencies(self) -> Tensor:
-        """Rotary inverse frequencies, float32 [head_dim / 2]."""
+        """Rotary inverse frequencies, float32 [head_dim / 2]; without the two sets of factors of LongRoPE."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
         frequencies = 1.0 / self.rope_theta**exponents / self.rope_factor
-        if self.rope is None:
+        if not isinstance(self.rope, Llama3Rope):
             return frequencies
         wavelengths = 2 * math.pi / frequencies
         # Blend from unscaled (short wavelengths) to scaled (long ones) between the two border wavelengths.
@@ -99,13 +129,14 @@ def refuse(config: ConfigJson, name: str, *allowed: Any) -> None:
 def rope_fields(config: ConfigJson) -> dict[str, Any]:
     """``rope_theta``, ``rope`` and ``rope_factor`` from either spelling: ``rope_parameters`` (transformers 5), or
     ``rope_theta`` with ``rope_scaling``."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    kind = str(parameters.get("rope_type", parameters.get("type", "default")))
     if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("config.json has a partial_rotary_factor other than 1, which is not supported")
-    if kind == "default":
-        return {"rope_theta": theta}
+    if kind not in _ROPE_FIELDS:
+        raise ValueError(f"config.json has rope type {kind!r}; supported: {', '.join(map(repr, _ROPE_FIELDS))}")
+    _refuse_unknown_rope_fields(parameters, kind)
     if kind == "linear":
         return {"rope_theta": theta, "rope_factor": float(require(parameters, "factor"))}
     if kind == "llama3":
@@ -116,12 +147,43 @@ def rope_fields(config: ConfigJson) -> dict[str, Any]:
             original_max_positions=int(require(parameters, "original_max_position_embeddings")),
         )
         return {"rope_theta": theta, "rope": rope}
-    raise ValueError(f"config.json has rope type {kind!r}; supported: 'default', 'linear', 'llama3'")
+    return {"rope_theta": theta}
 
 
-def common_fields(config: ConfigJson) -> dict[str, Any]:
-    """The fields that every decoder of the Llama lineage spells alike."""
-    refuse(config, "hidden_act", "silu")
+_ROPE_FIELDS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+}
+_ANY_ROPE = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+
+
+def _refuse_unknown_rope_fields(parameters: Mapping[str, Any], kind: str) -> None:
+    unknown = sorted(
+        name for name, value in parameters.items() if name not in _ANY_ROPE | _ROPE_FIELDS[kind] and value is not None
+    )
+    if unknown:
+        raise ValueError(f"config.json has {', '.join(unknown)} in its rope parameters, which rope type {kind!r} does not know")
+
+
+def window_fields(window: int | None, layer_types: Sequence[str], num_layers: int) -> dict[str, Any]:
+    """``window`` and ``windowed_layers`` from Hugging Face's ``sliding_window`` and ``layer_types``."""
+    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ValueError(f"config.json has layer_types {', '.join(unknown)}; supported: full_attention, sliding_attention")
+    if len(layer_types) != num_layers:
+        raise ValueError(f"config.json has {len(layer_types)} layer_types for num_hidden_layers={num_layers}")
+    windowed = tuple(kind == "sliding_attention" for kind in layer_types)
+    if not any(windowed):
+        return {}
+    if window is None:
+        raise ValueError("config.json has layer_types with sliding_attention, but no sliding_window")
+    return {"window": int(window), "windowed_layers": windowed}
+
+
+def common_fields(config: ConfigJson, *, activation: str = "hidden_act") -> dict[str, Any]:
+    """The fields that every decoder of the Llama lineage spells alike; ``activation`` names the MLP's one."""
+    refuse(config, activation, *ACTIVATIONS)
     refuse(config, "attention_dropout", 0, 0.0, None)
     hidden_size, num_heads = int(require(config, "hidden_size")), int(require(config, "num_attention_heads"))
     return {
@@ -136,5 +198,6 @@ def common_fields(config: ConfigJson) -> dict[str, Any]:
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "max_positions": int(config.get("max_position_embeddings", 2048)),
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "activation": ACTIVATIONS[config[activation]],
         **rope_fields(config),
     }

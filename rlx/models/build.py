@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -23,6 +22,9 @@ from torch import nn
 
 from rlx.models.architecture import Architecture
 from rlx.models.layers import CoreAttention, RMSNorm, ValueHead
+from rlx.models.longrope import LongRope, LongRotary
+from rlx.models.pipeline import megatron_layout
+from rlx.models.variants import ACTIVATION_FUNCTIONS, adapt_layer, scale_embeddings
 from rlx.models.weights import padded_vocab_size
 from rlx.parallel.context import ParallelContext, stage_of_chunk
 
@@ -55,6 +57,7 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
     ``rlx.parallel.schedule``."""
     dims, dtype = context.dims, DTYPES[options.dtype]
     on_gpu = context.device.type == "cuda"
+    _check_heads(arch, dims.tp)
     recompute: dict[str, Any] = {}
     if options.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -70,8 +73,10 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         layernorm_epsilon=arch.norm_eps,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=arch.mlp_bias,
+        activation_func=ACTIVATION_FUNCTIONS[arch.activation],
+        layernorm_zero_centered_gamma=arch.zero_centered_norm,
+        softmax_scale=arch.softmax_scale(),
+        add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         qk_layernorm=arch.qk_norm,
         attention_dropout=0.0,
@@ -84,6 +89,7 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         virtual_pipeline_model_parallel_size=dims.vpp if dims.vpp > 1 else None,
         context_parallel_size=dims.cp,
         sequence_parallel=dims.sequence_parallel,
+        pipeline_model_parallel_layout=megatron_layout(arch.num_layers, dims.pp, dims.vpp),
         # Every weight is read from a checkpoint right after construction.
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
@@ -95,24 +101,51 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         # With batched exchange, prev and next of a two-stage ring are one rank and its messages cross.
         overlap_p2p_comm=dims.vpp > 1,
         batch_p2p_comm=dims.vpp == 1,
-        apply_rope_fusion=on_gpu and resolve_layer_spec(options.layer_spec, context.device) == "transformer_engine",
+        # The fused kernel knows one set of frequencies for all sequences.
+        apply_rope_fusion=not isinstance(arch.rope, LongRope)
+        and resolve_layer_spec(options.layer_spec, context.device) == "transformer_engine",
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        **_window(arch),
         **recompute,
     )
 
 
-def _block_spec(config: TransformerConfig, spec_name: str, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+def _window(arch: Architecture) -> dict[str, Any]:
+    if arch.window is None:
+        return {}
+    in_layers = [int(windowed) for windowed in arch.windowed_layers] or None
+    return {"window_size": (arch.window - 1, 0), "window_attn_skip_freq": in_layers}
+
+
+def _check_heads(arch: Architecture, tp: int) -> None:
+    """With fewer key-value heads than ranks, Megatron cuts the fused projection's rows evenly and lets several ranks share
+    a head; with more, every rank gets whole heads."""
+    if arch.num_heads % tp:
+        raise ValueError(f"parallel.tp: {tp} does not divide the {arch.num_heads} attention heads of the model")
+    if arch.num_kv_heads % tp and tp % arch.num_kv_heads:
+        raise ValueError(f"parallel.tp: {tp} must divide, or be a multiple of, the model's {arch.num_kv_heads} key-value heads")
+    rows = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+    if rows % tp:
+        raise ValueError(f"parallel.tp: {tp} does not divide the {rows} rows of the model's fused query-key-value projection")
+
+
+def _block_spec(
+    arch: Architecture, config: TransformerConfig, spec_name: str, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     if spec_name == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        adapt_layer(layer, arch, config)
+        return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = CoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    adapt_layer(layer, arch, config)
     layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
@@ -122,14 +155,14 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # its deprecation notice
     config = megatron_config(arch, context, options)
     spec_name = resolve_layer_spec(options.layer_spec, context.device)
-    inverse_frequencies = arch.inverse_frequencies()
+    inverse_frequencies = arch.inverse_frequencies().to(context.device)
     chunks: list[nn.Module] = []
     for stage in range(context.dims.vpp):
         vp_stage = stage if context.dims.vpp > 1 else None
         has_embedding, has_output = stage_of_chunk(context.dims, context.pp_rank, stage)
         model = GPTModel(
             config=config,
-            transformer_layer_spec=_block_spec(config, spec_name, vp_stage),
+            transformer_layer_spec=_block_spec(arch, config, spec_name, vp_stage),
             vocab_size=padded_vocab_size(arch.vocab_size, context.dims.tp),
             max_sequence_length=arch.max_positions,
             pre_process=has_embedding,
@@ -140,7 +173,11 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
             pg_collection=context.groups,
             vp_stage=vp_stage,
         )
-        model.rotary_pos_emb.inv_freq = inverse_frequencies.to(context.device)
+        model.rotary_pos_emb.inv_freq = inverse_frequencies
+        if isinstance(arch.rope, LongRope):
+            model.rotary_pos_emb = LongRotary(arch.rope, inverse_frequencies)
+        if has_embedding and arch.embedding_scale != 1.0:
+            scale_embeddings(model.embedding, arch.embedding_scale, config.params_dtype)
         if head == "value" and has_output:
             model.output_layer = ValueHead(config, context.groups, options.seed)
         chunks.append(model.to(context.device))

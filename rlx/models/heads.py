@@ -16,10 +16,11 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from rlx.models.architecture import Architecture
 from rlx.models.weights import padded_vocab_size
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.packing import LocalBatch
-from rlx.parallel.vocab import logprobs_and_entropy, vocab_shard
+from rlx.parallel.vocab import LogitScaling, logprobs_and_entropy, vocab_shard
 
 Processor = Callable[..., Tensor]
 
@@ -31,10 +32,13 @@ def _run(chunk: nn.Module, batch: LocalBatch, processor: Processor | None) -> Te
     return output
 
 
-def token_head(context: ParallelContext, vocab_size: int, temperature: float = 1.0) -> Callable[[nn.Module, LocalBatch], Tensor]:
+def token_head(
+    context: ParallelContext, arch: Architecture, temperature: float = 1.0
+) -> Callable[[nn.Module, LocalBatch], Tensor]:
     """A head that gives [2, t]: log-probs of ``labels_t`` and entropy."""
     tp = context.groups.tp
-    shard = vocab_shard(tp, padded_vocab_size(vocab_size, context.dims.tp), vocab_size)
+    shard = vocab_shard(tp, padded_vocab_size(arch.vocab_size, context.dims.tp), arch.vocab_size)
+    scaling = LogitScaling(temperature=temperature, softcap=arch.final_softcap)
 
     def head(chunk: nn.Module, batch: LocalBatch) -> Tensor:
         def process(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, config: Any, **_: Any) -> Tensor:
@@ -43,7 +47,7 @@ def token_head(context: ParallelContext, vocab_size: int, temperature: float = 1
             else:
                 hidden_tD = copy_to_tensor_model_parallel_region(hidden_states, group=tp)
             weight = output_layer.weight if output_weight is None else output_weight
-            return torch.stack(logprobs_and_entropy(hidden_tD.squeeze(1), weight, batch.labels_t, shard, temperature))
+            return torch.stack(logprobs_and_entropy(hidden_tD.squeeze(1), weight, batch.labels_t, shard, scaling))
 
         return _run(chunk, batch, process)
 

@@ -15,24 +15,31 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rlx.parallel.context_parallel import gather_pack_with_grad, local_index
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019), normalised in fp32 as Hugging Face does."""
+    """Root-mean-square norm (Zhang & Sennrich 2019), normalised in fp32 as Hugging Face does.
+
+    Zero-centred, it multiplies by 1 + weight, and rounds to the model's dtype after that instead of before (Gemma).
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__()
         self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
         # Under sequence parallelism each rank sees part of the tokens; Megatron sums gradients marked so.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        if self.zero_centered:
+            return (normed * (1.0 + self.weight.float())).to(x.dtype)
         return normed.to(x.dtype) * self.weight
 
 
@@ -40,7 +47,8 @@ class CoreAttention(nn.Module):
     """Causal attention over packed sequences, zigzag context parallelism included.
 
     Queries stay on their rank; keys and values are gathered over the context-parallel group. Sequences of equal length
-    are attended in one batch.
+    are attended in one batch. ``softcap`` c turns a score s into c * tanh(s / c) (Gemma Team 2024); a layer with a window
+    lets a token see itself and the ``window_size[0]`` tokens before it.
     """
 
     def __init__(
@@ -49,11 +57,15 @@ class CoreAttention(nn.Module):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         softmax_scale: float | None = None,
+        softcap: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         self.group = pg_collection.cp
         self.scale = softmax_scale
+        self.softcap = softcap
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.reach = config.window_size[0] if has_window else None
 
     def forward(
         self,
@@ -83,17 +95,38 @@ class CoreAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[n, length / cp, H, K] against [n, length, G, K]: n sequences of one length."""
-        length = key.shape[1]
-        mask = None
-        if self.group.size() > 1:
-            borders = torch.tensor([0, length], device=key.device)
-            positions = local_index(borders, self.group.size(), self.group.rank())
-            mask = positions[:, None] >= torch.arange(length, device=key.device)
+        mask = self._mask(key.shape[1], key.device)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
-        )
+        if self.softcap is not None:
+            # Scores are as many as tokens squared: made again in the backward pass instead of kept.
+            attended: Tensor = checkpoint(
+                self._attend_capped, query, key, value, mask, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            attended = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+            )
         return attended.transpose(1, 2)
+
+    def _mask(self, length: int, device: torch.device) -> Tensor | None:
+        """Which keys each of this rank's queries of a sequence sees, bool [length / cp, length]; None where plain causal
+        attention on one rank says it all."""
+        window_bites = self.reach is not None and length > self.reach + 1
+        if self.group.size() == 1 and not window_bites and self.softcap is None:
+            return None
+        borders = torch.tensor([0, length], device=device)
+        distance = local_index(borders, self.group.size(), self.group.rank())[:, None] - torch.arange(length, device=device)
+        return (distance >= 0) & (distance <= self.reach) if self.reach is not None else distance >= 0
+
+    def _attend_capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """query [n, H, q, K], key and value [n, G, length, K] -> [n, H, q, K]; scores in fp32."""
+        assert self.softcap is not None
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = torch.matmul(grouped, key.unsqueeze(2).transpose(-1, -2)).float() * scale
+        scores = torch.tanh(scores / self.softcap) * self.softcap
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(value.dtype)
+        return torch.matmul(weights, value.unsqueeze(2)).flatten(1, 2)
 
 
 class ValueHead(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -141,10 +142,29 @@ class QKV:
         return tuple((heads * arch.head_dim, *tail) for heads in rows)
 
     def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
+        if arch.num_kv_heads % shard.size:
+            return self._load_part_of_a_group(read, names, shard, arch)
         parts = [read(name, 0, *shard.cut(shape[0])) for name, shape in zip(names, self.hf_shapes(arch), strict=True)]
         groups = arch.num_kv_heads // shard.size
         grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
         return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def _load_part_of_a_group(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
+        """Fewer key-value heads than ranks: Megatron cuts a group's rows evenly, wherever that falls, and gathers the
+        products instead."""
+        heads = arch.num_heads // arch.num_kv_heads
+        extents = (heads * arch.head_dim, arch.head_dim, arch.head_dim)
+        start, stop = shard.cut(arch.num_kv_heads * sum(extents))
+        group = start // sum(extents)
+        first = group * sum(extents)
+        pieces = []
+        for name, extent in zip(names, extents, strict=True):
+            low, high = max(start, first), min(stop, first + extent)
+            if low < high:
+                offset = group * extent - first
+                pieces.append(read(name, 0, low + offset, high + offset))
+            first += extent
+        return torch.cat(pieces)
 
     def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
         fused = torch.cat(list(shards))
@@ -156,10 +176,11 @@ class QKV:
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """Gate and up projections, one above the other on every rank."""
+    """Gate and up projections (or their biases), one above the other on every rank."""
 
     gate: str
     up: str
+    bias: bool = False
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -170,7 +191,7 @@ class Gated:
         return True
 
     def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
-        return ((arch.ffn_hidden_size, arch.hidden_size),) * 2
+        return ((arch.ffn_hidden_size,) if self.bias else (arch.ffn_hidden_size, arch.hidden_size),) * 2
 
     def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
         return torch.cat([read(name, 0, *shard.cut(arch.ffn_hidden_size)) for name in names])
@@ -178,6 +199,40 @@ class Gated:
     def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
         return tuple(torch.cat([half[i] for half in halves]) for i in (0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """The tensors of ``inner`` lie one above the other in one Hugging Face tensor, in the order of its names (which occur
+    nowhere else)."""
+
+    name: str
+    inner: Row
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def is_split(self) -> bool:
+        return self.inner.is_split
+
+    def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
+        shapes = self.inner.hf_shapes(arch)
+        return ((sum(shape[0] for shape in shapes), *shapes[0][1:]),)
+
+    def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
+        rows = [shape[0] for shape in self.inner.hf_shapes(arch)]
+        tops = dict(zip(self.inner.hf_names, accumulate(rows, initial=0), strict=False))
+
+        def read_part(part: str, dim: int, start: int, stop: int) -> Tensor:
+            assert dim == 0, "stacked tensors split by rows only"
+            return read(names[0], 0, tops[part] + start, tops[part] + stop)
+
+        return self.inner.load(read_part, self.inner.hf_names, shard, arch)
+
+    def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
+        return (torch.cat(self.inner.export(shards, arch)),)
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

@@ -6,6 +6,7 @@ that causal attention costs every rank the same. Legend: T tokens of the whole p
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def local_index(cu_seqlens_S1: Tensor, cp: int, rank: int) -> Tensor:
         return torch.arange(int(cu_seqlens_S1[-1]), device=cu_seqlens_S1.device)
     pieces = []
     borders = cu_seqlens_S1.tolist()
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in pairwise(borders):
         chunk, rest = divmod(end - start, 2 * cp)
         assert rest == 0, f"sequence of {end - start} tokens does not split into 2 x cp = {2 * cp} chunks"
         late = 2 * cp - 1 - rank

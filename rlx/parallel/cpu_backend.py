@@ -15,9 +15,23 @@ import torch
 import torch.distributed as dist
 
 _CPU = torch.device("cpu")
-_FACTORIES = (
-    ["arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "tensor", "tril", "triu", "zeros", "zeros_like"]
-)
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "full",
+    "full_like",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+    "tril",
+    "triu",
+    "zeros",
+    "zeros_like",
+]
 
 
 class _Stream:

@@ -14,6 +14,13 @@ from rlx.parallel.context_parallel import local_index
 from rlx.types import MicroBatch
 
 
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's packing parameters (whose borders count each sequence's padding to it) and the true lengths, int64 [S]."""
+
+    lengths_S: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LocalBatch:
     """One rank's part of a micro-batch (t = T / cp tokens). ``pack`` is the whole, ``index_t`` where the part sits in it."""
@@ -24,7 +31,7 @@ class LocalBatch:
     positions_1t: Tensor
     labels_t: Tensor
     loss_mask_t: Tensor
-    packed_seq_params: PackedSeqParams
+    packed_seq_params: PackedSequences
 
     @property
     def sequence_t(self) -> Tensor:
@@ -60,7 +67,7 @@ def local_batch(pack: MicroBatch, context: ParallelContext) -> LocalBatch:
     cu_seqlens = pack.cu_seqlens_S1.to(device)
     index_t = local_index(cu_seqlens, context.dims.cp, context.cp_rank)
     starts = torch.repeat_interleave(cu_seqlens[:-1], (cu_seqlens[1:] - cu_seqlens[:-1]).long())
-    params = PackedSeqParams(
+    params = PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
@@ -68,6 +75,7 @@ def local_batch(pack: MicroBatch, context: ParallelContext) -> LocalBatch:
         cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=pack.max_seqlen,
         max_seqlen_kv=pack.max_seqlen,
+        lengths_S=pack.lengths_S.to(device),
     )
     return LocalBatch(
         pack=pack,

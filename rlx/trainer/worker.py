@@ -63,7 +63,7 @@ class Worker:
         self._options = BuildOptions(
             dtype=model.dtype, layer_spec=model.layer_spec, recompute=model.recompute, seed=config.run.seed
         )
-        self._token_head = token_head(context, self.arch.vocab_size, config.rollout.temperature)
+        self._token_head = token_head(context, self.arch, config.rollout.temperature)
         self.policy = self._build_policy()
         self.critic = self._build_critic() if self.algorithm.needs_critic else None
         self.reference = self._build_reference() if config.algorithm.needs_reference else None
@@ -149,7 +149,7 @@ class Worker:
 
     def score_sequences(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """The policy's log-probs (temperature 1) of tokens 1..L-1 of each sequence, on every rank."""
-        head = token_head(self.context, self.arch.vocab_size)
+        head = token_head(self.context, self.arch)
         max_tokens = self.config.batching.max_tokens_per_micro_batch
         return score_sequences(self.policy.model.wrapped, head, sequences, self.context, max_tokens)
 

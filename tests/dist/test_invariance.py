@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,7 +86,9 @@ def test_scores_agree(results: dict[str, Any]) -> None:
 
 def test_first_step_agrees(results: dict[str, Any]) -> None:
     expected = results["one"]["steps"][0]
-    assert {"policy/policy", "policy/kl_ref", "policy/entropy", "policy/grad_norm", "critic/value", "critic/grad_norm"} <= set(expected)
+    assert {"policy/policy", "policy/kl_ref", "policy/entropy", "policy/grad_norm", "critic/value", "critic/grad_norm"} <= set(
+        expected
+    )
     assert expected["policy/grad_norm"] > 0.05, "the gradient limit must be in force"
     for name in others(results):
         for key, value in expected.items():

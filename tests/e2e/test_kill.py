@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 MARK = "RLX_KILL_TEST"

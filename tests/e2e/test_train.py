@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from rlx.obs.metrics import read_metrics
 from tests.e2e.job import demo_overrides, make_demo, numbers, rlx
 
 
@@ -27,7 +30,7 @@ def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_folder_is_complete(whole: Path) -> None:
     rows = numbers(whole)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert all(row["mismatch/logprob_abs_mean"] <= 1e-4 for row in rows)
+    assert all(row.metrics["mismatch/logprob_abs_mean"] <= 1e-4 for row in read_metrics(whole / "metrics.jsonl"))
     assert all(row["sync/version"] == row["step"] for row in rows)
     assert {"config.yaml", "metrics.jsonl", "logs", "hf"} <= {path.name for path in whole.iterdir()}
     assert {"trainer-0.log", "trainer-1.log", "engine-0.log"} <= {path.name for path in (whole / "logs").iterdir()}
@@ -59,7 +62,7 @@ def test_grpo_on_a_pipeline_with_kl_in_the_loss(demo: Path, tmp_path: Path) -> N
         "algorithm.kl_coefficient=0.1",
     ]
     rlx("train", *demo_overrides(demo, tmp_path / "run", 2), *overrides)
-    rows = numbers(tmp_path / "run")
+    rows = [row.metrics for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert rows[1]["kl/ref"] != 0 and rows[1]["mismatch/logprob_abs_mean"] <= 1e-4
     assert "critic/grad_norm" not in rows[0]
 
@@ -72,3 +75,29 @@ def test_a_reward_function_that_raises_is_the_cause(demo: Path, tmp_path: Path) 
     last = done.stderr.splitlines()[-3:]
     assert 'FAILED trainer rank 0 in phase "rollout" of step 1' in last[0]
     assert "no such luck" in last[1]
+
+
+def test_bad_data_is_found_before_anything_starts(demo: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "next 1 =", "label": "2"}\n{"prompt": "next 2 =", "label"\n')
+    options = [f"data.train={prompts}", "reward.name=numeric", "reward.args={tolerence: 1}"]
+    done = rlx("train", *demo_overrides(demo, tmp_path / "run", 2), *options, check=False)
+    assert done.returncode == 2
+    assert f"{prompts}:2" in done.stderr and "tolerence" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_chat_without_a_template_is_refused(demo: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo / "model", model)
+    for file in model.glob("*.jinja"):
+        file.unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"messages": [{"role": "user", "content": "next 1 ="}], "label": "2"}\n')
+    options = [f"data.train={prompts}", f"model.path={model}"]
+    done = rlx("train", *demo_overrides(demo, tmp_path / "run", 2), *options, check=False)
+    assert done.returncode == 2
+    assert "chat template" in done.stderr and "data.chat_template" in done.stderr

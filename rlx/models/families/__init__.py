@@ -7,21 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlx.models.architecture import Architecture, ConfigJson, read_config_json, require
-from rlx.models.families import llama, qwen2
+from rlx.models.families import gemma2, llama, phi3, qwen2, qwen3
+from rlx.models.fields import refuse_unknown_fields
 from rlx.models.weights import Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """``architecture`` reads a config.json; ``table`` gives the rows of one architecture by Megatron name."""
+    """``architecture`` reads a config.json; ``table`` gives the rows of one architecture by Megatron name; ``fields`` are
+    the names in config.json that the family knows beyond the common ones."""
 
     architecture: Callable[[ConfigJson], Architecture]
     table: Callable[[Architecture], Mapping[str, Row]]
+    fields: frozenset[str]
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(architecture=llama.architecture, table=llama.table),
-    "qwen2": Family(architecture=qwen2.architecture, table=qwen2.table),
+    "gemma2": Family(architecture=gemma2.architecture, table=gemma2.table, fields=gemma2.FIELDS),
+    "llama": Family(architecture=llama.architecture, table=llama.table, fields=llama.FIELDS),
+    "phi3": Family(architecture=phi3.architecture, table=phi3.table, fields=phi3.FIELDS),
+    "qwen2": Family(architecture=qwen2.architecture, table=qwen2.table, fields=qwen2.FIELDS),
+    "qwen3": Family(architecture=qwen3.architecture, table=qwen3.table, fields=qwen3.FIELDS),
 }
 
 
@@ -34,9 +40,11 @@ def family_of(config: ConfigJson) -> Family:
 
 
 def read_architecture(folder: str | Path) -> Architecture:
-    """The architecture of a Hugging Face folder."""
+    """The architecture of a Hugging Face folder. ValueError names a field that is missing, unknown or not supported."""
     config = read_config_json(folder)
-    return family_of(config).architecture(config)
+    family = family_of(config)
+    refuse_unknown_fields(config, family.fields)
+    return family.architecture(config)
 
 
 def weight_table(arch: Architecture) -> Mapping[str, Row]:

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from rlx.models.architecture import Architecture, ConfigJson, common_fields, refuse
+from rlx.models.architecture import Architecture, ConfigJson, common_fields, refuse, require, window_fields
 from rlx.models.families import llama
-from rlx.models.weights import QKV, Row
+from rlx.models.fields import words
+from rlx.models.weights import Row
 
-_HF = "model.layers.{layer}.self_attn."
+FIELDS = words("use_sliding_window sliding_window max_window_layers layer_types")
 
 
 def architecture(config: ConfigJson) -> Architecture:
-    refuse(config, "use_sliding_window", False, None)
-    return Architecture(**common_fields(config), qkv_bias=True)
+    return Architecture(**common_fields(config), **windows(config), qkv_bias=True)
+
+
+def windows(config: ConfigJson) -> dict[str, Any]:
+    """The windows of the Qwen lineage: the layers from ``max_window_layers`` on, or what ``layer_types`` says."""
+    refuse(config, "use_sliding_window", True, False, None)
+    num_layers = int(require(config, "num_hidden_layers"))
+    layer_types = config.get("layer_types")
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    if layer_types is None:
+        first = config.get("max_window_layers", 28) if window is not None else num_layers
+        layer_types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
+    return window_fields(window, layer_types, num_layers)
 
 
 def table(arch: Architecture) -> Mapping[str, Row]:
-    bias = QKV(_HF + "q_proj.bias", _HF + "k_proj.bias", _HF + "v_proj.bias", bias=True)
-    return {**llama.table(arch), "decoder.layers.{layer}.self_attention.linear_qkv.bias": bias}
+    return llama.table(arch)

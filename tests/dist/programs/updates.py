@@ -27,7 +27,9 @@ from tests.dist.programs.layouts import context_of, main
 def config_of(arguments: dict[str, Any], layout: dict[str, Any], distributed: bool) -> Config:
     optimizer = OptimizerConfig(lr=2e-3, clip_grad=0.05, distributed=distributed, weight_decay=0.01)
     return Config(
-        model=ModelConfig(path=arguments["model"], reference_path=arguments["reference"], recompute=arguments.get("recompute", "none")),
+        model=ModelConfig(
+            path=arguments["model"], reference_path=arguments["reference"], recompute=arguments.get("recompute", "none")
+        ),
         data=DataConfig(train=""),
         reward=RewardConfig(name="exact"),
         parallel=ParallelConfig(**layout),

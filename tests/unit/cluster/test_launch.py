@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
@@ -37,7 +37,8 @@ class Run:
             assert self.process.poll() is None and time.monotonic() < deadline, self.err
             time.sleep(0.02)
 
-    def finish(self, limit_s: float = 20) -> int:
+    def finish(self, limit_s: float = 90) -> int:
+        """The limit only catches a launcher that hangs; what a test claims about time it measures at the children."""
         return self.process.wait(limit_s)
 
     @property
@@ -63,9 +64,9 @@ class Run:
                 continue
         return found
 
-    def wait_until_gone(self, limit_s: float, ports: list[int]) -> None:
+    def wait_until_gone(self, limit_s: float, ports: list[int], besides: Collection[int] = ()) -> None:
         deadline = time.monotonic() + limit_s
-        while (left := self.members()) or any(map(is_listening, ports)):
+        while (left := [p for p in self.members() if p.pid not in besides]) or any(map(is_listening, ports)):
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
 
@@ -120,16 +121,14 @@ def test_done(launch) -> None:
 
 
 def test_killed_rank_is_named_and_nothing_remains(launch) -> None:
-    run = launch({"0": "done 999 grandchildren stubborn", "1": "kill 2"}, "ok")
-    began = time.monotonic()
+    run = launch({"0": "done 999 grandchildren stubborn", "1": "done 999"}, "ok")
+    run.wait_for_step(1)
+    run.child("trainer", 1).kill()
+    run.wait_until_gone(10, grandchild_ports(run), besides={run.process.pid})
     assert run.finish() == 1
-    assert time.monotonic() - began < 12
-    assert run.last_lines == [
-        'rlx: FAILED trainer rank 1 in phase "update policy" of step 2',
-        "rlx: cause: killed by signal 9 (SIGKILL)",
-        f"rlx: logs: {run.dir}/logs/trainer-1.log",
-    ]
-    assert run.members() == [] and not any(map(is_listening, grandchild_ports(run)))
+    assert re.fullmatch(r'rlx: FAILED trainer rank 1 in phase "update policy" of step [1-9]\d*', run.last_lines[0])
+    assert run.last_lines[1:] == ["rlx: cause: killed by signal 9 (SIGKILL)", f"rlx: logs: {run.dir}/logs/trainer-1.log"]
+    assert run.members() == []
 
 
 def test_exception_is_quoted_from_its_own_log(launch) -> None:
@@ -174,7 +173,8 @@ def test_interrupt(launch, number: int, status: int) -> None:
     run = launch({"0": "done 999 grandchildren", "1": "done 999"}, "ok")
     run.wait_for_step(1)
     run.process.send_signal(number)
-    assert run.finish(8) == status
+    run.wait_until_gone(8, grandchild_ports(run), besides={run.process.pid})
+    assert run.finish() == status
     assert f"stopped 2 trainer rank(s) and 1 engine(s); run folder: {run.dir}" in run.last_lines[-1]
     assert run.members() == [] and not any(map(is_listening, grandchild_ports(run)))
 
@@ -192,7 +192,7 @@ def test_second_interrupt_kills_at_once(launch) -> None:
     while not has_ended(trainer):
         assert time.monotonic() - began < 1.5  # the rest of the grace would be 2.4 s
         time.sleep(0.01)
-    assert run.finish(10) == 130
+    assert run.finish() == 130
     assert run.members() == []
 
 
@@ -217,7 +217,8 @@ def test_stopped_child_is_ended_too(launch) -> None:
     run.wait_for_step(1)
     run.child("trainer", 0).suspend()
     run.child("trainer", 1).kill()
-    assert run.finish(12) == 1
+    run.wait_until_gone(10, [], besides={run.process.pid})
+    assert run.finish() == 1
     assert run.last_lines[0].startswith('rlx: FAILED trainer rank 1 in phase "update policy" of step ')
     assert run.members() == []
 

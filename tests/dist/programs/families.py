@@ -1,0 +1,130 @@
+"""Every dense family under several layouts: log-probs and gradients against transformers, weights in and out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rlx.config.schema import OptimizerConfig
+from rlx.data.collate import collate
+from rlx.models.architecture import Architecture
+from rlx.models.build import BuildOptions, build_model
+from rlx.models.families import read_architecture
+from rlx.models.heads import token_head
+from rlx.models.hf_io import export_hf, load_hf, stage_weights
+from rlx.parallel.context import ParallelContext
+from rlx.parallel.optimizer import Trainable
+from rlx.parallel.packing import LocalBatch
+from rlx.parallel.schedule import forward_backward
+from rlx.trainer.scoring import score_sequences
+from rlx.types import LossOutput, TrainSample
+from tests.dist.programs.layouts import context_of, main
+
+PACK_TOKENS = 48  # several sequences a pack, several packs
+
+
+def merged(found: dict[str, Tensor], context: ParallelContext) -> dict[str, Tensor]:
+    return {name: tensor for part in context.gather_objects(found) for name, tensor in part.items()}
+
+
+def packs_of(sequences: list[list[int]], context: ParallelContext) -> list[Any]:
+    packs, chosen = [], []
+    for index, tokens in enumerate(sequences):
+        chosen.append(
+            TrainSample(
+                sample_id=index,
+                group_id=index,
+                token_ids=tuple(tokens),
+                loss_mask=(1,) * len(tokens),
+                rollout_logprobs=(0.0,) * len(tokens),
+                reward=0.0,
+            )
+        )
+        if sum(len(sample.token_ids) for sample in chosen) >= PACK_TOKENS or index == len(sequences) - 1:
+            packs.append(collate(chosen, [sample.sample_id for sample in chosen], context.dims, {}))
+            chosen = []
+    return packs
+
+
+def gradients(model: Trainable, arch: Architecture, sequences: list[list[int]], context: ParallelContext) -> dict[str, Tensor]:
+    """Gradients of the mean next-token loss, whole, under Hugging Face names, on every rank."""
+
+    def loss(outputs: Tensor, batch: LocalBatch) -> LossOutput:
+        return LossOutput(loss=-(outputs[0] * batch.loss_mask_t).sum(), stats={})
+
+    model.zero_grad()
+    total = sum(len(tokens) - 1 for tokens in sequences)
+    forward_backward(model.wrapped, packs_of(sequences, context), token_head(context, arch), loss, divisor=total, context=context)
+    return merged(
+        {name: grad.clone() for name, grad in stage_weights(model.chunks, arch, context, lambda p: p.main_grad.detach())}, context
+    )
+
+
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The worst relative difference and where; a missing or an extra tensor is infinitely wrong."""
+    odd = sorted(found.keys() ^ expected.keys())
+    if odd:
+        return float("inf"), f"only on one side: {odd[:4]}"
+    return max(
+        (float((found[name] - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-12)), name)
+        for name in expected
+    )
+
+
+def differences(folder: Path, dtype: str, context: ParallelContext, exported_to: Path | None) -> list[str]:
+    """Tensors that are not what the folder holds bit for bit after one way in and out."""
+    arch = read_architecture(folder)
+    chunks = build_model(arch, context, BuildOptions(dtype=dtype))
+    load_hf(chunks, arch, folder, context)
+    found = merged({name: tensor.clone() for name, tensor in stage_weights(chunks, arch, context)}, context)
+    if exported_to is not None:
+        export_hf(chunks, arch, source=folder, target=exported_to, context=context)
+        context.barrier()
+        found = {name: tensor for file in exported_to.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    source = load_file(folder / "model.safetensors")
+    wrong = found.keys() ^ source.keys()
+    both = found.keys() & source.keys()
+    return sorted(wrong | {n for n in both if found[n].dtype != source[n].dtype or not torch.equal(found[n], source[n])})
+
+
+def run_case(case: dict[str, Any], sequences: list[list[int]], context: ParallelContext, export: Path | None) -> dict[str, Any]:
+    root, expected = Path(case["folder"]), case["reference"]
+    arch = read_architecture(root / "fp32")
+    chunks = build_model(arch, context, BuildOptions())
+    load_hf(chunks, arch, root / "fp32", context)
+    rows = score_sequences(chunks, token_head(context, arch), sequences, context, PACK_TOKENS)
+    worst = max(
+        (float((torch.tensor(row) - want).abs().max()), index)
+        for index, (row, want) in enumerate(zip(rows, expected["logprobs"], strict=True))
+        if len(want)
+    )
+    found = gradients(Trainable(chunks, OptimizerConfig(distributed=False), context, 1), arch, sequences, context)
+    return {
+        "logprobs": worst,
+        "gradients": compare(found, expected["grads"]),
+        "fp32": differences(root / "fp32", "fp32", context, None),
+        "bf16": differences(root / "bf16", "bf16", context, export),
+    }
+
+
+def program(arguments: dict[str, Any], world_size: int) -> None:
+    root = Path(arguments["root"])
+    reference = torch.load(root / "reference.pt", weights_only=True)
+    results: dict[str, Any] = {}
+    for layout_name, layout in arguments["layouts"].items():
+        with context_of(layout, world_size) as context:
+            for name, folder in arguments["cases"].items():
+                case = {"folder": folder, "reference": reference[name]}
+                export = root / f"{layout_name}-{name}" if layout_name in arguments["exports"] else None
+                results.setdefault(layout_name, {})[name] = run_case(case, arguments["sequences"], context, export)
+            if context.rank == 0:
+                Path(arguments["out"]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(program)
