@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow lint bench
+.PHONY: help setup demo demo-smollm2 test test-slow lint bench bench-rewards
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -59,3 +59,6 @@ lint: $(STAMP)  ## ruff and mypy
 
 bench: $(STAMP)  ## the measurements of tests/benchmarks
 	$(PY) -m pytest -m 'not gpu and not sglang' -s tests/benchmarks $(ARGS)
+
+bench-rewards: $(STAMP)  ## answers a second of the reward pool, and what endless verifiers cost
+	$(PY) -m tests.benchmarks.bench_rewards $(ARGS)

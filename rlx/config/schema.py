@@ -105,10 +105,11 @@ class RolloutConfig:
 class RewardConfig:
     """The verifier."""
 
-    name: str = required("exact, regex, numeric, or path/to/file.py:function")
+    name: str = required("a verifier of docs/rewards.md, or path/to/file.py:function")
     args: Mapping[str, Any] = option({}, "arguments of the verifier, by name")
-    num_workers: int = option(1, "verifier threads", minimum=1)
+    num_workers: int = option(1, "verifier processes (threads for remote verifiers)", minimum=1)
     timeout_s: float = option(30.0, "limit of one verdict", minimum=0.01)
+    memory_mb: int = option(2048, "memory that one verdict may take beside what its process holds at its start", minimum=16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
