@@ -17,12 +17,18 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
 from rlx.models.architecture import Architecture
 from rlx.models.layers import CoreAttention, RMSNorm, ValueHead
 from rlx.models.longrope import LongRope, LongRotary
+from rlx.models.moe import expert_fields, route
 from rlx.models.pipeline import megatron_layout
 from rlx.models.variants import ACTIVATION_FUNCTIONS, adapt_layer, scale_embeddings
 from rlx.models.weights import padded_vocab_size
@@ -40,6 +46,8 @@ class BuildOptions:
     layer_spec: str = "auto"
     recompute: str = "none"
     seed: int = 0
+    moe_aux_loss_coefficient: float = 0.0
+    moe_z_loss_coefficient: float = 0.0
 
 
 def resolve_layer_spec(setting: str, device: torch.device) -> str:
@@ -109,6 +117,7 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         **_window(arch),
+        **expert_fields(arch, dims, grouped=resolve_layer_spec(options.layer_spec, context.device) == "transformer_engine"),
         **recompute,
     )
 
@@ -132,22 +141,38 @@ def _check_heads(arch: Architecture, tp: int) -> None:
         raise ValueError(f"parallel.tp: {tp} does not divide the {rows} rows of the model's fused query-key-value projection")
 
 
-def _block_spec(
-    arch: Architecture, config: TransformerConfig, spec_name: str, vp_stage: int | None
-) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_spec(arch: Architecture, config: TransformerConfig, options: BuildOptions, spec_name: str, sparse: bool) -> ModuleSpec:
+    num_experts = config.num_moe_experts if sparse else None
     if spec_name == "transformer_engine":
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        adapt_layer(layer, arch, config)
-        return layer
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = CoreAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=sparse, qk_layernorm=config.qk_layernorm
+        )
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=num_experts, qk_layernorm=config.qk_layernorm)
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = CoreAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     adapt_layer(layer, arch, config)
-    layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    if sparse:
+        assert arch.experts is not None
+        route(layer, arch.experts, options.moe_aux_loss_coefficient, options.moe_z_loss_coefficient)
+    return layer
+
+
+def _block_spec(
+    arch: Architecture, config: TransformerConfig, options: BuildOptions, spec_name: str, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of one chunk, dense or sparse as the architecture says."""
+    kinds = {
+        sparse: _layer_spec(arch, config, options, spec_name, sparse)
+        for sparse in set(map(arch.has_experts, range(arch.num_layers)))
+    }
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    norm = LayerNormImpl if spec_name == "transformer_engine" else RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[kinds[arch.has_experts(layer)] for layer in numbers], layer_norm=norm)
 
 
 def build_model(arch: Architecture, context: ParallelContext, options: BuildOptions, head: HeadKind = "token") -> list[nn.Module]:
@@ -162,7 +187,7 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
         has_embedding, has_output = stage_of_chunk(context.dims, context.pp_rank, stage)
         model = GPTModel(
             config=config,
-            transformer_layer_spec=_block_spec(arch, config, spec_name, vp_stage),
+            transformer_layer_spec=_block_spec(arch, config, options, spec_name, vp_stage),
             vocab_size=padded_vocab_size(arch.vocab_size, context.dims.tp),
             max_sequence_length=arch.max_positions,
             pre_process=has_embedding,
