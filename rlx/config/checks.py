@@ -93,8 +93,6 @@ def _model_fits(config: Config, facts: ModelFacts) -> Iterator[str]:
         )
     if parallel.ep > 1 and not facts.num_experts:
         yield f"parallel.ep: {parallel.ep} needs a mixture-of-experts model, but model.path is dense; set it to 1"
-    elif parallel.etp is not None and not facts.num_experts:
-        yield f"parallel.etp: {parallel.etp} needs a mixture-of-experts model, but model.path is dense; leave it out"
     elif facts.num_experts % parallel.ep:
         yield f"parallel.ep: {parallel.ep} does not divide the {facts.num_experts} experts of model.path"
     if facts.num_experts and parallel.tp > 1 and not parallel.sequence_parallel:
