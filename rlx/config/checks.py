@@ -15,6 +15,8 @@ from rlx.config.schema import Config, OptimizerConfig
 
 SUPPORTED_MODEL_TYPES = (
     "deepseek",
+    "deepseek_v2",
+    "deepseek_v3",
     "gemma2",
     "llama",
     "mixtral",

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlx.models.latent import Latent
 from rlx.models.longrope import LongRope
 
 ConfigJson = Mapping[str, Any]
@@ -67,6 +68,7 @@ class Architecture:
     zero_centered_norm  norms multiply by 1 + weight
     post_norms          attention and MLP outputs are normed before they join the residual stream
     embedding_scale     what embeddings are multiplied by, rounded to the model's dtype first
+    latent              multi-head latent attention, rotary embedding included; None for heads of ``head_dim``
     experts             mixture of experts; None where all layers are dense. ``ffn_hidden_size`` is that of dense layers
     """
 
@@ -98,6 +100,7 @@ class Architecture:
     post_norms: bool = False
     embedding_scale: float = 1.0
     experts: Experts | None = None
+    latent: Latent | None = None
 
     def softmax_scale(self) -> float | None:
         """What attention scores are multiplied by, a rotary embedding's own factor included; None for 1 / sqrt(head_dim)."""

@@ -15,7 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     LayerNormImpl,
@@ -28,6 +28,7 @@ from torch import nn
 from rlx.models.architecture import Architecture
 from rlx.models.layers import CoreAttention, RMSNorm, ValueHead
 from rlx.models.longrope import LongRope, LongRotary
+from rlx.models.mla import LatentAttention, latent_config
 from rlx.models.moe import expert_fields, route
 from rlx.models.pipeline import megatron_layout
 from rlx.models.variants import ACTIVATION_FUNCTIONS, adapt_layer, scale_embeddings
@@ -71,7 +72,8 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif options.recompute == "selective":
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
-    return TransformerConfig(
+    config_class = TransformerConfig if arch.latent is None else MLATransformerConfig
+    return config_class(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.num_heads,
@@ -109,14 +111,16 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         # With batched exchange, prev and next of a two-stage ring are one rank and its messages cross.
         overlap_p2p_comm=dims.vpp > 1,
         batch_p2p_comm=dims.vpp == 1,
-        # The fused kernel knows one set of frequencies for all sequences.
+        # The fused kernel knows one set of frequencies for all sequences, and no interleaved pairs.
         apply_rope_fusion=not isinstance(arch.rope, LongRope)
+        and arch.latent is None
         and resolve_layer_spec(options.layer_spec, context.device) == "transformer_engine",
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         **_window(arch),
+        **({} if arch.latent is None else latent_config(arch.latent, arch)),
         **expert_fields(arch, dims, grouped=resolve_layer_spec(options.layer_spec, context.device) == "transformer_engine"),
         **recompute,
     )
@@ -145,15 +149,25 @@ def _layer_spec(arch: Architecture, config: TransformerConfig, options: BuildOpt
     num_experts = config.num_moe_experts if sparse else None
     if spec_name == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=num_experts, moe_grouped_gemm=sparse, qk_layernorm=config.qk_layernorm
+            num_experts=num_experts,
+            moe_grouped_gemm=sparse,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=arch.latent is not None,
         )
     else:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=num_experts, qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_local_spec(
+            normalization="RMSNorm",
+            num_experts=num_experts,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=arch.latent is not None,
+        )
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = CoreAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if arch.latent is not None:
+        layer.submodules.self_attention.module = LatentAttention
     adapt_layer(layer, arch, config)
     if sparse:
         assert arch.experts is not None

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.dist.launch import ROOT, run_ranks
 
-FAMILIES = ["qwen3_moe", "mixtral", "qwen2_moe", "deepseek"]
+FAMILIES = ["qwen3_moe", "mixtral", "qwen2_moe", "deepseek", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3"]
 SP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}},

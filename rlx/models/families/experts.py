@@ -66,8 +66,8 @@ def expert_rows(experts: Experts, names: ExpertNames) -> Mapping[str, Row]:
 
 
 def num_experts(config: ConfigJson) -> int:
-    """``num_experts``, which transformers 5 writes as ``num_local_experts``."""
-    return int(config.get("num_experts") or require(config, "num_local_experts"))
+    """Routed experts, by any of their names: transformers 5 may write ``num_local_experts`` where a family says otherwise."""
+    return int(config.get("num_experts") or config.get("n_routed_experts") or require(config, "num_local_experts"))
 
 
 def sparse_step_layers(config: ConfigJson) -> tuple[bool, ...]:

@@ -18,6 +18,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -99,11 +103,42 @@ DEEPSEEK_FIELDS = {
     "scoring_func": "softmax", "norm_topk_prob": False,
 }  # fmt: skip
 
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0,
+    "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 0.9,
+}  # fmt: skip
+LATENT: dict[str, Any] = {
+    **COMMON, "num_key_value_heads": 4, "intermediate_size": 80, "moe_intermediate_size": 20, "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7,
+    "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10, "n_group": 4, "topk_group": 2,
+}  # fmt: skip
+
+
+def deepseek_v2() -> nn.Module:
+    """transformers leaves out the factor that DeepSeek's own code, and every engine, puts on V2's scores under YaRN."""
+    config = DeepseekV2Config(**LATENT, q_lora_rank=28, topk_method="group_limited_greedy", rope_parameters=YARN)
+    model = DeepseekV2ForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= (0.1 * YARN["mscale_all_dim"] * math.log(YARN["factor"]) + 1) ** 2
+    return model
+
+
+def deepseek_v2_lite() -> nn.Module:
+    return DeepseekV2ForCausalLM(DeepseekV2Config(**LATENT, q_lora_rank=None, topk_method="greedy"))
+
+
+def deepseek_v3() -> nn.Module:
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**LATENT, q_lora_rank=28, rope_parameters=YARN))
+
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "qwen3_moe": qwen3_moe,
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
     "deepseek": deepseek,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v2_lite": deepseek_v2_lite,
+    "deepseek_v3": deepseek_v3,
 }
 
 
