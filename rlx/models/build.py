@@ -28,7 +28,7 @@ from torch import nn
 from rlx.models.architecture import Architecture
 from rlx.models.layers import CoreAttention, RMSNorm, ValueHead
 from rlx.models.longrope import LongRope, LongRotary
-from rlx.models.mla import LatentAttention, latent_config
+from rlx.models.mla import attend_latently, latent_config
 from rlx.models.moe import expert_fields, route
 from rlx.models.pipeline import megatron_layout
 from rlx.models.variants import ACTIVATION_FUNCTIONS, adapt_layer, scale_embeddings
@@ -166,9 +166,9 @@ def _layer_spec(arch: Architecture, config: TransformerConfig, options: BuildOpt
         attention.core_attention = CoreAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if arch.latent is not None:
-        layer.submodules.self_attention.module = LatentAttention
     adapt_layer(layer, arch, config)
+    if arch.latent is not None:
+        attend_latently(layer)
     if sparse:
         assert arch.experts is not None
         route(layer, arch.experts, options.moe_aux_loss_coefficient, options.moe_z_loss_coefficient)
@@ -212,9 +212,10 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
             pg_collection=context.groups,
             vp_stage=vp_stage,
         )
-        model.rotary_pos_emb.inv_freq = inverse_frequencies
         if isinstance(arch.rope, LongRope):
             model.rotary_pos_emb = LongRotary(arch.rope, inverse_frequencies)
+        elif arch.latent is None:  # latent attention has its own in each layer
+            model.rotary_pos_emb.inv_freq = inverse_frequencies
         if has_embedding and arch.embedding_scale != 1.0:
             scale_embeddings(model.embedding, arch.embedding_scale, config.params_dtype)
         if head == "value" and has_output:

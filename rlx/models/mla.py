@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from rlx.models.architecture import Architecture
@@ -42,6 +44,15 @@ def latent_config(latent: Latent, arch: Architecture) -> dict[str, Any]:
         "mscale": latent.yarn.mscale,
         "mscale_all_dim": latent.yarn.mscale_all_dim,
     }
+
+
+def attend_latently(layer: ModuleSpec) -> None:
+    """Give the specification of a layer with Megatron's latent attention ours."""
+    attention = layer.submodules.self_attention
+    attention.module = LatentAttention
+    if isinstance(attention.submodules.core_attention, partial):
+        # Megatron's latent attention takes a class here, no builder; the families cap no scores.
+        attention.submodules.core_attention = attention.submodules.core_attention.func
 
 
 class LatentAttention(MLASelfAttention):

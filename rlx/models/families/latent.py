@@ -31,7 +31,10 @@ def latent_fields(config: ConfigJson) -> dict[str, Any]:
     # Both generations norm the compressed query and key-value with this value, whatever the other norms have.
     refuse(config, "rms_norm_eps", 1e-6)
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    is_yarn = rope.get("rope_type", rope.get("type", "default")) == "yarn"
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"config.json has rope type {kind!r}; supported for latent attention: 'default', 'yarn'")
+    is_yarn = kind == "yarn"
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
     latent = Latent(
         query_rank=config.get("q_lora_rank"),

@@ -115,10 +115,12 @@ LATENT: dict[str, Any] = {
 
 
 def deepseek_v2() -> nn.Module:
-    """transformers leaves out the factor that DeepSeek's own code, and every engine, puts on V2's scores under YaRN."""
+    """Two amendments: transformers leaves out the factor that DeepSeek's own code, and every engine, puts on V2's scores under
+    YaRN, and its grouped routing looks for an attribute that its block does not have."""
     config = DeepseekV2Config(**LATENT, q_lora_rank=28, topk_method="group_limited_greedy", rope_parameters=YARN)
     model = DeepseekV2ForCausalLM(config)
     for layer in model.model.layers:
+        layer.mlp.num_experts = LATENT["n_routed_experts"]
         layer.self_attn.scaling *= (0.1 * YARN["mscale_all_dim"] * math.log(YARN["factor"]) + 1) ** 2
     return model
 
