@@ -67,11 +67,6 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
     dims, dtype = context.dims, DTYPES[options.dtype]
     on_gpu = context.device.type == "cuda"
     _check_heads(arch, dims.tp)
-    recompute: dict[str, Any] = {}
-    if options.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif options.recompute == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
     config_class = TransformerConfig if arch.latent is None else MLATransformerConfig
     return config_class(
         num_layers=arch.num_layers,
@@ -122,8 +117,16 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         **_window(arch),
         **({} if arch.latent is None else latent_config(arch.latent, arch)),
         **expert_fields(arch, dims, grouped=resolve_layer_spec(options.layer_spec, context.device) == "transformer_engine"),
-        **recompute,
+        **_recompute(options),
     )
+
+
+def _recompute(options: BuildOptions) -> dict[str, Any]:
+    if options.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if options.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    return {}
 
 
 def _window(arch: Architecture) -> dict[str, Any]:
