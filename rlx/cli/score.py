@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from math import lcm
 from pathlib import Path
 
 from rlx.cluster.local_ranks import run_local_ranks, this_module
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="OUT.jsonl", help='{"logprobs": [...]} a line, length L-1')
     for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
         parser.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{meaning} parallel size")
+    parser.add_argument("--etp", type=int, default=None, metavar="N", help="tensor parallel size inside experts; left out: --tp")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of weights and activations")
     parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="tokens of one packed forward pass")
 
@@ -30,17 +32,26 @@ def main(args: argparse.Namespace) -> int:
         num_ranks = dims_of(args).world_size
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-    argv = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key in _OPTIONS]
+    argv = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key in _OPTIONS and value is not None]
     return run_local_ranks(this_module("rlx.cli.score_rank", *argv), num_ranks)
 
 
-_OPTIONS = ("model", "tokens", "out", "tp", "pp", "cp", "ep", "dtype", "max_tokens")
+_OPTIONS = ("model", "tokens", "out", "tp", "pp", "cp", "ep", "etp", "dtype", "max_tokens")
 
 
 def dims_of(args: argparse.Namespace) -> ParallelDims:
     """The layout asked for, on as many ranks as it takes."""
-    world_size = max(args.tp * args.cp, args.ep) * args.pp
-    return ParallelDims(world_size=world_size, tp=args.tp, pp=args.pp, cp=args.cp, ep=args.ep, sequence_parallel=args.tp > 1)
+    expert_tp = args.tp if args.etp is None else args.etp
+    world_size = lcm(args.tp * args.cp, expert_tp * args.ep) * args.pp
+    return ParallelDims(
+        world_size=world_size,
+        tp=args.tp,
+        pp=args.pp,
+        cp=args.cp,
+        ep=args.ep,
+        etp=args.etp,
+        sequence_parallel=args.tp > 1,
+    )
 
 
 def read_sequences(file: Path, arch: Architecture) -> list[list[int]]:

@@ -13,7 +13,19 @@ from rlx.config.algorithm import KL_IN_REWARD, NEEDS_GROUPS
 from rlx.config.model_facts import ModelFacts, read_model_facts
 from rlx.config.schema import Config, OptimizerConfig
 
-SUPPORTED_MODEL_TYPES = ("gemma2", "llama", "phi3", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = (
+    "deepseek",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gemma2",
+    "llama",
+    "mixtral",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+)
 DATA_ENDINGS = (".jsonl", ".parquet")
 
 
@@ -85,6 +97,14 @@ def _model_fits(config: Config, facts: ModelFacts) -> Iterator[str]:
         yield f"parallel.ep: {parallel.ep} needs a mixture-of-experts model, but model.path is dense; set it to 1"
     elif facts.num_experts % parallel.ep:
         yield f"parallel.ep: {parallel.ep} does not divide the {facts.num_experts} experts of model.path"
+    if facts.num_experts and parallel.tp > 1 and not parallel.sequence_parallel:
+        yield "parallel.sequence_parallel: must be true for a mixture of experts with parallel.tp > 1 (Megatron's dispatcher)"
+    expert_tp = parallel.tp if parallel.etp is None else parallel.etp
+    if facts.num_experts and facts.expert_size % expert_tp:
+        yield (
+            f"parallel.etp: {expert_tp} (parallel.tp unless set) does not divide the experts' {facts.expert_size} hidden"
+            " units of model.path"
+        )
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if facts.max_positions is not None and longest > facts.max_positions:
         yield (

@@ -12,7 +12,7 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """The numbers that a layout must divide. ``num_experts`` is 0 for a dense model."""
+    """The numbers that a layout must divide. ``num_experts`` and ``expert_size`` are 0 for a dense model."""
 
     model_type: str
     num_layers: int
@@ -21,6 +21,7 @@ class ModelFacts:
     hidden_size: int
     max_positions: int | None
     num_experts: int
+    expert_size: int
 
 
 def read_model_facts(key: str, folder: str) -> ModelFacts | str:
@@ -44,6 +45,7 @@ def _facts(key: str, path: Path, tree: dict[str, Any]) -> ModelFacts | str:
     missing = [name for name in needed if not _count(tree, name)]
     if missing:
         return f"{key}: {path} has no positive integer {', '.join(missing)}"
+    num_experts = max(_count(tree, name) for name in _EXPERT_KEYS)
     return ModelFacts(
         model_type=str(tree.get("model_type", "")),
         num_layers=tree["num_hidden_layers"],
@@ -51,7 +53,8 @@ def _facts(key: str, path: Path, tree: dict[str, Any]) -> ModelFacts | str:
         num_kv_heads=_count(tree, "num_key_value_heads") or tree["num_attention_heads"],
         hidden_size=tree["hidden_size"],
         max_positions=_count(tree, "max_position_embeddings") or None,
-        num_experts=max(_count(tree, name) for name in _EXPERT_KEYS),
+        num_experts=num_experts,
+        expert_size=(_count(tree, "moe_intermediate_size") or _count(tree, "intermediate_size")) if num_experts else 0,
     )
 
 

@@ -49,6 +49,10 @@ class ModelConfig:
         "auto", "layers: auto takes transformer_engine on GPUs that have it", choices=("auto", "torch", "transformer_engine")
     )
     recompute: str = option("none", "activation recomputation", choices=("none", "selective", "full"))
+    moe_aux_loss_coefficient: float = option(
+        0.0, "weight of the experts' load-balancing loss (sequence by sequence, summed over layers)", minimum=0
+    )
+    moe_z_loss_coefficient: float = option(0.0, "weight of the routers' z-loss (Zoph et al. 2022)", minimum=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlx.models.latent import Latent
 from rlx.models.longrope import LongRope
 
 ConfigJson = Mapping[str, Any]
@@ -33,8 +34,32 @@ class Llama3Rope:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """Mixture of experts: which layers have it, the experts' sizes, and how a token's scores become experts and weights.
+
+    ``normalise`` divides the chosen weights by their sum; ``scale`` multiplies them afterwards. With ``num_groups`` > 1
+    only the ``top_groups`` best groups take part, a group being rated by the sum of its ``group_rating`` best experts.
+    ``score_bias`` adds a stored bias to the scores for the choice only. ``shared_hidden_size`` 0: no shared expert.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    layers: tuple[bool, ...]
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_rating: int = 1
+    score_bias: bool = False
+    shared_hidden_size: int = 0
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A dense decoder: sizes in elements, ``rope`` None for plain rotary embeddings, or their scaling.
+    """A decoder: sizes in elements, ``rope`` None for plain rotary embeddings, or their scaling.
 
     attention_scale     what scores are multiplied by; None for 1 / sqrt(head_dim)
     attention_softcap   c in c * tanh(score / c), after the scale; None for none. ``final_softcap`` is the logits' one
@@ -43,6 +68,8 @@ class Architecture:
     zero_centered_norm  norms multiply by 1 + weight
     post_norms          attention and MLP outputs are normed before they join the residual stream
     embedding_scale     what embeddings are multiplied by, rounded to the model's dtype first
+    latent              multi-head latent attention, rotary embedding included; None for heads of ``head_dim``
+    experts             mixture of experts; None where all layers are dense. ``ffn_hidden_size`` is that of dense layers
     """
 
     model_type: str
@@ -72,6 +99,8 @@ class Architecture:
     zero_centered_norm: bool = False
     post_norms: bool = False
     embedding_scale: float = 1.0
+    experts: Experts | None = None
+    latent: Latent | None = None
 
     def softmax_scale(self) -> float | None:
         """What attention scores are multiplied by, a rotary embedding's own factor included; None for 1 / sqrt(head_dim)."""
@@ -79,6 +108,10 @@ class Architecture:
             return self.attention_scale
         # LongRoPE multiplies rotated queries and rotated keys; the product of both is a factor on the scores.
         return (self.attention_scale or self.head_dim**-0.5) * self.rope.attention_factor**2
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer of this number, from 0, is a mixture of experts."""
+        return self.experts is not None and self.experts.layers[layer]
 
     def inverse_frequencies(self) -> Tensor:
         """Rotary inverse frequencies, float32 [head_dim / 2]; without the two sets of factors of LongRoPE."""

@@ -15,14 +15,21 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
 from rlx.models.architecture import Architecture
 from rlx.models.layers import CoreAttention, RMSNorm, ValueHead
 from rlx.models.longrope import LongRope, LongRotary
+from rlx.models.mla import attend_latently, latent_config
+from rlx.models.moe import expert_fields, route
 from rlx.models.pipeline import megatron_layout
 from rlx.models.variants import ACTIVATION_FUNCTIONS, adapt_layer, scale_embeddings
 from rlx.models.weights import padded_vocab_size
@@ -40,6 +47,8 @@ class BuildOptions:
     layer_spec: str = "auto"
     recompute: str = "none"
     seed: int = 0
+    moe_aux_loss_coefficient: float = 0.0
+    moe_z_loss_coefficient: float = 0.0
 
 
 def resolve_layer_spec(setting: str, device: torch.device) -> str:
@@ -58,12 +67,8 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
     dims, dtype = context.dims, DTYPES[options.dtype]
     on_gpu = context.device.type == "cuda"
     _check_heads(arch, dims.tp)
-    recompute: dict[str, Any] = {}
-    if options.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif options.recompute == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
-    return TransformerConfig(
+    config_class = TransformerConfig if arch.latent is None else MLATransformerConfig
+    return config_class(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.num_heads,
@@ -101,16 +106,27 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         # With batched exchange, prev and next of a two-stage ring are one rank and its messages cross.
         overlap_p2p_comm=dims.vpp > 1,
         batch_p2p_comm=dims.vpp == 1,
-        # The fused kernel knows one set of frequencies for all sequences.
+        # The fused kernel knows one set of frequencies for all sequences, and no interleaved pairs.
         apply_rope_fusion=not isinstance(arch.rope, LongRope)
+        and arch.latent is None
         and resolve_layer_spec(options.layer_spec, context.device) == "transformer_engine",
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         **_window(arch),
-        **recompute,
+        **({} if arch.latent is None else latent_config(arch.latent, arch)),
+        **expert_fields(arch, dims, grouped=resolve_layer_spec(options.layer_spec, context.device) == "transformer_engine"),
+        **_recompute(options),
     )
+
+
+def _recompute(options: BuildOptions) -> dict[str, Any]:
+    if options.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if options.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    return {}
 
 
 def _window(arch: Architecture) -> dict[str, Any]:
@@ -132,22 +148,48 @@ def _check_heads(arch: Architecture, tp: int) -> None:
         raise ValueError(f"parallel.tp: {tp} does not divide the {rows} rows of the model's fused query-key-value projection")
 
 
-def _block_spec(
-    arch: Architecture, config: TransformerConfig, spec_name: str, vp_stage: int | None
-) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_spec(arch: Architecture, config: TransformerConfig, options: BuildOptions, spec_name: str, sparse: bool) -> ModuleSpec:
+    num_experts = config.num_moe_experts if sparse else None
     if spec_name == "transformer_engine":
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        adapt_layer(layer, arch, config)
-        return layer
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = CoreAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts,
+            moe_grouped_gemm=sparse,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=arch.latent is not None,
+        )
+    else:
+        layer = get_gpt_layer_local_spec(
+            normalization="RMSNorm",
+            num_experts=num_experts,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=arch.latent is not None,
+        )
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = CoreAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     adapt_layer(layer, arch, config)
-    layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    if arch.latent is not None:
+        attend_latently(layer)
+    if sparse:
+        assert arch.experts is not None
+        route(layer, arch.experts, options.moe_aux_loss_coefficient, options.moe_z_loss_coefficient)
+    return layer
+
+
+def _block_spec(
+    arch: Architecture, config: TransformerConfig, options: BuildOptions, spec_name: str, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of one chunk, dense or sparse as the architecture says."""
+    kinds = {
+        sparse: _layer_spec(arch, config, options, spec_name, sparse)
+        for sparse in set(map(arch.has_experts, range(arch.num_layers)))
+    }
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    norm = LayerNormImpl if spec_name == "transformer_engine" else RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[kinds[arch.has_experts(layer)] for layer in numbers], layer_norm=norm)
 
 
 def build_model(arch: Architecture, context: ParallelContext, options: BuildOptions, head: HeadKind = "token") -> list[nn.Module]:
@@ -162,7 +204,7 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
         has_embedding, has_output = stage_of_chunk(context.dims, context.pp_rank, stage)
         model = GPTModel(
             config=config,
-            transformer_layer_spec=_block_spec(arch, config, spec_name, vp_stage),
+            transformer_layer_spec=_block_spec(arch, config, options, spec_name, vp_stage),
             vocab_size=padded_vocab_size(arch.vocab_size, context.dims.tp),
             max_sequence_length=arch.max_positions,
             pre_process=has_embedding,
@@ -173,9 +215,10 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
             pg_collection=context.groups,
             vp_stage=vp_stage,
         )
-        model.rotary_pos_emb.inv_freq = inverse_frequencies
         if isinstance(arch.rope, LongRope):
             model.rotary_pos_emb = LongRotary(arch.rope, inverse_frequencies)
+        elif arch.latent is None:  # latent attention has its own in each layer
+            model.rotary_pos_emb.inv_freq = inverse_frequencies
         if has_embedding and arch.embedding_scale != 1.0:
             scale_embeddings(model.embedding, arch.embedding_scale, config.params_dtype)
         if head == "value" and has_output:

@@ -36,7 +36,7 @@ class Shard:
 
 
 class Row(Protocol):
-    """One line of a table. ``{layer}`` in names stands for the layer number."""
+    """One line of a table. ``{layer}`` in names stands for the layer number, ``{expert}`` for the expert's."""
 
     @property
     def hf_names(self) -> tuple[str, ...]: ...
@@ -174,13 +174,18 @@ class QKV:
         return tuple(part.flatten(0, 1) for part in parts)
 
 
+def _dense_size(arch: Architecture) -> int:
+    return arch.ffn_hidden_size
+
+
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """Gate and up projections (or their biases), one above the other on every rank."""
+    """Gate and up projections of ``size`` rows each (or their biases), one above the other on every rank."""
 
     gate: str
     up: str
     bias: bool = False
+    size: Callable[[Architecture], int] = _dense_size
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -191,10 +196,11 @@ class Gated:
         return True
 
     def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
-        return ((arch.ffn_hidden_size,) if self.bias else (arch.ffn_hidden_size, arch.hidden_size),) * 2
+        rows = self.size(arch)
+        return ((rows,) if self.bias else (rows, arch.hidden_size),) * 2
 
     def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
-        return torch.cat([read(name, 0, *shard.cut(arch.ffn_hidden_size)) for name in names])
+        return torch.cat([read(name, 0, *shard.cut(self.size(arch))) for name in names])
 
     def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]

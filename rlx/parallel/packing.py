@@ -16,9 +16,17 @@ from rlx.types import MicroBatch
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packing parameters (whose borders count each sequence's padding to it) and the true lengths, int64 [S]."""
+    """Megatron's packing parameters (whose borders count each sequence's padding to it), the true lengths, and what a
+    router's balancing losses need.
+
+    lengths_S    true lengths, int64 [S]
+    segments_t   the number of each token's sequence, -1 in padding
+    weights_S    each sequence's loss tokens, divided by the divisor of the mini-batch: its share in the losses
+    """
 
     lengths_S: Tensor | None = None
+    segments_t: Tensor | None = None
+    weights_S: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,12 +69,16 @@ def pad_pack(pack: MicroBatch, num_tokens: int) -> MicroBatch:
     )
 
 
-def local_batch(pack: MicroBatch, context: ParallelContext) -> LocalBatch:
-    """This rank's part of ``pack``, on its device."""
+def local_batch(pack: MicroBatch, context: ParallelContext, divisor: float = 1.0) -> LocalBatch:
+    """This rank's part of ``pack``, on its device; ``divisor`` is what the losses of its mini-batch are divided by."""
     device = context.device
     cu_seqlens = pack.cu_seqlens_S1.to(device)
     index_t = local_index(cu_seqlens, context.dims.cp, context.cp_rank)
     starts = torch.repeat_interleave(cu_seqlens[:-1], (cu_seqlens[1:] - cu_seqlens[:-1]).long())
+    positions_t = index_t - starts[index_t]
+    segments_T, lengths_S = torch.repeat_interleave((cu_seqlens[1:] - cu_seqlens[:-1]).long()), pack.lengths_S.to(device)
+    weights_S = torch.zeros(len(lengths_S), device=device).index_add_(0, segments_T, pack.loss_mask_T.to(device)) / divisor
+    segments_t = torch.where(positions_t < lengths_S[segments_T[index_t]], segments_T[index_t], -1)
     params = PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -75,13 +87,15 @@ def local_batch(pack: MicroBatch, context: ParallelContext) -> LocalBatch:
         cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=pack.max_seqlen,
         max_seqlen_kv=pack.max_seqlen,
-        lengths_S=pack.lengths_S.to(device),
+        lengths_S=lengths_S,
+        segments_t=segments_t,
+        weights_S=weights_S,
     )
     return LocalBatch(
         pack=pack,
         index_t=index_t,
         tokens_1t=pack.tokens_T.to(device)[index_t][None],
-        positions_1t=(index_t - starts[index_t])[None],
+        positions_1t=positions_t[None],
         labels_t=pack.labels_T.to(device)[index_t],
         loss_mask_t=pack.loss_mask_T.to(device)[index_t],
         packed_seq_params=params,

@@ -22,7 +22,7 @@ def score_sequences(
     Every data-parallel replica scores all sequences, so that a replica that went astray cannot hide behind another.
     """
     samples = [_as_sample(index, tokens) for index, tokens in enumerate(sequences)]
-    one_replica = replace(context.dims, world_size=context.dims.world_size // context.dims.dp)
+    one_replica = replace(context.dims, world_size=context.dims.world_size // context.dims.dp, ep=1, etp=None)
     lengths = [len(tokens) for tokens in sequences]
     plan = plan_batch(lengths, lengths, dims=one_replica, num_mini_batches=1, max_tokens=max(max_tokens, *lengths))
     part = plan.mini_batches[0]

@@ -61,7 +61,12 @@ class Worker:
         self.arch = read_architecture(config.model.path)
         model = config.model
         self._options = BuildOptions(
-            dtype=model.dtype, layer_spec=model.layer_spec, recompute=model.recompute, seed=config.run.seed
+            dtype=model.dtype,
+            layer_spec=model.layer_spec,
+            recompute=model.recompute,
+            seed=config.run.seed,
+            moe_aux_loss_coefficient=model.moe_aux_loss_coefficient,
+            moe_z_loss_coefficient=model.moe_z_loss_coefficient,
         )
         self._token_head = token_head(context, self.arch, config.rollout.temperature)
         self.policy = self._build_policy()
@@ -281,9 +286,6 @@ class Worker:
             self._publisher.close()
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        # Data-parallel and context-parallel replicas hold the same weights; the first one speaks.
-        if self.context.dp_rank or self.context.cp_rank:
-            return iter(())
         return stage_weights(self.policy.model.chunks, self.arch, self.context)
 
     def _canary(self) -> CanarySpec:

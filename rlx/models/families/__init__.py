@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlx.models.architecture import Architecture, ConfigJson, read_config_json, require
-from rlx.models.families import gemma2, llama, phi3, qwen2, qwen3
+from rlx.models.families import (
+    deepseek,
+    deepseek_v2,
+    deepseek_v3,
+    gemma2,
+    llama,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from rlx.models.fields import refuse_unknown_fields
 from rlx.models.weights import Row
 
@@ -23,11 +35,17 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
+    "deepseek": Family(architecture=deepseek.architecture, table=deepseek.table, fields=deepseek.FIELDS),
+    "deepseek_v2": Family(architecture=deepseek_v2.architecture, table=deepseek_v2.table, fields=deepseek_v2.FIELDS),
+    "deepseek_v3": Family(architecture=deepseek_v3.architecture, table=deepseek_v3.table, fields=deepseek_v3.FIELDS),
     "gemma2": Family(architecture=gemma2.architecture, table=gemma2.table, fields=gemma2.FIELDS),
     "llama": Family(architecture=llama.architecture, table=llama.table, fields=llama.FIELDS),
+    "mixtral": Family(architecture=mixtral.architecture, table=mixtral.table, fields=mixtral.FIELDS),
     "phi3": Family(architecture=phi3.architecture, table=phi3.table, fields=phi3.FIELDS),
     "qwen2": Family(architecture=qwen2.architecture, table=qwen2.table, fields=qwen2.FIELDS),
+    "qwen2_moe": Family(architecture=qwen2_moe.architecture, table=qwen2_moe.table, fields=qwen2_moe.FIELDS),
     "qwen3": Family(architecture=qwen3.architecture, table=qwen3.table, fields=qwen3.FIELDS),
+    "qwen3_moe": Family(architecture=qwen3_moe.architecture, table=qwen3_moe.table, fields=qwen3_moe.FIELDS),
 }
 
 

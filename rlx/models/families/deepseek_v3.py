@@ -1,0 +1,36 @@
+"""DeepSeek-V3 and R1: latent attention, sigmoid routing with a correction bias, groups rated by their best two experts.
+
+The layer that predicts a second token (``num_nextn_predict_layers``) takes no part in log-probs: it is neither read nor
+written.
+"""
+
+from __future__ import annotations
+
+from rlx.models.architecture import Architecture, ConfigJson, Experts, refuse, require
+from rlx.models.families import latent
+from rlx.models.families.deepseek import replaced_layers, shared_size
+from rlx.models.families.experts import num_experts
+from rlx.models.fields import words
+
+FIELDS = latent.LATENT_FIELDS | words("num_nextn_predict_layers")
+table = latent.table
+
+
+def architecture(config: ConfigJson) -> Architecture:
+    refuse(config, "scoring_func", "sigmoid", None)
+    refuse(config, "topk_method", "noaux_tc", None)
+    experts = Experts(
+        num_experts=num_experts(config),
+        top_k=int(require(config, "num_experts_per_tok")),
+        hidden_size=int(require(config, "moe_intermediate_size")),
+        layers=replaced_layers(config),
+        score="sigmoid",
+        normalise=bool(config.get("norm_topk_prob", True)),
+        scale=float(config.get("routed_scaling_factor", 1.0)),
+        num_groups=int(config.get("n_group") or 1),
+        top_groups=int(config.get("topk_group") or 1),
+        group_rating=2,
+        score_bias=True,
+        shared_hidden_size=shared_size(config),
+    )
+    return Architecture(**latent.latent_fields(config), experts=experts)

@@ -1,0 +1,85 @@
+"""Mixture-of-experts families against transformers in fp32: log-probs, gradients, export, under every kind of layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.dist.launch import ROOT, run_ranks
+
+FAMILIES = ["qwen3_moe", "mixtral", "qwen2_moe", "deepseek", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3"]
+SP = {"tp": 2, "sequence_parallel": True}
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {}},
+    2: {"ep2": {"ep": 2}, "tp2": SP, "tp2 ep2 etp1": SP | {"ep": 2, "etp": 1}, "pp2": {"pp": 2}, "cp2": {"cp": 2}},
+    4: {"tp2 ep2": SP | {"ep": 2}, "tp2 pp2": SP | {"pp": 2}, "pp2 ep2": {"pp": 2, "ep": 2}, "cp2 ep2": {"cp": 2, "ep": 2}},
+}
+CASES = [(name, family) for layouts in LAYOUTS.values() for name in layouts for family in FAMILIES]
+
+
+def random_sequences(lengths: list[int]) -> list[list[int]]:
+    draw = random.Random(7)
+    return [[draw.randrange(131) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("moe")
+    arguments: dict[str, Any] = {
+        "folder": str(folder),
+        "families": FAMILIES,
+        "sequences": random_sequences([5, 17, 2, 9, 13, 3]),
+    }
+    reference = folder / "reference.pt"
+    command = [sys.executable, "-m", "tests.dist.programs.moe_reference", json.dumps(arguments | {"out": str(reference)})]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    results: dict[str, Any] = {"reference": torch.load(reference, weights_only=True), "folder": folder}
+    for world_size, layouts in LAYOUTS.items():
+        out = folder / f"world{world_size}.pt"
+        run_ranks("tests.dist.programs.moe", world_size, arguments | {"layouts": layouts}, out)
+        results |= torch.load(out, weights_only=True)
+    return results
+
+
+@pytest.mark.parametrize(("layout", "family"), CASES)
+def test_logprobs_equal_transformers(found: dict[str, Any], layout: str, family: str) -> None:
+    expected = found["reference"][family]["logprobs"]
+    worst = max(
+        float((torch.tensor(row) - want).abs().max())
+        for row, want in zip(found[layout][family]["logprobs"], expected, strict=True)
+    )
+    assert worst <= 2e-5, worst
+
+
+@pytest.mark.parametrize(("layout", "family"), CASES)
+def test_gradients_equal_transformers(found: dict[str, Any], layout: str, family: str) -> None:
+    expected, grads = found["reference"][family]["grads"], found[layout][family]["grads"]
+    held_still = {name for name in grads if name.endswith("e_score_correction_bias")}
+    assert grads.keys() - held_still == expected.keys()
+    worst = max((relative(grads[name], want), name) for name, want in expected.items())
+    assert worst[0] <= 1e-4, worst
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-9))
+
+
+@pytest.mark.parametrize(("layout", "family"), CASES)
+def test_export_is_bit_exact(found: dict[str, Any], layout: str, family: str) -> None:
+    source = load_file(found["folder"] / family / "model.safetensors")
+    exported: dict[str, torch.Tensor] = {}
+    for file in Path(found[layout][family]["export"]).glob("*.safetensors"):
+        exported |= load_file(file)
+    assert exported.keys() == source.keys()
+    for name, tensor in source.items():
+        assert tensor.dtype == exported[name].dtype and torch.equal(tensor, exported[name]), name
