@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from rlx.cluster.causes import Cause, speaks_of_lost_peer, where
 from rlx.cluster.engines import write_endpoints
@@ -40,6 +40,7 @@ from rlx.obs.log import current_phase, log_failure, logger
 MEET_S = 300.0
 END_KEY = "rlx/end"
 _LOOK_S = 0.2
+_TOLD_KEY, _TELL_S = "rlx/told", 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +83,10 @@ def join_run(
         duty.finish("SIGUSR1 asked to save and leave; run.resume=auto goes on" if stop_asked() else None)
 
 
-def meet(meeting: Rendezvous, rank: int) -> dist.TCPStore:
+def meet(meeting: Rendezvous, rank: int) -> TCPStore:
     """The store that all ranks share: the launcher's where it keeps one, else rank 0's."""
     try:
-        return dist.TCPStore(
+        return TCPStore(
             meeting.address,
             meeting.port,
             is_master=rank == 0 and not meeting.is_hosted,
@@ -99,7 +100,7 @@ def meet(meeting: Rendezvous, rank: int) -> dist.TCPStore:
 
 
 def _agree(
-    store: dist.TCPStore, path: str, overrides: Sequence[str], where_: tuple[RankEnvironment, Rendezvous], stack: ExitStack
+    store: TCPStore, path: str, overrides: Sequence[str], where_: tuple[RankEnvironment, Rendezvous], stack: ExitStack
 ) -> Path:
     """The run folder. On rank 0: validated and made, and kept from other launchers until ``stack`` closes."""
     place, meeting = where_
@@ -113,22 +114,31 @@ def _agree(
     except (ConfigError, PlacementError) as error:
         problems = list(error.problems) if isinstance(error, ConfigError) else [str(error)]
         store.set(key, json.dumps({"problems": problems}))
+        _wait_until_told(store, place.world_size - 1)
         raise ConfigError(problems) from error
     (run_dir / "config.yaml").write_text(dump_config(config))
     store.set(key, json.dumps({"problems": [], "run_dir": str(run_dir)}))
     return run_dir
 
 
-def agreed_run(store: dist.TCPStore, meeting: Rendezvous) -> Path:
+def agreed_run(store: TCPStore, meeting: Rendezvous) -> Path:
     """The run folder that rank 0 made; SystemExit(2) when it refused the configuration."""
     key = _run_key(meeting)
     store.wait([key], timedelta(seconds=MEET_S))
     found = json.loads(store.get(key))
     if found["problems"]:
+        store.add(_TOLD_KEY, 1)
         raise SystemExit(2)
     run_dir = Path(found["run_dir"])
     _wait_for(run_dir / "config.yaml")
     return run_dir
+
+
+def _wait_until_told(store: TCPStore, num_ranks: int) -> None:
+    """The store goes with this node's torchrun: leave once the others have read it, or have had the time to."""
+    deadline = time.monotonic() + _TELL_S
+    while store.add(_TOLD_KEY, 0) < num_ranks and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
 
 
 def _run_key(meeting: Rendezvous) -> str:

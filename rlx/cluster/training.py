@@ -55,8 +55,7 @@ def drive(config: Config, ranks: Ranks, endpoints: Sequence[str], *, stop_asked:
             num_steps=config.run.steps,
             report=report,
             save=lambda: _save(config, trainer),
-            save_every=config.checkpoint.every,
-            save_at_end=config.checkpoint.at_end,
+            checkpoint=config.checkpoint,
             stop_asked=stop_asked,
         )
         done = trainer.num_steps_done >= config.run.steps

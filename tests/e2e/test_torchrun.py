@@ -31,11 +31,12 @@ def nodes(tmp_path: Path) -> Iterator[list[Nodes]]:
             time.sleep(0.2)
 
 
+@pytest.mark.timeout(600)
 def test_same_losses_as_the_local_launcher(demo: Path, tmp_path: Path, nodes: list[Nodes]) -> None:
     record = tmp_path / "rollouts.jsonl"
     arguments = [*demo_overrides(demo, tmp_path / "run", 2), "checkpoint.at_end=false", f"rollout.record={record}"]
     nodes.append(Nodes(tmp_path, arguments, 2))
-    assert nodes[0].finish() == [0, 0], nodes[0].out(0)[-3000:] + nodes[0].out(1)[-3000:]
+    assert nodes[0].finish(280) == [0, 0], nodes[0].out(0)[-3000:] + nodes[0].out(1)[-3000:]
     assert "rlx: done: 2 steps" in nodes[0].out(0)
     assert {"trainer-0.log", "trainer-1.log", "engine-0.log"} <= {path.name for path in (tmp_path / "run" / "logs").iterdir()}
     assert not nodes[0].members()
@@ -46,7 +47,7 @@ def test_same_losses_as_the_local_launcher(demo: Path, tmp_path: Path, nodes: li
 
 def test_wrong_configuration_is_told_once_and_starts_nothing(demo: Path, tmp_path: Path, nodes: list[Nodes]) -> None:
     nodes.append(Nodes(tmp_path, [*demo_overrides(demo, tmp_path / "run", 2), "parallel.tp=4"], 2))
-    assert all(nodes[0].finish(60))
+    assert all(nodes[0].finish(200))
     assert "cluster.num_trainer_ranks: 2 is not a multiple of parallel.tp" in nodes[0].out(0)
     assert "rlx: error" not in nodes[0].out(1)
     assert not (tmp_path / "run").exists()
@@ -62,11 +63,11 @@ def test_signal_saves_and_leaves_and_resume_goes_on(demo: Path, tmp_path: Path, 
         assert time.monotonic() < deadline, nodes[0].out(0)[-3000:]
         time.sleep(0.1)
     nodes[0].scripts[0].send_signal(signal.SIGUSR1)
-    assert sorted(nodes[0].finish(60)) == [0, 75], nodes[0].out(0)[-3000:]
+    assert sorted(nodes[0].finish(200)) == [0, 75], nodes[0].out(0)[-3000:]
     done = len(metrics.read_text().splitlines())
     assert (tmp_path / "run" / "checkpoints").is_dir()
     nodes.append(Nodes(tmp_path, [*arguments, f"run.steps={done + 1}", "run.export_hf=false"], 2))
-    assert nodes[1].finish() == [0, 0], nodes[1].out(0)[-3000:]
+    assert nodes[1].finish(280) == [0, 0], nodes[1].out(0)[-3000:]
     assert [row["step"] for row in numbers(tmp_path / "run")] == list(range(1, done + 2))
 
 
@@ -81,6 +82,6 @@ def test_killed_engine_ends_the_job_with_its_name(demo: Path, tmp_path: Path, no
     for pid in nodes[0].members():
         if b"rlx.cli.serve" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
-    assert all(nodes[0].finish(60))
+    assert all(nodes[0].finish(200))
     assert "rlx: FAILED engine rank 0" in nodes[0].out(0) and "SIGKILL" in nodes[0].out(0)
     assert not nodes[0].members()
