@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     schedulers = parser.add_subparsers(title="schedulers", metavar="SCHEDULER", required=True)
     slurm = schedulers.add_parser("slurm", help="a job for SLURM", description=__doc__)
     slurm.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
-    slurm.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    slurm.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's; right after CONFIG")
     slurm.add_argument("--nodes", type=_positive, required=True, help="all nodes of the job")
     slurm.add_argument("--gpus-per-node", type=int, required=True, help="0: a job on CPUs")
     slurm.add_argument("--rollout-nodes", type=int, default=0, help="of the nodes, those for engines only")

@@ -130,6 +130,8 @@ def _check(job: SlurmJob) -> None:
     problems = []
     if job.container and job.runtime not in RUNTIMES:
         problems.append(f"--container needs --container-runtime {' or '.join(RUNTIMES)}")
+    if not 0 <= job.rollout_nodes < job.nodes:
+        problems.append(f"--rollout-nodes {job.rollout_nodes} of --nodes {job.nodes} leaves none to train on")
     limit = _seconds(job.time)
     if limit is None:
         problems.append(f"--time {job.time}: expected MINUTES, HH:MM:SS or DAYS-HH:MM:SS")
