@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow lint bench bench-rewards
+.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-rewards
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -51,6 +51,9 @@ test: lint  ## lint, types, then every test that a CPU machine passes quickly
 
 test-slow: $(STAMP)  ## the tests marked slow
 	$(PY) -m pytest -m 'slow and not gpu and not sglang' $(ARGS)
+
+test-slurm: $(STAMP)  ## a real SLURM of one node, started by the test (root; apt-get install slurm-wlm munge)
+	$(PY) -m pytest -m slow tests/slurm $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .

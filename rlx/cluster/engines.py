@@ -32,10 +32,11 @@ class EngineStart:
     Consumes the engines' logs; ends when all are healthy, one failed, one ended or ``cancel`` was called.
     """
 
-    def __init__(self, engines: Sequence[Child], path: Path, *, timeout_s: float) -> None:
+    def __init__(self, engines: Sequence[Child], path: Path, *, timeout_s: float, host: str = "127.0.0.1") -> None:
         self._engines = tuple(engines)
         self._path = path
         self._timeout_s = timeout_s
+        self._host = host
         self._cancelled = threading.Event()
         self._pool = ThreadPoolExecutor(max_workers=max(1, len(engines)), thread_name_prefix="engine-start")
         self._urls: list[Future[str]] = [self._pool.submit(self._wait, engine) for engine in engines]
@@ -80,7 +81,7 @@ class EngineStart:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the engine reported no port within {self._timeout_s:g} s (rollout.start_timeout_s)")
             time.sleep(_POLL_S)
-        url = f"http://127.0.0.1:{port}"
+        url = f"http://{self._host}:{port}"
         left = max(0.1, deadline - time.monotonic())
         wait_until_healthy(url, left, alive, lambda: tail(engine.log_text(), 20))
         return url

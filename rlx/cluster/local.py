@@ -108,7 +108,7 @@ class Launch:
 
     def run(self) -> Outcome:
         """Start everything and watch until it is over; trainers that found their port taken are started again."""
-        self._parent_pipe = self._open.enter_context(_pipe())
+        self._parent_pipe = self._open.enter_context(inherited_pipe())
         engine_commands = self._engine_commands()
         log = log_path(self._run_dir, "trainer", 0)
         self._guard = Guard(launch_id=self._id, launcher_pid=os.getpid(), log=log, env=self._guard_env())
@@ -225,7 +225,7 @@ def _failure_text(cause: Cause, left: Sequence[int], log: str) -> str:
 
 
 @contextmanager
-def _pipe() -> Iterator[int]:
+def inherited_pipe() -> Iterator[int]:
     """The reading end of a pipe whose only writing end lives and dies with this process."""
     reading, writing = os.pipe()
     try:

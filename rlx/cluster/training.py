@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -27,8 +27,11 @@ from rlx.trainer.roles import Roles, RolloutService
 from rlx.types import SamplingSpec, StepReport
 
 
-def drive(config: Config, ranks: Ranks, endpoints: Sequence[str]) -> None:
-    """Train to the end: resume, iterate, save, export. Runs on rank 0 while the other ranks serve."""
+def drive(config: Config, ranks: Ranks, endpoints: Sequence[str], *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
+    """Train to the end: resume, iterate, save, export. Runs on rank 0 while the other ranks serve.
+
+    False when ``stop_asked`` ended it early; what was done is saved.
+    """
     run_dir = Path(config.run.dir)
     with ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
@@ -51,11 +54,13 @@ def drive(config: Config, ranks: Ranks, endpoints: Sequence[str]) -> None:
             num_steps=config.run.steps,
             report=report,
             save=lambda: _save(config, trainer),
-            save_every=config.checkpoint.every,
-            save_at_end=config.checkpoint.at_end,
+            checkpoint=config.checkpoint,
+            stop_asked=stop_asked,
         )
-        if config.run.export_hf:
+        done = trainer.num_steps_done >= config.run.steps
+        if done and config.run.export_hf:
             trainer.roles.policy.export_hf(str(run_dir / "hf"))
+        return done
 
 
 def _make_trainer(
