@@ -14,6 +14,8 @@ import pytest
 from tests.dist.family_cases import CASES
 from tests.dist.launch import ROOT, run_ranks
 
+pytestmark = pytest.mark.timeout(600)  # half a minute a world where nothing else runs
+
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}},
     2: {
@@ -51,7 +53,7 @@ def results(request: pytest.FixtureRequest, root: Path) -> dict[str, Any]:
             for case in CASES
         },
     }
-    run_ranks("tests.dist.programs.families", request.param, arguments, out)
+    run_ranks("tests.dist.programs.families", request.param, arguments, out, timeout_s=500)
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
