@@ -7,7 +7,6 @@ tokens, and sequences on both sides of every border.
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-VOCAB_SIZE = 131
-ORIGINAL_POSITIONS = 22
-LENGTHS = (30, 22, 23, 1, 7, 13, 2, 41)
+from tests.dist.family_folders import LENGTHS, ORIGINAL_POSITIONS, VOCAB_SIZE, folder_of, sequences
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -100,15 +97,6 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "phi3 4k": lambda: phi3(sliding_window=6),
     "phi3 128k": lambda: phi3(rope_parameters=_LONGROPE, original_max_position_embeddings=ORIGINAL_POSITIONS),
 }
-
-
-def sequences() -> list[list[int]]:
-    draw = random.Random(7)
-    return [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in LENGTHS]
-
-
-def folder_of(root: Path, case: str, dtype: str) -> Path:
-    return root / case.replace(" ", "-") / dtype
 
 
 def _write(model: PreTrainedModel, root: Path, case: str, seed: int) -> None:

@@ -11,21 +11,25 @@ from typing import Any
 
 import pytest
 
-from tests.dist.family_cases import CASES, folder_of, sequences
+from tests.dist.family_cases import CASES
 from tests.dist.launch import ROOT, run_ranks
+
+pytestmark = pytest.mark.timeout(600)  # half a minute a world where nothing else runs
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}},
     2: {
-        "tp2": {"tp": 2},
+        "tp2": {"tp": 2, "recompute": "selective"},
         "tp2 sp": {"tp": 2, "sequence_parallel": True},
-        "pp2": {"pp": 2},
+        "pp2": {"pp": 2, "recompute": "full"},
         "pp2 vpp2": {"pp": 2, "vpp": 2},
         "cp2": {"cp": 2},
     },
     4: {"tp2 pp2": {"tp": 2, "pp": 2, "sequence_parallel": True}, "tp4": {"tp": 4}, "pp4": {"pp": 4}},
 }
-EXPORTS = ("one", "tp2 pp2")
+# What a case does besides, and under which layouts: a checkpoint written under one is read under the others.
+EXPORT, SAVE, LOAD = ["one", "tp2 pp2"], ["tp2 pp2"], ["tp4", "pp4"]
+CHECKPOINTED = {"gemma2", "qwen3 one kv head", "llama biases", "phi3 128k"}
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +48,12 @@ def results(request: pytest.FixtureRequest, root: Path) -> dict[str, Any]:
     arguments = {
         "root": str(root),
         "layouts": LAYOUTS[request.param],
-        "cases": {case: str(folder_of(root, case, "fp32").parent) for case in CASES},
-        "sequences": sequences(),
-        "exports": EXPORTS,
+        "cases": {
+            case: {"export": EXPORT, "save": SAVE if case in CHECKPOINTED else [], "load": LOAD if case in CHECKPOINTED else []}
+            for case in CASES
+        },
     }
-    run_ranks("tests.dist.programs.families", request.param, arguments, out)
+    run_ranks("tests.dist.programs.families", request.param, arguments, out, timeout_s=500)
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
@@ -72,7 +77,7 @@ def test_gradients_equal_transformers(results: dict[str, Any]) -> None:
     assert over(results, "gradients", 1e-4) == {}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_weights_come_back_bit_for_bit(results: dict[str, Any], dtype: str) -> None:
-    wrong = {f"{case} under {layout}": m[dtype] for layout, cases in results.items() for case, m in cases.items() if m[dtype]}
+@pytest.mark.parametrize("how", ["fp32", "bf16", "checkpoint"])
+def test_weights_come_back_bit_for_bit(results: dict[str, Any], how: str) -> None:
+    wrong = {f"{case} under {layout}": m[how] for layout, cases in results.items() for case, m in cases.items() if m[how]}
     assert wrong == {}

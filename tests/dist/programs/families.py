@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import forward_backward
 from rlx.trainer.scoring import score_sequences
 from rlx.types import LossOutput, TrainSample
+from tests.dist.family_folders import folder_of, sequences
 from tests.dist.programs.layouts import context_of, main
 
 PACK_TOKENS = 48  # several sequences a pack, several packs
@@ -76,39 +78,70 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[floa
     )
 
 
-def differences(folder: Path, dtype: str, context: ParallelContext, exported_to: Path | None) -> list[str]:
-    """Tensors that are not what the folder holds bit for bit after one way in and out."""
+def unlike(found: dict[str, Tensor], folder: Path) -> list[str]:
+    """Tensors that are not what the folder holds, bit for bit."""
+    source = load_file(folder / "model.safetensors")
+    both = found.keys() & source.keys()
+    odd = {name for name in both if found[name].dtype != source[name].dtype or not torch.equal(found[name], source[name])}
+    return sorted(odd | (found.keys() ^ source.keys()))
+
+
+def in_and_out(folder: Path, dtype: str, context: ParallelContext, exported_to: Path | None) -> list[str]:
+    """What one way into Megatron and out again changes."""
     arch = read_architecture(folder)
     chunks = build_model(arch, context, BuildOptions(dtype=dtype))
     load_hf(chunks, arch, folder, context)
-    found = merged({name: tensor.clone() for name, tensor in stage_weights(chunks, arch, context)}, context)
-    if exported_to is not None:
+    if exported_to is None:
+        found = merged({name: tensor.clone() for name, tensor in stage_weights(chunks, arch, context)}, context)
+    else:
         export_hf(chunks, arch, source=folder, target=exported_to, context=context)
-        context.barrier()
         found = {name: tensor for file in exported_to.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    source = load_file(folder / "model.safetensors")
-    wrong = found.keys() ^ source.keys()
-    both = found.keys() & source.keys()
-    return sorted(wrong | {n for n in both if found[n].dtype != source[n].dtype or not torch.equal(found[n], source[n])})
+    return unlike(found, folder)
 
 
-def run_case(case: dict[str, Any], sequences: list[list[int]], context: ParallelContext, export: Path | None) -> dict[str, Any]:
-    root, expected = Path(case["folder"]), case["reference"]
-    arch = read_architecture(root / "fp32")
+def save(folder: Path, saved: Path, context: ParallelContext) -> None:
+    """A distributed checkpoint of the folder's weights."""
+    arch = read_architecture(folder)
     chunks = build_model(arch, context, BuildOptions())
+    load_hf(chunks, arch, folder, context)
+    saved.mkdir(exist_ok=True)
+    context.barrier()
+    dist_checkpointing.save(chunks[0].sharded_state_dict(), str(saved))
+
+
+def from_checkpoint(folder: Path, saved: Path, context: ParallelContext) -> list[str]:
+    """What a distributed checkpoint, written under another layout, gives back changed."""
+    arch = read_architecture(folder)
+    chunks = build_model(arch, context, BuildOptions())
+    for parameter in chunks[0].parameters():
+        parameter.data.fill_(torch.nan)
+    chunks[0].load_state_dict(dist_checkpointing.load(chunks[0].sharded_state_dict(), str(saved)))
+    return unlike(merged({name: tensor.clone() for name, tensor in stage_weights(chunks, arch, context)}, context), folder)
+
+
+def run_case(
+    root: Path, expected: dict[str, Any], context: ParallelContext, steps: dict[str, Path | None], recompute: str
+) -> dict[str, Any]:
+    """``steps`` say where to export to, where to save a checkpoint, and which one to load."""
+    arch = read_architecture(root / "fp32")
+    chunks = build_model(arch, context, BuildOptions(recompute=recompute))
     load_hf(chunks, arch, root / "fp32", context)
-    rows = score_sequences(chunks, token_head(context, arch), sequences, context, PACK_TOKENS)
+    rows = score_sequences(chunks, token_head(context, arch), sequences(), context, PACK_TOKENS)
     worst = max(
         (float((torch.tensor(row) - want).abs().max()), index)
         for index, (row, want) in enumerate(zip(rows, expected["logprobs"], strict=True))
         if len(want)
     )
-    found = gradients(Trainable(chunks, OptimizerConfig(distributed=False), context, 1), arch, sequences, context)
+    model = Trainable(chunks, OptimizerConfig(distributed=False), context, 1)
+    found = gradients(model, arch, sequences(), context)
+    if steps["save"] is not None:
+        save(root / "fp32", steps["save"], context)
     return {
         "logprobs": worst,
         "gradients": compare(found, expected["grads"]),
-        "fp32": differences(root / "fp32", "fp32", context, None),
-        "bf16": differences(root / "bf16", "bf16", context, export),
+        "fp32": in_and_out(root / "fp32", "fp32", context, None),
+        "bf16": in_and_out(root / "bf16", "bf16", context, steps["export"]),
+        "checkpoint": from_checkpoint(root / "fp32", steps["load"], context) if steps["load"] is not None else [],
     }
 
 
@@ -117,11 +150,15 @@ def program(arguments: dict[str, Any], world_size: int) -> None:
     reference = torch.load(root / "reference.pt", weights_only=True)
     results: dict[str, Any] = {}
     for layout_name, layout in arguments["layouts"].items():
+        layout = dict(layout)
+        recompute = layout.pop("recompute", "none")
         with context_of(layout, world_size) as context:
-            for name, folder in arguments["cases"].items():
-                case = {"folder": folder, "reference": reference[name]}
-                export = root / f"{layout_name}-{name}" if layout_name in arguments["exports"] else None
-                results.setdefault(layout_name, {})[name] = run_case(case, arguments["sequences"], context, export)
+            for case, how in arguments["cases"].items():
+                folder = folder_of(root, case, "fp32").parent
+                steps = {step: folder / step if layout_name in layouts else None for step, layouts in how.items()}
+                if steps["load"] is not None:
+                    steps["load"] = folder / "save"
+                results.setdefault(layout_name, {})[case] = run_case(folder, reference[case], context, steps, recompute)
             if context.rank == 0:
                 Path(arguments["out"]).write_text(json.dumps(results))
 
