@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow lint bench
+.PHONY: help setup demo demo-smollm2 test test-slow lint bench bench-convert
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -55,7 +55,10 @@ test-slow: $(STAMP)  ## the tests marked slow
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy --strict rlx
+	$(PY) -m mypy --strict rlx converters
 
 bench: $(STAMP)  ## the measurements of tests/benchmarks
 	$(PY) -m pytest -m 'not gpu and not sglang' -s tests/benchmarks $(ARGS)
+
+bench-convert: $(STAMP)  ## the converter against a plain copy and against transformers (10 GB of temporary space)
+	$(PY) tests/benchmarks/bench_convert.py $(ARGS)

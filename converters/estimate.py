@@ -26,7 +26,7 @@ def estimate(arch: Architecture, layout: Layout, dtype: torch.dtype, out: Path) 
     for rank, size in per_rank.items():
         yield f"  rank {rank}: {_gib(size)} in {files[rank]} files"
     speed = write_speed(out)
-    yield f"estimated time: {2 * total / speed:.0f} s at {speed / 2**20:.0f} MiB/s, as measured beside {out}, to read and to write"
+    yield f"estimated time: {2 * total / speed:.0f} s to read and write {speed / 2**20:.0f} MiB/s, as measured beside {out}"
 
 
 def _gib(size: int) -> str:

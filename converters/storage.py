@@ -10,6 +10,7 @@ import io
 import math
 import os
 import pickle
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -45,6 +45,14 @@ class Item:
     shape: Position
     position: int
     length: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {"key": self.key, "offset": self.offset, "shape": self.shape, "position": self.position, "length": self.length}
+
+    @classmethod
+    def from_json(cls, note: Mapping[str, Any]) -> Item:
+        offset, shape = tuple(note["offset"]), tuple(note["shape"])
+        return cls(key=note["key"], offset=offset, shape=shape, position=note["position"], length=note["length"])
 
 
 @contextmanager
@@ -169,6 +177,7 @@ class StoredCheckpoint:
                     self._chunks.setdefault(key, {}).setdefault(chunk.offsets[0] if chunk.offsets else 0, []).append(chunk)
         self._places: Mapping[MetadataIndex, Any] = metadata.storage_data
         self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def read(self, key: str, offset: Position, shape: Position) -> Tensor:
         """The block of ``shape`` at ``offset``. ValueError when it is not all there."""
@@ -200,16 +209,21 @@ class StoredCheckpoint:
         result[target] = stored[source]
         return math.prod(end - begin for begin, end in zip(begins, ends, strict=True))
 
+    def _descriptor(self, path: Path, key: str) -> int:
+        with self._lock:
+            if path.name not in self._descriptors:
+                if not path.is_file():
+                    raise ValueError(f"{path} is missing; it holds a part of {key}")
+                self._descriptors[path.name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[path.name]
+
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self._places[MetadataIndex(key, chunk.offsets)]
         path = self.folder / place.relative_path
-        descriptor = self._descriptors.get(place.relative_path)
-        if descriptor is None:
-            if not path.is_file():
-                raise ValueError(f"{path} is missing; it holds a part of {key}")
-            descriptor = self._descriptors.setdefault(place.relative_path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        descriptor = self._descriptor(path, key)
         try:
-            tensor: Tensor = torch.load(_Window(descriptor, place.offset, place.length), map_location="cpu", weights_only=True)
+            window: Any = _Window(descriptor, place.offset, place.length)
+            tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} is broken at byte {place.offset}, in {key}: {error}") from error
         if tensor.shape != chunk.sizes:

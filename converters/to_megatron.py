@@ -55,15 +55,13 @@ class ToMegatron:
         output = Output(
             self._out, fingerprint(self._source.path, options.layout, options.dtype, self._arch), resume=options.resume
         )
-        items: dict[str, list[Item]] = {}
-        for name, noted in output.done.items():
-            items[name] = [Item(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items()}) for item in noted]
+        items = {name: [Item.from_json(note) for note in notes] for name, notes in output.done.items()}
         todo = [plan for plan in self._plans if plan.name not in items]
         sizes = {plan.name: sum(self._num_bytes(part) for part in plan.parts) for plan in self._plans}
 
         def write(plan: FilePlan, advance: Advance) -> None:
             items[plan.name] = self._write(output.folder / plan.name, plan.parts, advance)
-            output.note(plan.name, [_as_json(item) for item in items[plan.name]])
+            output.note(plan.name, [item.as_json() for item in items[plan.name]])
 
         total = sum(sizes.values())
         with without_crc():
@@ -155,7 +153,3 @@ class ToMegatron:
         found, rows = compare(folder, self._source, self._arch, self._skeleton, self._options.num_workers, total)
         report(rows)
         return found
-
-
-def _as_json(item: Item) -> dict[str, object]:
-    return {"key": item.key, "offset": item.offset, "shape": item.shape, "position": item.position, "length": item.length}

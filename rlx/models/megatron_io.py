@@ -12,23 +12,17 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import nn
 
+from rlx.config.model_facts import is_megatron_checkpoint
 from rlx.models.architecture import Architecture
 from rlx.models.companions import MANIFEST
 from rlx.models.hf_io import load_hf
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import content_metadata
 
-_FORMAT_FILE = "metadata.json"
-
-
-def is_megatron(folder: str | Path) -> bool:
-    """Whether a folder holds a Megatron distributed checkpoint rather than a Hugging Face one."""
-    return (Path(folder) / _FORMAT_FILE).is_file()
-
 
 def load_weights(chunks: Sequence[nn.Module], arch: Architecture, folder: str | Path, context: ParallelContext) -> None:
     """Fill the chunks from a Hugging Face folder or a Megatron checkpoint, whichever ``folder`` is. Collective."""
-    if is_megatron(folder):
+    if is_megatron_checkpoint(folder):
         load_megatron(chunks, Path(folder), context)
     else:
         load_hf(chunks, arch, folder, context)
