@@ -18,6 +18,16 @@ from converters.plan import DTYPES
 from converters.source import Companions, find_companions, read_config, resolve
 
 
+def _without_compiler() -> None:
+    """Megatron decorates functions with ``torch.compile`` on import, which loads the whole compiler; none of them runs here."""
+
+    def keep(function: Any = None, **options: Any) -> Any:
+        return keep if function is None else function
+
+    compiler: Any = torch
+    compiler.compile = keep
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one conversion and return the exit status."""
     args = parser().parse_args(argv)
@@ -43,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
+def _load(module: str) -> Any:
+    _without_compiler()
+    return importlib.import_module(module)
+
+
 def _prepare(args: argparse.Namespace) -> Callable[[], int]:
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {args.workers}")
@@ -52,7 +67,7 @@ def _prepare(args: argparse.Namespace) -> Callable[[], int]:
         return _prepare_estimate(args)
     source = resolve(args.hf)
     companions = find_companions(source, args.config, args.tokenizer)
-    module: Any = importlib.import_module("converters.to_megatron")
+    module = _load("converters.to_megatron")
     options = module.Options(
         layout=layout_of(args),
         dtype=DTYPES[args.dtype] if args.dtype else None,
@@ -68,7 +83,7 @@ def _prepare_to_hf(args: argparse.Namespace) -> Callable[[], int]:
     if not args.megatron.is_dir():
         raise ValueError(f"--megatron {args.megatron}: no such folder")
     companions = find_companions(args.megatron, args.config, args.tokenizer)
-    module: Any = importlib.import_module("converters.to_hf")
+    module = _load("converters.to_hf")
     conversion = module.ToHuggingFace(
         args.megatron, companions, args.out, against=args.verify_against, num_workers=args.workers, resume=args.resume
     )

@@ -28,10 +28,15 @@ class Output:
         check_free(out)
         if self.folder.is_dir() and resume:
             self._lock()
-            self._check(fingerprint)
+            try:
+                self._check(fingerprint)
+            except ValueError:
+                self.release()
+                raise
         else:
             if self.folder.is_dir():
                 self._lock()
+                self.release()
             shutil.rmtree(self.folder, ignore_errors=True)
             self._journal.mkdir(parents=True)
             self._lock()
@@ -48,12 +53,23 @@ class Output:
         shutil.rmtree(self._journal)
         os.rename(self.folder, self.out)  # an empty folder of that name gives way
 
+    def release(self) -> None:
+        """Let others write."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def _lock(self) -> None:
         self._journal.mkdir(exist_ok=True)
         self._descriptor = os.open(self._journal / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self.release()
             raise ValueError(f"{self.folder} is being written by another conversion") from error
 
     def _check(self, fingerprint: str) -> None:

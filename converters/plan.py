@@ -14,8 +14,9 @@ from rlx.models.families import weight_table
 from rlx.models.weights import QKV, Row, Shard, Vocab
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PART_BYTES = 48 * 2**20
-"""A parameter is moved in parts of about this size where its row can be split so far; memory is bounded by it."""
+PART_BYTES = 16 * 2**20
+"""A parameter is moved in parts of about this size where its row can be split so far; memory is bounded by it. Small enough
+for the allocator to hand the same pages out again, which touching fresh ones would make twice as slow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +164,8 @@ def cut(parameter: Parameter, ranks: int, cutter: Cutter, itemsize: int) -> list
             size = 1
         if cutter.axis(parameter, size) is None:
             raise ValueError(f"{parameter.hf_names[0]} of shape {parameter.hf_shapes[0]} does not split over {ranks} ranks")
-        while parameter.num_elements * itemsize / size > PART_BYTES and cutter.axis(parameter, 2 * size) is not None:
+        # Only whole rows: slices of columns lie scattered in the source.
+        while parameter.num_elements * itemsize / size > PART_BYTES and cutter.axis(parameter, 2 * size) == 0:
             size *= 2
     axis = cutter.axis(parameter, size)
     assert axis is not None

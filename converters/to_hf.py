@@ -59,7 +59,17 @@ class ToHuggingFace:
 
     def run(self) -> list[Difference]:
         """Write; with ``against``, compare what was written before it is given its name. The differences found."""
-        output = Output(self._out, fingerprint(self._megatron, self._arch), resume=self._resume)
+        differences = []
+        with Output(self._out, fingerprint(self._megatron, self._arch), resume=self._resume) as output:
+            self._convert(output)
+            if self._against is not None:
+                differences = differences_of(HfFolder(output.folder), self._against, self._num_workers)
+            if not differences:
+                output.finish()
+        return differences
+
+    def _convert(self, output: Output) -> None:
+        """Write what is not there yet, the index and the companions."""
         todo = [file for file in self._files if file.name not in output.done]
         total = sum(file.size for file in self._files)
 
@@ -75,12 +85,6 @@ class ToHuggingFace:
             weight_map = {name: file.name for file in self._files for name in file.starts}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (output.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        differences = []
-        if self._against is not None:
-            differences = differences_of(HfFolder(output.folder), self._against, self._num_workers)
-        if not differences:
-            output.finish()
-        return differences
 
     def _plan(self) -> list[_HfFile]:
         def size_of(parameter: Parameter) -> int:

@@ -52,9 +52,16 @@ class ToMegatron:
     def run(self) -> list[Difference]:
         """Write; with ``verify``, compare what was written before it is given its name. The differences found."""
         options = self._options
-        output = Output(
-            self._out, fingerprint(self._source.path, options.layout, options.dtype, self._arch), resume=options.resume
-        )
+        mark = fingerprint(self._source.path, options.layout, options.dtype, self._arch)
+        with Output(self._out, mark, resume=options.resume) as output:
+            total = self._convert(output)
+            differences = self._verify(output.folder, total) if options.verify else []
+            if not differences:
+                output.finish()
+        return differences
+
+    def _convert(self, output: Output) -> int:
+        """Write what is not there yet, and the description; the bytes of the whole."""
         items = {name: [Item.from_json(note) for note in notes] for name, notes in output.done.items()}
         todo = [plan for plan in self._plans if plan.name not in items]
         sizes = {plan.name: sum(self._num_bytes(part) for part in plan.parts) for plan in self._plans}
@@ -69,17 +76,12 @@ class ToMegatron:
                 "converting",
                 todo,
                 write,
-                num_workers=options.num_workers,
+                num_workers=self._options.num_workers,
                 total_bytes=total,
                 done_bytes=total - sum(sizes[plan.name] for plan in todo),
             )
         self._describe(output.folder, items)
-        differences: list[Difference] = []
-        if options.verify:
-            differences = self._verify(output.folder, total)
-        if not differences:
-            output.finish()
-        return differences
+        return total
 
     def _write(self, path: Path, parts: Sequence[Part], advance: Advance) -> list[Item]:
         file = ItemFile(path)
