@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-rewards
+.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-rewards bench-convert
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -58,10 +58,13 @@ test-slurm: $(STAMP)  ## a real SLURM of one node, started by the test (root; ap
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy --strict rlx
+	$(PY) -m mypy --strict rlx converters
 
 bench: $(STAMP)  ## the measurements of tests/benchmarks
 	$(PY) -m pytest -m 'not gpu and not sglang' -s tests/benchmarks $(ARGS)
 
 bench-rewards: $(STAMP)  ## answers a second of the reward pool, and what endless verifiers cost
 	$(PY) -m tests.benchmarks.bench_rewards $(ARGS)
+
+bench-convert: $(STAMP)  ## the converter against a plain copy and against transformers (10 GB of temporary space)
+	$(PY) tests/benchmarks/bench_convert.py $(ARGS)

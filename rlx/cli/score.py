@@ -16,7 +16,7 @@ from rlx.types import ParallelDims
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder or converted Megatron checkpoint")
     parser.add_argument("--tokens", required=True, type=Path, metavar="IN.jsonl", help='{"input_ids": [...]} a line')
     parser.add_argument("--out", required=True, type=Path, metavar="OUT.jsonl", help='{"logprobs": [...]} a line, length L-1')
     for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):

@@ -14,7 +14,7 @@ from rlx.models.architecture import Architecture
 from rlx.models.build import BuildOptions, build_model, freeze
 from rlx.models.families import read_architecture
 from rlx.models.heads import token_head
-from rlx.models.hf_io import load_hf
+from rlx.models.megatron_io import load_weights
 from rlx.parallel.context import build_context, choose_device, connect, shut_down
 from rlx.trainer.scoring import score_sequences
 
@@ -38,7 +38,7 @@ def score(args: argparse.Namespace, arch: Architecture, sequences: Sequence[Sequ
     connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=_TIMEOUT_S)
     context = build_context(dims, device, seed=0, timeout_s=_TIMEOUT_S)
     chunks = build_model(arch, context, BuildOptions(dtype=args.dtype))
-    load_hf(chunks, arch, args.model, context)
+    load_weights(chunks, arch, args.model, context)
     freeze(chunks)
     rows = score_sequences(chunks, token_head(context, arch), sequences, context, args.max_tokens)
     shut_down()

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="makes the draws of requests without a sampling_seed repeatable")
     parser.add_argument("--max-running", default=512, type=int, help="sequences decoded together")
     parser.add_argument("--weight-timeout-s", default=300.0, type=float, help="limit of joining a group and of a broadcast")
+    parser.add_argument("--await-weights", action="store_true", help="read none: a trainer sends them before the first request")
     parser.add_argument("--rank", default=0, type=int, help="this engine's number in the log")
     parser.add_argument("--parent-pipe", type=int, metavar="FD", help="end when this inherited pipe reaches its end")
 
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     with phase("load model"):
         try:
             device = "cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu"
-            model = LanguageModel(args.model, args.dtype, device)
+            model = LanguageModel(args.model, args.dtype, device, without_weights=args.await_weights)
         except (ValueError, OSError, RuntimeError) as error:
             log_failure(error)
             return 1

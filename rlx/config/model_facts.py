@@ -24,6 +24,11 @@ class ModelFacts:
     expert_size: int
 
 
+def is_megatron_checkpoint(folder: str | Path) -> bool:
+    """Whether a model folder holds a Megatron distributed checkpoint rather than Hugging Face weights."""
+    return (Path(folder) / "metadata.json").is_file()
+
+
 def read_model_facts(key: str, folder: str) -> ModelFacts | str:
     """The facts of ``folder``, or what is wrong with it, naming ``key`` and the file. ``folder`` is not empty."""
     path = Path(folder) / "config.json"

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlx.models.architecture import Architecture
+from rlx.models.companions import copy_companions
 from rlx.models.families import weight_table
 from rlx.models.families.experts import layers_of
 from rlx.models.hf_folder import INDEX, SINGLE, HfFolder
@@ -228,6 +229,4 @@ def _finish_export(written: Mapping[str, str], arch: Architecture, source: Path,
         (folder / next(iter(written.values()))).rename(folder / SINGLE)
     else:
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict(sorted(written.items()))}, indent=1))
-    for file in source.iterdir():
-        if file.suffix in {".json", ".txt", ".jinja", ".model"} and file.name != INDEX:
-            shutil.copy(file, folder / file.name)
+    copy_companions(source, folder)

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 
+from rlx.config.model_facts import is_megatron_checkpoint
 from rlx.config.schema import Config
 from rlx.rollout.client import EngineError
 
@@ -33,6 +34,8 @@ def engine_command(config: Config, *, index: int, port: int, python: str, parent
     command += ["--rank", str(index), "--device", config.cluster.device, "--weight-timeout-s", str(config.sync.timeout_s)]
     if config.cluster.threads_per_rank is not None:
         command += ["--threads", str(config.cluster.threads_per_rank)]
+    if is_megatron_checkpoint(config.model.path):
+        command.append("--await-weights")  # it cannot read them; the trainers publish theirs before the first request
     if parent_pipe is not None:
         command += ["--parent-pipe", str(parent_pipe)]
     return command + _extra_arguments(rollout.server_args)

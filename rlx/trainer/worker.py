@@ -22,7 +22,8 @@ from rlx.models.architecture import Architecture
 from rlx.models.build import BuildOptions, build_model, freeze
 from rlx.models.families import read_architecture
 from rlx.models.heads import token_head, value_head
-from rlx.models.hf_io import expected_shapes, export_hf, load_hf, stage_weights
+from rlx.models.hf_io import expected_shapes, export_hf, stage_weights
+from rlx.models.megatron_io import load_weights
 from rlx.obs.log import phase
 from rlx.parallel.checkpoint import load_trainable, save_trainable
 from rlx.parallel.context import ParallelContext
@@ -84,7 +85,7 @@ class Worker:
     def _build_policy(self) -> Trained:
         with phase("load policy"):
             chunks = build_model(self.arch, self.context, self._options)
-            load_hf(chunks, self.arch, self.config.model.path, self.context)
+            load_weights(chunks, self.arch, self.config.model.path, self.context)
             model = Trainable(chunks, self.config.optimizer, self.context, self._total_steps())
         aggregation = self.config.algorithm.loss_aggregation
         return Trained(model=model, head=self._token_head, loss=self._policy_loss, aggregation=aggregation)
@@ -95,7 +96,7 @@ class Worker:
             arch = read_architecture(folder)
             judges_tokens = self.algorithm.kind == "process"
             chunks = build_model(arch, self.context, self._options, head="token" if judges_tokens else "value")
-            load_hf(chunks, arch, folder, self.context)
+            load_weights(chunks, arch, folder, self.context)
             model = Trainable(chunks, self.config.critic_optimizer, self.context, self._total_steps())
         if judges_tokens:
             return Trained(model=model, head=self._token_head, loss=self._process_loss, aggregation="seq-mean-token-mean")
@@ -108,7 +109,7 @@ class Worker:
             if arch.vocab_size != self.arch.vocab_size:
                 raise ValueError(f"model.reference_path has a vocabulary of {arch.vocab_size}, the policy {self.arch.vocab_size}")
             chunks = build_model(arch, self.context, self._options)
-            load_hf(chunks, arch, folder, self.context)
+            load_weights(chunks, arch, folder, self.context)
             freeze(chunks)
         return chunks
 

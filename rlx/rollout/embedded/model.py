@@ -41,13 +41,17 @@ class ModelInfo:
 
 
 class LanguageModel:
-    """A Hugging Face causal model in evaluation mode on one device."""
+    """A Hugging Face causal model in evaluation mode on one device; ``without_weights``: random ones until others come."""
 
-    def __init__(self, folder: Path, dtype: str, device: str) -> None:
+    def __init__(self, folder: Path, dtype: str, device: str, *, without_weights: bool = False) -> None:
         transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=DTYPES[dtype], local_files_only=True)
+        model: Any
+        if without_weights:
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])  # type: ignore[no-untyped-call]
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=DTYPES[dtype], local_files_only=True)
         self.module: torch.nn.Module = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.tokenizer: PreTrainedTokenizerBase | None = _load_tokenizer(folder)

@@ -25,6 +25,12 @@ def context_of(layout: dict[str, Any], world_size: int) -> Iterator[ParallelCont
     parallel_state.destroy_model_parallel()
 
 
+def arguments() -> dict[str, Any]:
+    """What the test hands to the program."""
+    found: dict[str, Any] = json.loads(sys.argv[1])
+    return found
+
+
 def main(program: Callable[[dict[str, Any], int], None]) -> None:
     """Join the world, run ``program(arguments, world_size)``, leave."""
     torch.set_num_threads(1)

@@ -1,0 +1,122 @@
+"""``python -m converters hf-to-megatron | megatron-to-hf``. A dry run starts no Megatron, which takes seconds to import."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converters.cli import layout_of, parser
+from converters.estimate import estimate
+from converters.plan import DTYPES
+from converters.source import Companions, find_companions, read_config, resolve
+
+
+def _without_compiler() -> None:
+    """Megatron decorates functions with ``torch.compile`` on import, which loads the whole compiler; none of them runs here."""
+
+    def keep(function: Any = None, **options: Any) -> Any:
+        return keep if function is None else function
+
+    compiler: Any = torch
+    compiler.compile = keep
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one conversion and return the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        run = _prepare(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"converters: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"converters: {error}", file=sys.stderr)
+        return 1
+    try:
+        return run()
+    except KeyboardInterrupt:
+        print(f"converters: interrupted; --resume goes on from {args.out}.partial", file=sys.stderr)
+    except OSError as error:
+        print(f"converters: {error}; what is written so far is in {args.out}.partial, --resume goes on", file=sys.stderr)
+    except ValueError as error:
+        print(f"converters: {error}", file=sys.stderr)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"converters: failed: {type(error).__name__}: {error}", file=sys.stderr)
+    return 1
+
+
+def _load(module: str) -> Any:
+    _without_compiler()
+    return importlib.import_module(module)
+
+
+def _prepare(args: argparse.Namespace) -> Callable[[], int]:
+    if args.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {args.workers}")
+    if args.command == "megatron-to-hf":
+        return _prepare_to_hf(args)
+    if args.dry_run:
+        return _prepare_estimate(args)
+    source = resolve(args.hf)
+    companions = find_companions(source, args.config, args.tokenizer)
+    module = _load("converters.to_megatron")
+    options = module.Options(
+        layout=layout_of(args),
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+        num_workers=args.workers,
+        verify=args.verify,
+        resume=args.resume,
+    )
+    conversion = module.ToMegatron(source, companions, args.out, options)
+    return lambda: _finish(conversion, args.out, "every tensor equals the source" if args.verify else None)
+
+
+def _prepare_to_hf(args: argparse.Namespace) -> Callable[[], int]:
+    if not args.megatron.is_dir():
+        raise ValueError(f"--megatron {args.megatron}: no such folder")
+    companions = find_companions(args.megatron, args.config, args.tokenizer)
+    module = _load("converters.to_hf")
+    conversion = module.ToHuggingFace(
+        args.megatron, companions, args.out, against=args.verify_against, num_workers=args.workers, resume=args.resume
+    )
+    proof = f"every tensor equals {args.verify_against}" if args.verify_against else None
+    return lambda: _finish(conversion, args.out, proof)
+
+
+def _prepare_estimate(args: argparse.Namespace) -> Callable[[], int]:
+    file = Path(args.config) if args.config else resolve(args.hf) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; name the model's configuration with --config FILE")
+    arch = Companions(folder=file.parent, config=file, tokenizer=None).architecture()
+    name = args.dtype or str(read_config(file).get("dtype") or read_config(file).get("torch_dtype") or "bfloat16")
+    dtype = DTYPES.get(name) or {"float32": torch.float32}.get(name, torch.bfloat16)
+    lines = list(estimate(arch, layout_of(args), dtype, args.out))
+
+    def show() -> int:
+        print("\n".join(lines))
+        return 0
+
+    return show
+
+
+def _finish(conversion: Any, out: Path, proof: str | None) -> int:
+    differences = conversion.run()
+    for difference in differences:
+        print(f"converters: MISMATCH {difference.name}: {difference.what}", file=sys.stderr)
+    if differences:
+        print(f"converters: {len(differences)} tensors differ; {out} was not made, see {out}.partial", file=sys.stderr)
+        return 1
+    print(f"{out}: whole{f', {proof}' if proof else ''}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

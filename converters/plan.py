@@ -1,0 +1,233 @@
+"""What a conversion moves and how it is cut into files: computed from the configuration alone. Knows no Megatron."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlx.models.architecture import Architecture
+from rlx.models.families import weight_table
+from rlx.models.weights import QKV, Row, Shard, Vocab
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PART_BYTES = 16 * 2**20
+"""A parameter is moved in parts of about this size where its row can be split so far; memory is bounded by it. Small enough
+for the allocator to hand the same pages out again, which touching fresh ones would make twice as slow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The layout that a checkpoint is cut for; any other can load it. ``etp`` is the experts' tensor-parallel size."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    @property
+    def ranks_per_stage(self) -> int:
+        return math.lcm(self.tp, self.ep * self.etp)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One Megatron parameter of the whole model: its row, with layer and expert (None where it has none) filled in."""
+
+    row: Row
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    layer: int | None
+    expert: int | None
+    is_first_stage: bool
+
+    @property
+    def num_elements(self) -> int:
+        return sum(math.prod(shape) for shape in self.hf_shapes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What is moved at once: one slice of a parameter. ``axis`` is the split one, of the parameter's own dimensions."""
+
+    parameter: Parameter
+    shard: Shard
+    axis: int
+
+    @property
+    def num_elements(self) -> int:
+        return self.parameter.num_elements // self.shard.size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilePlan:
+    """One file: the unit of parallelism and of resuming."""
+
+    name: str
+    rank: int
+    parts: Sequence[Part] = field(repr=False)
+
+
+def parameters(arch: Architecture) -> list[Parameter]:
+    """Every parameter of the model, in the order of the table."""
+    found = []
+    for name, row in weight_table(arch).items():
+        layers: Iterable[int | None] = range(arch.num_layers) if "{layer}" in name else (None,)
+        for layer in layers:
+            found.append(
+                Parameter(
+                    row=row,
+                    hf_names=tuple(hf_name.format(layer=layer) for hf_name in row.hf_names),
+                    hf_shapes=row.hf_shapes(arch),
+                    layer=layer,
+                    expert=None,
+                    is_first_stage=name.startswith("embedding."),
+                )
+            )
+    # Whatever comes before the layers first, then layer by layer: near to how the source files are ordered.
+    order = {True: -1, False: arch.num_layers}
+    return sorted(found, key=lambda p: (order[p.is_first_stage] if p.layer is None else p.layer, p.expert or -1))
+
+
+def layout_problems(arch: Architecture, layout: Layout) -> Iterator[str]:
+    """Why the model cannot be cut so."""
+    for name, size in (("tp", layout.tp), ("pp", layout.pp), ("ep", layout.ep), ("etp", layout.etp)):
+        if size < 1:
+            yield f"--{name} must be at least 1, got {size}"
+            return
+    if arch.num_heads % layout.tp:
+        yield f"--tp {layout.tp} does not divide the {arch.num_heads} attention heads of config.json (num_attention_heads)"
+    if arch.num_kv_heads % layout.tp and layout.tp % arch.num_kv_heads:
+        yield (
+            f"--tp {layout.tp} must divide, or be a multiple of, the {arch.num_kv_heads} key-value heads of config.json"
+            " (num_key_value_heads)"
+        )
+    if layout.pp > arch.num_layers:
+        yield f"--pp {layout.pp} is more than the {arch.num_layers} layers of config.json (num_hidden_layers)"
+    num_experts = 0
+    if layout.ep > 1 and not num_experts:
+        yield f"--ep {layout.ep} needs a mixture-of-experts model, but config.json describes a dense one; use --ep 1"
+    elif num_experts % layout.ep:
+        yield f"--ep {layout.ep} does not divide the {num_experts} experts of config.json"
+
+
+class Cutter:
+    """Finds out, with tensors that have no data, along which axis and how finely each row can be split."""
+
+    def __init__(self, arch: Architecture) -> None:
+        self._arch = arch
+        self._known: dict[tuple[Row, int], int | None] = {}
+
+    def axis(self, parameter: Parameter, size: int) -> int | None:
+        """The axis along which ``size`` equal slices are cut; None when that is impossible."""
+        key = (parameter.row, size)
+        if key not in self._known:
+            self._known[key] = self._probe(parameter, size)
+        return self._known[key]
+
+    def shape(self, parameter: Parameter, shard: Shard) -> tuple[int, ...]:
+        """Shape of a slice of the Megatron parameter."""
+        shapes = dict(zip(parameter.hf_names, parameter.hf_shapes, strict=True))
+
+        def read(name: str, dim: int, start: int, stop: int) -> Tensor:
+            shape = shapes[name]
+            return torch.empty((*shape[:dim], stop - start, *shape[dim + 1 :]), device="meta")
+
+        return tuple(parameter.row.load(read, parameter.hf_names, shard, self._arch).shape)
+
+    def _probe(self, parameter: Parameter, size: int) -> int | None:
+        if size == 1:
+            return 0
+        whole = self.shape(parameter, Shard(rank=0, size=1))
+        try:
+            part = self.shape(parameter, Shard(rank=0, size=size))
+        except (AssertionError, ValueError, RuntimeError):
+            return None
+        differing = [axis for axis, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b]
+        if len(differing) != 1:
+            return None
+        axis = differing[0]
+        fits = part[axis] * size == whole[axis] or isinstance(parameter.row, Vocab)
+        return axis if fits and part[axis] else None
+
+
+def cut(parameter: Parameter, ranks: int, cutter: Cutter, itemsize: int) -> list[Part]:
+    """The parts of a parameter for ``ranks`` tensor-parallel ranks. ValueError when it cannot be split so."""
+    size = 1
+    if parameter.row.is_split:
+        size = ranks
+        if cutter.axis(parameter, size) is None and isinstance(parameter.row, QKV):
+            # More ranks than key-value heads: Megatron shares out the rows of a head, which any cut of the whole serves.
+            size = 1
+        if cutter.axis(parameter, size) is None:
+            raise ValueError(f"{parameter.hf_names[0]} of shape {parameter.hf_shapes[0]} does not split over {ranks} ranks")
+        # Only whole rows: slices of columns lie scattered in the source.
+        while parameter.num_elements * itemsize / size > PART_BYTES and cutter.axis(parameter, 2 * size) == 0:
+            size *= 2
+    axis = cutter.axis(parameter, size)
+    assert axis is not None
+    return [Part(parameter=parameter, shard=Shard(rank=rank, size=size), axis=axis) for rank in range(size)]
+
+
+def rank_of(part: Part, arch: Architecture, layout: Layout) -> int:
+    """The rank of the target layout that holds the part, in Megatron's order: tensor, then expert, then pipeline."""
+    parameter, inside = part.parameter, 0
+    if parameter.layer is not None:
+        stage = parameter.layer * layout.pp // arch.num_layers
+    else:
+        stage = 0 if parameter.is_first_stage else layout.pp - 1
+    if parameter.row.is_split:
+        inside = part.shard.rank * (layout.tp if parameter.expert is None else layout.etp) // part.shard.size
+    return stage * layout.ranks_per_stage + inside
+
+
+def file_plans(arch: Architecture, layout: Layout, itemsize: Callable[[Parameter], int]) -> list[FilePlan]:
+    """The files of a checkpoint. ValueError when the layout does not fit the model."""
+    problems = list(layout_problems(arch, layout))
+    if problems:
+        raise ValueError("; ".join(problems))
+    cutter = Cutter(arch)
+    by_rank: dict[int, list[Part]] = {}
+    total = 0
+    for parameter in parameters(arch):
+        ranks = layout.tp if parameter.expert is None else layout.etp
+        for part in cut(parameter, ranks, cutter, itemsize(parameter)):
+            by_rank.setdefault(rank_of(part, arch, layout), []).append(part)
+        total += parameter.num_elements * itemsize(parameter)
+    limit = file_bytes(total)
+    plans = []
+    for rank, parts in sorted(by_rank.items()):
+        batches = batched(parts, lambda part: part.num_elements * itemsize(part.parameter), limit)
+        plans += [FilePlan(name=f"__{rank}_{i}.distcp", rank=rank, parts=batch) for i, batch in enumerate(batches)]
+    return plans
+
+
+def file_bytes(total: int) -> int:
+    """How large a file may grow: small enough to share the work and to lose little, not so small that files abound."""
+    return min(2**30, max(64 * 2**20, total // 32))
+
+
+def batched[T](items: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Runs of items of at most ``limit`` bytes each, or of one item."""
+    batch: list[T] = []
+    size = 0
+    for item in items:
+        if batch and size + size_of(item) > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += size_of(item)
+    if batch:
+        yield batch
+
+
+def bytes_by_rank(plans: Sequence[FilePlan], itemsize: Callable[[Parameter], int]) -> Mapping[int, int]:
+    """Bytes of weights that the plan gives each rank of the target layout."""
+    found: dict[int, int] = {}
+    for plan in plans:
+        size = sum(part.num_elements * itemsize(part.parameter) for part in plan.parts)
+        found[plan.rank] = found.get(plan.rank, 0) + size
+    return found

@@ -1,0 +1,155 @@
+"""Where a model comes from: a folder, or a hub id; and the files that must stand beside its weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from converters.plan import Parameter
+from rlx.models.architecture import Architecture, ConfigJson
+from rlx.models.companions import copy_companions
+from rlx.models.families import family_of
+from rlx.models.hf_folder import HfFolder
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+NO_TOKENIZER = "none"
+# Recomputed from the configuration by every reader.
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Companions:
+    """Configuration and tokenizer of a conversion: ``config`` is a file, ``tokenizer`` a folder or None for none."""
+
+    folder: Path
+    config: Path
+    tokenizer: Path | None
+
+    def architecture(self) -> Architecture:
+        config = read_config(self.config)
+        try:
+            return family_of(config).architecture(config)
+        except ValueError as error:
+            names = config.get("architectures")
+            raise ValueError(f"{self.config}: {error}{f' (architectures: {names})' if names else ''}") from error
+
+    def copy_to(self, target: Path) -> None:
+        copy_companions(self.folder, target)
+        if self.tokenizer is not None and self.tokenizer != self.folder:
+            copy_companions(self.tokenizer, target)
+        # Last: a tokenizer's folder may have a configuration of its own, which is not this model's.
+        shutil.copy(self.config, target / "config.json")
+
+
+def resolve(name: str) -> Path:
+    """A folder as it is; anything of the form owner/name is downloaded from the hub (with its progress bars)."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not _HUB_ID.fullmatch(name):
+        raise ValueError(f"--hf {name}: no such folder, and no hub id of the form owner/name")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ConnectionError(f"--hf {name}: no such folder, and it cannot be downloaded from the hub: {first_line}") from error
+
+
+def find_companions(folder: Path, config: str | None, tokenizer: str | None) -> Companions:
+    """The configuration and tokenizer to use. ValueError names the missing file and the option that supplies it."""
+    config_file = Path(config) if config else folder / "config.json"
+    if config_file.is_dir():
+        config_file = config_file / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{config_file} is missing; name the model's configuration with --config FILE")
+    if tokenizer == NO_TOKENIZER:
+        return Companions(folder=folder, config=config_file, tokenizer=None)
+    tokenizer_folder = Path(tokenizer) if tokenizer else folder
+    if not any((tokenizer_folder / name).is_file() for name in _TOKENIZERS):
+        raise ValueError(
+            f"{tokenizer_folder} has no tokenizer ({', '.join(_TOKENIZERS)}); name a folder that has one with"
+            f" --tokenizer DIR, or go without by --tokenizer {NO_TOKENIZER}"
+        )
+    return Companions(folder=folder, config=config_file, tokenizer=tokenizer_folder)
+
+
+def read_config(file: Path) -> ConfigJson:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not hold an object")
+    return content
+
+
+def check_tensors(source: HfFolder, wanted: list[Parameter], arch: Architecture) -> list[str]:
+    """Compare the folder's tensors with what the configuration implies; the names that are rightly left out.
+
+    Reads every file's header. ValueError lists missing, misshapen, unconvertible and unknown tensors.
+    """
+    expected = {name: shape for p in wanted for name, shape in zip(p.hf_names, p.hf_shapes, strict=True)}
+    present = source.files
+    problems = [f"no tensor {name}, which {arch.model_type} needs" for name in expected if name not in present]
+    for name in present:
+        stored = source.tensor(name)
+        file = source.path / stored.file
+        if name not in expected:
+            continue
+        if stored.shape != expected[name]:
+            problems.append(f"{file}: {name} has shape {list(stored.shape)}, config.json implies {list(expected[name])}")
+        if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            problems.append(f"{file}: {name} has dtype {stored.dtype}; convertible: float32, bfloat16, float16")
+    left_out = list(_left_out(source, expected, arch))
+    unknown = sorted(set(present) - expected.keys() - set(left_out))
+    problems += [f"{source.path / present[name]}: {name} is unknown to {arch.model_type}" for name in unknown]
+    if problems:
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{source.path} does not fit its configuration:\n  " + "\n  ".join(problems[:20]) + more)
+    return left_out
+
+
+def _left_out(source: HfFolder, expected: dict[str, tuple[int, ...]], arch: Architecture) -> Iterator[str]:
+    for name in source.files:
+        if name in expected:
+            continue
+        if _DERIVED.match(name):
+            yield name
+        elif name == "lm_head.weight" and arch.tied_embeddings:
+            embedding = "model.embed_tokens.weight"
+            if not same_tensor(source, name, source, embedding):
+                raise ValueError(
+                    f"{source.path}: {name} differs from {embedding}, though config.json ties them (tie_word_embeddings)"
+                )
+            yield name
+
+
+def same_tensor(a: HfFolder, name_a: str, b: HfFolder, name_b: str) -> bool:
+    """Whether two stored tensors are the same bits, compared block by block."""
+    stored = a.tensor(name_a)
+    if (stored.shape, stored.dtype) != (b.tensor(name_b).shape, b.tensor(name_b).dtype):
+        return False
+    return all(same_bits(a.read(name_a, 0, i, j), b.read(name_b, 0, i, j)) for i, j in row_blocks(stored.shape, stored.num_bytes))
+
+
+def row_blocks(shape: tuple[int, ...], num_bytes: int, limit: int = 32 * 2**20) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of at most about ``limit`` bytes."""
+    step = max(1, shape[0] * limit // max(num_bytes, 1))
+    yield from ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equality that tells -0 from 0 and a NaN from none, and takes equal NaNs for equal."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))

@@ -1,0 +1,178 @@
+"""Megatron checkpoint (converted, or from a training run) to a Hugging Face folder, file by file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from converters.export import Exporter
+from converters.journal import Output, check_free, fingerprint
+from converters.plan import Parameter, batched, file_bytes, parameters
+from converters.skeleton import skeleton
+from converters.source import Companions, row_blocks, same_bits, same_tensor
+from converters.storage import StoredCheckpoint
+from converters.verify import Difference
+from converters.work import Advance, run_all
+from rlx.models.companions import MANIFEST
+from rlx.models.hf_folder import DTYPE_NAMES, INDEX, SINGLE, HfFolder
+
+_NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _HfFile:
+    """One file to write: its header, and where each tensor starts."""
+
+    name: str
+    parameters: Sequence[Parameter]
+    header: bytes
+    starts: dict[str, int]
+    size: int
+
+
+class ToHuggingFace:
+    """One conversion. Construction checks everything that can be checked without reading weights (ValueError)."""
+
+    def __init__(
+        self, megatron: Path, companions: Companions, out: Path, *, against: Path | None, num_workers: int, resume: bool
+    ) -> None:
+        check_free(out)
+        self._companions, self._out, self._num_workers, self._resume = companions, out, num_workers, resume
+        self._megatron = megatron
+        self._against = None if against is None else HfFolder(against)
+        if self._against is not None:
+            _ = self._against.files  # broken or missing: say so before any work
+        self._arch = companions.architecture()
+        self._stored = StoredCheckpoint(megatron)
+        self._exporter = Exporter(self._stored, self._arch, skeleton(self._arch), _noted_dtypes(megatron))
+        problems = list(self._exporter.problems())
+        if problems:
+            raise ValueError("\n".join(problems[:20]))
+        self._files = self._plan()
+
+    def run(self) -> list[Difference]:
+        """Write; with ``against``, compare what was written before it is given its name. The differences found."""
+        differences = []
+        with Output(self._out, fingerprint(self._megatron, self._arch), resume=self._resume) as output:
+            self._convert(output)
+            if self._against is not None:
+                differences = differences_of(HfFolder(output.folder), self._against, self._num_workers)
+            if not differences:
+                output.finish()
+        return differences
+
+    def _convert(self, output: Output) -> None:
+        """Write what is not there yet, the index and the companions."""
+        todo = [file for file in self._files if file.name not in output.done]
+        total = sum(file.size for file in self._files)
+
+        def write(file: _HfFile, advance: Advance) -> None:
+            self._write(output.folder / file.name, file, advance)
+            output.note(file.name, None)
+
+        done = total - sum(file.size for file in todo)
+        run_all("converting", todo, write, num_workers=self._num_workers, total_bytes=total, done_bytes=done)
+        self._stored.close()
+        self._companions.copy_to(output.folder)
+        if len(self._files) > 1:
+            weight_map = {name: file.name for file in self._files for name in file.starts}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (output.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _plan(self) -> list[_HfFile]:
+        def size_of(parameter: Parameter) -> int:
+            return sum(self._num_bytes(parameter).values())
+
+        wanted = parameters(self._arch)
+        batches = list(batched(wanted, size_of, file_bytes(sum(map(size_of, wanted)))))
+        if len(batches) == 1:
+            return [self._file(SINGLE, batches[0])]
+        return [self._file(f"model-{i:05d}-of-{len(batches):05d}.safetensors", batch) for i, batch in enumerate(batches, start=1)]
+
+    def _num_bytes(self, parameter: Parameter) -> dict[str, int]:
+        named = zip(parameter.hf_names, parameter.hf_shapes, strict=True)
+        return {name: math.prod(shape) * self._exporter.dtype(name, parameter).itemsize for name, shape in named}
+
+    def _file(self, name: str, batch: Sequence[Parameter]) -> _HfFile:
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position, starts = 0, {}
+        for parameter in batch:
+            sizes = self._num_bytes(parameter)
+            for hf_name, shape in zip(parameter.hf_names, parameter.hf_shapes, strict=True):
+                stop = position + sizes[hf_name]
+                dtype = _NAMES[self._exporter.dtype(hf_name, parameter)]
+                entries[hf_name] = {"dtype": dtype, "shape": shape, "data_offsets": (position, stop)}
+                starts[hf_name] = position
+                position = stop
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        header = len(text).to_bytes(8, "little") + text
+        return _HfFile(name=name, parameters=batch, header=header, starts=starts, size=position)
+
+    def _write(self, path: Path, file: _HfFile, advance: Advance) -> None:
+        with path.open("wb") as stream:
+            stream.write(file.header)
+            stream.truncate(len(file.header) + file.size)
+            stream.flush()
+            for parameter in file.parameters:
+                for name, row, block in self._exporter.blocks(parameter):
+                    start = len(file.header) + file.starts[name] + row * (block.nbytes // max(1, block.shape[0]))
+                    _write_all(stream.fileno(), memoryview(block.view(-1).view(torch.uint8).numpy()), start)
+                    advance(block.nbytes)
+
+
+def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], position + done)
+
+
+def _noted_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """What the converter noted of the tensors' own types; nothing for a checkpoint that it did not write."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return {}
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES.values()}
+    return {name: known[dtype] for name, dtype in json.loads(manifest.read_text())["dtypes"].items()}
+
+
+def differences_of(found: HfFolder, expected: HfFolder, num_workers: int) -> list[Difference]:
+    """Name by name, bit by bit. A tied output matrix that ``found`` leaves to the embedding counts as there."""
+    differences = [Difference(name=name, what="is not in the reference") for name in found.files if name not in expected.files]
+    both = []
+    for name in expected.files:
+        if name in found.files:
+            both.append(name)
+        elif not _is_implied(name, found, expected):
+            differences.append(Difference(name=name, what="is missing"))
+
+    def check(name: str, advance: Advance) -> None:
+        a, b = found.tensor(name), expected.tensor(name)
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            what = f"has shape {list(a.shape)} and {a.dtype}, expected {list(b.shape)} and {b.dtype}"
+            differences.append(Difference(name=name, what=what))
+            return
+        for start, stop in row_blocks(a.shape, a.num_bytes):
+            block = found.read(name, 0, start, stop)
+            if not same_bits(block, expected.read(name, 0, start, stop)):
+                differences.append(Difference(name=name, what=f"differs in rows {start} to {stop - 1}"))
+                return
+            advance(block.nbytes)
+
+    total = sum(found.tensor(name).num_bytes for name in both)
+    run_all("verifying", both, check, num_workers=num_workers, total_bytes=total)
+    return sorted(differences, key=lambda difference: difference.name)
+
+
+def _is_implied(name: str, found: HfFolder, expected: HfFolder) -> bool:
+    if name.endswith(".rotary_emb.inv_freq"):
+        return True
+    embedding = "model.embed_tokens.weight"
+    return name == "lm_head.weight" and embedding in found.files and same_tensor(expected, name, found, embedding)

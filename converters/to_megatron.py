@@ -1,0 +1,157 @@
+"""Hugging Face folder to Megatron checkpoint, part by part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import torch
+
+from converters.journal import Output, check_free, fingerprint
+from converters.plan import FilePlan, Layout, Parameter, Part, file_plans, parameters
+from converters.skeleton import Skeleton, skeleton
+from converters.source import Companions, check_tensors
+from converters.storage import GlobalTensor, Item, ItemFile, common_state_key, without_crc, write_description
+from converters.verify import Difference, compare, report
+from converters.work import Advance, run_all
+from rlx.models.architecture import Architecture
+from rlx.models.companions import MANIFEST
+from rlx.models.hf_folder import HfFolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to convert: ``dtype`` None keeps each tensor's own."""
+
+    layout: Layout
+    dtype: torch.dtype | None
+    num_workers: int
+    verify: bool
+    resume: bool
+
+
+class ToMegatron:
+    """One conversion. Construction checks everything that can be checked without reading weights (ValueError)."""
+
+    def __init__(self, source: Path, companions: Companions, out: Path, options: Options) -> None:
+        check_free(out)
+        self._companions, self._options, self._out = companions, options, out
+        self._arch: Architecture = companions.architecture()
+        self._source = HfFolder(source)
+        wanted = parameters(self._arch)
+        self._left_out = check_tensors(self._source, wanted, self._arch)
+        self._dtypes = {p.hf_names: self._dtype_of(p) for p in wanted}
+        self._plans = file_plans(self._arch, options.layout, self._itemsize)
+        self._skeleton: Skeleton = skeleton(self._arch)
+        assert self._skeleton.pieces.keys() == self._dtypes.keys(), "the table and the model name different parameters"
+        self._tensors = self._global_tensors()
+
+    def run(self) -> list[Difference]:
+        """Write; with ``verify``, compare what was written before it is given its name. The differences found."""
+        options = self._options
+        mark = fingerprint(self._source.path, options.layout, options.dtype, self._arch)
+        with Output(self._out, mark, resume=options.resume) as output:
+            total = self._convert(output)
+            differences = self._verify(output.folder, total) if options.verify else []
+            if not differences:
+                output.finish()
+        return differences
+
+    def _convert(self, output: Output) -> int:
+        """Write what is not there yet, and the description; the bytes of the whole."""
+        items = {name: [Item.from_json(note) for note in notes] for name, notes in output.done.items()}
+        todo = [plan for plan in self._plans if plan.name not in items]
+        sizes = {plan.name: sum(self._num_bytes(part) for part in plan.parts) for plan in self._plans}
+
+        def write(plan: FilePlan, advance: Advance) -> None:
+            items[plan.name] = self._write(output.folder / plan.name, plan.parts, advance)
+            output.note(plan.name, [item.as_json() for item in items[plan.name]])
+
+        total = sum(sizes.values())
+        with without_crc():
+            run_all(
+                "converting",
+                todo,
+                write,
+                num_workers=self._options.num_workers,
+                total_bytes=total,
+                done_bytes=total - sum(sizes[plan.name] for plan in todo),
+            )
+        self._describe(output.folder, items)
+        return total
+
+    def _write(self, path: Path, parts: Sequence[Part], advance: Advance) -> list[Item]:
+        file = ItemFile(path)
+        try:
+            for part in parts:
+                self._write_part(file, part)
+                advance(self._num_bytes(part))
+        finally:
+            file.close()
+        return file.items
+
+    def _write_part(self, file: ItemFile, part: Part) -> None:
+        parameter = part.parameter
+        pieces = self._skeleton.pieces[parameter.hf_names]
+        value = parameter.row.load(self._source.read, parameter.hf_names, part.shard, self._arch)
+        # A parameter stored as several pieces (gate and up) has as many halves in each of its slices.
+        for piece, slice_ in zip(pieces, value.chunk(len(pieces)) if len(pieces) > 1 else (value,), strict=True):
+            axis = piece.num_prepended + part.axis
+            start = part.shard.rank * slice_.shape[part.axis]
+            # The vocabulary is stored without padding, which depends on the layout.
+            length = min(slice_.shape[part.axis], piece.shape[axis] - start)
+            if length <= 0:
+                continue
+            block = slice_.narrow(part.axis, 0, length).to(self._tensors[piece.key].dtype)
+            offset = (*piece.offset[:axis], piece.offset[axis] + start, *piece.offset[axis + 1 :])
+            file.add(piece.key, offset, block.reshape((1,) * piece.num_prepended + tuple(block.shape)))
+
+    def _dtype_of(self, parameter: Parameter) -> torch.dtype:
+        """What a fused parameter is stored in: the narrowest type that holds all its tensors exactly."""
+        own = (self._source.tensor(name).dtype for name in parameter.hf_names)
+        return self._options.dtype or reduce(torch.promote_types, own)
+
+    def _itemsize(self, parameter: Parameter) -> int:
+        return self._dtypes[parameter.hf_names].itemsize
+
+    def _num_bytes(self, part: Part) -> int:
+        return part.num_elements * self._itemsize(part.parameter)
+
+    def _global_tensors(self) -> dict[str, GlobalTensor]:
+        """The stored tensors; one that stacks parameters of several types takes a type that holds them all."""
+        found: dict[str, GlobalTensor] = {}
+        for names, pieces in self._skeleton.pieces.items():
+            for piece in pieces:
+                before = found.get(piece.key)
+                dtype = self._dtypes[names] if before is None else torch.promote_types(before.dtype, self._dtypes[names])
+                found[piece.key] = GlobalTensor(shape=piece.global_shape, dtype=dtype)
+        return found
+
+    def _describe(self, folder: Path, items: Mapping[str, Sequence[Item]]) -> None:
+        self._companions.copy_to(folder)
+        layout, ordered = self._options.layout, {plan.name: items[plan.name] for plan in self._plans}
+        common = {common_state_key(): {"content_metadata": dict(self._skeleton.content_metadata)}}
+        write_description(folder, self._tensors, ordered, common | dict(self._skeleton.objects))
+        manifest = {
+            "format": 1,
+            "model_type": self._arch.model_type,
+            "layout": {"tp": layout.tp, "pp": layout.pp, "ep": layout.ep, "etp": layout.etp},
+            "left_out": sorted(self._left_out),
+            "dtypes": self._hf_dtypes(),
+            "files": {file.name: file.stat().st_size for file in sorted(folder.glob("*.distcp"))},
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def _hf_dtypes(self) -> dict[str, str]:
+        """The type of each Hugging Face tensor, to be given back on the way back."""
+        own = self._options.dtype
+        names = (name for hf_names in self._dtypes for name in hf_names)
+        return {name: str(own or self._source.tensor(name).dtype).removeprefix("torch.") for name in names}
+
+    def _verify(self, folder: Path, total: int) -> list[Difference]:
+        found, rows = compare(folder, self._source, self._arch, self._skeleton, self._options.num_workers, total)
+        report(rows)
+        return found
