@@ -6,7 +6,6 @@ Rank 0 drives the loop; the other ranks wait for its commands. Started by the la
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 from rlx.cluster.environment import RankEnvironment, rank_environment
+from rlx.cluster.fleet import Fleet, read_fleet
 from rlx.cluster.parent import watch_parent
 from rlx.cluster.ranks import Ranks
 from rlx.cluster.training import drive
@@ -27,7 +27,7 @@ from rlx.types import ParallelDims
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, help="run folder with config.yaml")
-    parser.add_argument("--endpoints-file", type=Path, required=True, help="JSON list of engine URLs; waited for")
+    parser.add_argument("--endpoints-file", type=Path, required=True, help="the launcher's list of engines; waited for")
     parser.add_argument("--parent-pipe", type=int, help="inherited pipe whose end of file means that the launcher died")
 
 
@@ -55,11 +55,10 @@ def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path) -> No
         context = _join(config, where)
     worker = Worker(config, context)
     with phase("wait for engines"):
-        endpoints = _wait_for_endpoints(endpoints_file, config.rollout.start_timeout_s + 60)
-    worker.connect_engines(endpoints)
+        worker.use_keys(_wait_for_engines(endpoints_file, config.rollout.start_timeout_s + 60).keys)
     ranks = Ranks(worker)
     if where.rank == 0:
-        drive(config, ranks, endpoints)
+        drive(config, ranks, endpoints_file)
         ranks.stop()
     else:
         ranks.serve()
@@ -87,14 +86,13 @@ def _join(config: Config, where: RankEnvironment) -> ParallelContext:
     return build_context(dims, device, seed=config.run.seed, timeout_s=limit_s)
 
 
-def _wait_for_endpoints(file: Path, timeout_s: float) -> list[str]:
+def _wait_for_engines(file: Path, timeout_s: float) -> Fleet:
     deadline = time.monotonic() + timeout_s
     while not file.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"no engine endpoints in {file} after {timeout_s:.0f} s")
+            raise TimeoutError(f"no engines in {file} after {timeout_s:.0f} s")
         time.sleep(0.05)
-    urls: list[str] = json.loads(file.read_text())
-    return urls
+    return read_fleet(file)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from rlx.rollout.keys import EngineKeys
+
 # What Megatron says at every import, in every rank, about packages that are optional here.
 QUIET = {
     "PYTHONWARNINGS": ",".join(
@@ -32,3 +34,9 @@ def rank_environment() -> RankEnvironment:
             raise ValueError(f"environment variable {name} must be a number, got {text!r}: start this through a launcher")
         found[name] = int(text)
     return RankEnvironment(rank=found["RANK"], local_rank=found["LOCAL_RANK"], world_size=found["WORLD_SIZE"])
+
+
+def attached_keys() -> EngineKeys:
+    """The keys of servers that others started: RLX_ENGINE_API_KEY and RLX_ENGINE_ADMIN_KEY, each optional. A key in a
+    configuration file would be copied into every run folder."""
+    return EngineKeys(api_key=os.environ.get("RLX_ENGINE_API_KEY"), admin_key=os.environ.get("RLX_ENGINE_ADMIN_KEY"))

@@ -49,6 +49,7 @@ class RolloutStats:
     failures: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    engines_set_aside: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +171,13 @@ class EngineClient:
     async def health(self) -> None:
         """Returns when the engine says it is well (it generates a token for that); else EngineError says why not."""
         await self._request("GET", "/health", None, min(self._timeout_s, _HEALTH_TIMEOUT_S))
+
+    async def check_version(self, version: int) -> None:
+        """EngineError unless the engine serves ``version``: one that was started again has its first weights."""
+        info = json.loads(await self._request("GET", "/model_info", None, min(self._timeout_s, _HEALTH_TIMEOUT_S)))
+        served = info.get("weight_version") if isinstance(info, dict) else None
+        if served not in ("default", str(version)) or (served == "default" and version != 0):
+            raise EngineError(self.url, f"serves weight version {served!r}, not {version}: it was started again")
 
     async def close(self) -> None:
         """Close the session if it is this client's own."""
