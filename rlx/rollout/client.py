@@ -164,7 +164,7 @@ class EngineClient:
         }
 
         async def attempt() -> list[float]:
-            return parse_scores(await self._post("/generate", payload), self.url, token_ids)
+            return parse_scores(await self._post("/generate", payload), self.url, token_ids, self.vocab_size)
 
         return await self.retry.run(attempt, self.stats)
 
@@ -292,7 +292,7 @@ def parse_completion(answer: object, url: str, vocab_size: int, max_new_tokens: 
     )
 
 
-def parse_scores(answer: object, url: str, token_ids: Sequence[int]) -> list[float]:
+def parse_scores(answer: object, url: str, token_ids: Sequence[int], vocab_size: int) -> list[float]:
     """Log-probs of tokens 1..L-1 out of a scoring answer; the entry of token 0 is null and dropped."""
     meta = _mapping(_mapping(answer, "answer", url).get("meta_info"), "meta_info", url)
     if _finish_reason(meta, url) == "abort":
@@ -301,7 +301,13 @@ def parse_scores(answer: object, url: str, token_ids: Sequence[int]) -> list[flo
     if len(entries) != len(token_ids):
         problem = f"meta_info.input_token_logprobs has {len(entries)} entries, expected one a token, {len(token_ids)}"
         raise EngineError(url, problem)
-    return list(_logprobs(entries[1:], "input_token_logprobs", url, token_ids[1:]))
+    # SGLang echoes the vocabulary's last id as 0 here, beside the right log-prob.
+    rows: list[object] = list(entries)
+    ids = [
+        0 if token == vocab_size - 1 and isinstance(row, list) and row[1:2] == [0] else token
+        for row, token in zip(rows, token_ids, strict=True)
+    ]
+    return list(_logprobs(entries[1:], "input_token_logprobs", url, ids[1:]))
 
 
 def _logprobs(value: object, name: str, url: str, ids: Sequence[int]) -> tuple[float, ...]:

@@ -140,7 +140,8 @@ class EngineControl:
         answer = self._json("POST", "/generate", body)
         meta = answer.get("meta_info")
         rows = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
-        if not isinstance(rows, list) or [row[1] for row in rows] != list(token_ids):
+        # SGLang echoes the vocabulary's last id as 0 here, beside the right log-prob.
+        if not isinstance(rows, list) or not _are_echoes([row[1] for row in rows], token_ids):
             raise EngineControlError(self.url, "POST /generate", f"scored other tokens than the {len(token_ids)} sent: {rows}")
         return [float(row[0]) for row in rows[1:]]
 
@@ -172,3 +173,7 @@ class EngineControl:
             message = f"HTTP {response.status_code}: {response.text[:2000].strip()}"
             raise EngineControlError(self.url, call, message, refused=400 <= response.status_code < 500)
         return response
+
+
+def _are_echoes(echoed: Sequence[object], sent: Sequence[int]) -> bool:
+    return len(echoed) == len(sent) and all(echo in (token, 0) for echo, token in zip(echoed, sent, strict=True))
