@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -43,8 +44,11 @@ def drive(config: Config, ranks: Ranks, engines: Path) -> None:
         _resume(config, trainer, writer)
         evaluation = Evaluation(config, trainer.roles, trainer.sampling, tokenizer)
 
+        counts = trainer.roles.rollout.counts
+
         def report(row: StepReport) -> None:
             row = evaluation.add_to(row)
+            row = replace(row, metrics={**row.metrics, **counts()})
             writer.write(row)
             for tracker in trackers:
                 tracker.write(row)

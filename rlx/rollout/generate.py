@@ -12,7 +12,7 @@ import hashlib
 import queue
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import aiohttp
@@ -96,6 +96,7 @@ class HttpRolloutService:
         self._vocab_size = vocab_size
         self._recorder = recorder
         self._serving: tuple[tuple[str, ...], int] | None = None
+        self._counted: dict[str, int] = {}
         self._loop: _LoopThread | None = None
         self._closed = False
 
@@ -121,6 +122,12 @@ class HttpRolloutService:
         if self._closed:
             raise RuntimeError("generate was called on a closed rollout service")
         return self._stream(tuple(prompts), sampling)
+
+    def counts(self) -> Mapping[str, float]:
+        """``rollout/...``: retries, resubmissions, sequences given up and engines set aside since the last call."""
+        now = {name: getattr(self.stats, name) for name in ("retries", "resubmissions", "failures", "engines_set_aside")}
+        before, self._counted = self._counted, now
+        return {f"rollout/{name}": float(count - before.get(name, 0)) for name, count in now.items()}
 
     def close(self) -> None:
         """Cancel what runs, close every connection and end the thread. May be called twice."""

@@ -23,5 +23,5 @@ class EngineKeys:
 
 
 def new_keys() -> EngineKeys:
-    """Fresh keys of 256 random bits each."""
-    return EngineKeys(api_key=secrets.token_urlsafe(32), admin_key=secrets.token_urlsafe(32))
+    """Fresh keys of 256 random bits each, in hex: one that began with a dash would read as a command-line option."""
+    return EngineKeys(api_key=secrets.token_hex(32), admin_key=secrets.token_hex(32))

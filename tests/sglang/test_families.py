@@ -43,7 +43,7 @@ def compare(engine: RunningEngine, folder: Path) -> dict[str, float]:
 
 def check(cases: list[tuple[str, dict, int]], start: Callable[..., RunningEngine], tmp_path: Path) -> None:
     engines, published = [], []
-    for number, (family, layout, tp) in enumerate(cases):
+    for number, (family, _, tp) in enumerate(cases):
         first = save(family, 50 + number, tmp_path / f"first-{number}")
         engines.append(start("sglang", first, tp=tp))
     for number, ((family, layout, tp), engine) in enumerate(zip(cases, engines, strict=True)):
@@ -74,3 +74,9 @@ def test_llama_and_an_engine_on_two_ranks(start, tmp_path: Path) -> None:
 @pytest.mark.parametrize("pair", [("qwen2", "qwen3"), ("phi3",)], ids="-".join)
 def test_more_dense_families(start, tmp_path: Path, pair: tuple[str, ...]) -> None:
     check([(family, DENSE, 1) for family in pair], start, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_mixtures_of_experts(start, tmp_path: Path, family: str) -> None:
+    check([(family, EXPERTS, 1)], start, tmp_path)
