@@ -71,12 +71,6 @@ def test_llama_and_an_engine_on_two_ranks(start, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", [("qwen2", "qwen3"), ("phi3",)], ids="-".join)
-def test_more_dense_families(start, tmp_path: Path, pair: tuple[str, ...]) -> None:
-    check([(family, DENSE, 1) for family in pair], start, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
-def test_mixtures_of_experts(start, tmp_path: Path, family: str) -> None:
-    check([(family, EXPERTS, 1)], start, tmp_path)
+def test_the_other_families(start, tmp_path: Path) -> None:
+    dense = [(family, DENSE, 1) for family in ("qwen2", "qwen3", "phi3")]
+    check([*dense, ("qwen3_moe", EXPERTS, 1), ("mixtral", EXPERTS, 1)], start, tmp_path)

@@ -37,7 +37,7 @@ def publish(case: dict[str, Any], context: ParallelContext) -> None:
         vocab_size=arch.vocab_size,
         seed=3,
         dtype="fp32",
-        score_on_trainer=lambda rows: score_sequences(chunks, token_head(context, arch.vocab_size), rows, context, 256),
+        score_on_trainer=lambda rows: score_sequences(chunks, token_head(context, arch), rows, context, 256),
         export=weights,
     )
     place = PublisherPlace(
