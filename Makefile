@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow test-sglang lint bench bench-sync
+.PHONY: help setup demo demo-smollm2 test test-slow test-slurm test-sglang lint bench bench-sync
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -64,6 +64,9 @@ test-sglang: $(STAMP) $(SGLANG_STAMP)  ## the tests against stock SGLang servers
 
 test-slow: $(STAMP)  ## the tests marked slow
 	$(PY) -m pytest -m 'slow and not gpu and not sglang' $(ARGS)
+
+test-slurm: $(STAMP)  ## a real SLURM of one node, started by the test (root; apt-get install slurm-wlm munge)
+	$(PY) -m pytest -m slow tests/slurm $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .

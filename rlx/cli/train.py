@@ -10,6 +10,8 @@ from rlx.cluster.preflight import preflight
 from rlx.cluster.rundir import check_run_dir
 from rlx.config.load import ConfigError, load_config
 
+_STARTS = "launch/torchrun.sh and rlx launch slurm"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
@@ -22,6 +24,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         config = load_config(args.config, args.overrides)
         preflight(config)
+        if config.cluster.launcher != "local":
+            raise ConfigError([f"cluster.launcher: {config.cluster.launcher} is not started by rlx train; see {_STARTS}"])
         check_run_dir(config)
         return run_local(config)
     except ConfigError as error:

@@ -1,6 +1,10 @@
-"""One trainer rank: ``python -m rlx.cli.worker RUN_DIR --endpoints-file FILE`` under torchrun's environment variables.
+"""One trainer rank, under torchrun's environment variables. Rank 0 drives the loop; the others wait for its commands.
 
-Rank 0 drives the loop; the other ranks wait for its commands. Started by the launchers, not by hand.
+    torchrun --nnodes N --nproc-per-node G -m rlx.cli.worker CONFIG.yaml [key=value ...]     the whole job
+    python -m rlx.cli.worker RUN_DIR --endpoints-file FILE     one rank of a run that a launcher of ours prepared
+
+Exit status: 0 done; 1 failed; 2 wrong configuration; 75 saved and left because SIGUSR1 asked, to be started again with
+run.resume=auto (0 where RLX_REQUEUE_FILE names a file, which then says so instead).
 """
 
 from __future__ import annotations
@@ -12,12 +16,14 @@ import sys
 import time
 from pathlib import Path
 
-from rlx.cluster.environment import RankEnvironment, rank_environment
+from rlx.cluster.environment import RankEnvironment, leave_launcher_store, rank_environment, report_requeue
 from rlx.cluster.fleet import Fleet, read_fleet
 from rlx.cluster.parent import watch_parent
 from rlx.cluster.ranks import Ranks
+from rlx.cluster.stopping import REQUEUE_STATUS, StopRequest
+from rlx.cluster.torchrun import join_run
 from rlx.cluster.training import drive
-from rlx.config.load import load_config
+from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
 from rlx.obs.log import log_failure, logger, phase, start_log
 from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
@@ -26,46 +32,63 @@ from rlx.types import ParallelDims
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, help="run folder with config.yaml")
-    parser.add_argument("--endpoints-file", type=Path, required=True, help="the launcher's list of engines; waited for")
+    parser.add_argument("run", help="configuration file, or a prepared run folder with config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    parser.add_argument("--endpoints-file", type=Path, help="the launcher's list of engines; waited for; means a prepared run")
     parser.add_argument("--parent-pipe", type=int, help="inherited pipe whose end of file means that the launcher died")
 
 
 def main(args: argparse.Namespace) -> int:
     where = rank_environment()
     start_log("trainer", where.rank)
+    stop = StopRequest()
+    if args.endpoints_file is None:
+        return _main_from_config(args, where, stop)
     if args.parent_pipe is not None:
         watch_parent(args.parent_pipe)
     # A launcher that stops the job sends SIGTERM; the default would be the same, but without this line in the log.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        config = load_config(str(args.run_dir / "config.yaml"), [])
-        run_rank(config, where, args.endpoints_file)
+        config = load_config(str(Path(args.run) / "config.yaml"), [])
+        done = run_rank(config, where, args.endpoints_file, stop)
     except Exception as error:
         log_failure(error)
         # Peers may be inside a collective with us: leave without the orderly shutdown that would wait for them.
         sys.stderr.flush()
         os._exit(1)
-    return 0
+    return 0 if done else REQUEUE_STATUS
 
 
-def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path) -> None:
-    """Join the world, build the models, then drive (rank 0) or serve."""
+def _main_from_config(args: argparse.Namespace, where: RankEnvironment, stop: StopRequest) -> int:
+    try:
+        with join_run(args.run, args.overrides, where, stop.is_set) as joined:
+            done = run_rank(joined.config, where, joined.endpoints_file, stop)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"rlx: error: {problem}", file=sys.stderr)
+        return 2
+    return 0 if done or report_requeue() else REQUEUE_STATUS
+
+
+def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path, stop: StopRequest) -> bool:
+    """Join the world, build the models, then drive (rank 0) or serve. False on rank 0 when asked to stop early."""
     with phase("connect"):
         context = _join(config, where)
     worker = Worker(config, context)
     with phase("wait for engines"):
         worker.use_keys(_wait_for_engines(endpoints_file, config.rollout.start_timeout_s + 60).keys)
     ranks = Ranks(worker)
+    done = True
     if where.rank == 0:
-        drive(config, ranks, endpoints_file)
+        done = drive(config, ranks, endpoints_file, stop_asked=stop.is_set)
         ranks.stop()
     else:
         ranks.serve()
     worker.close()
     context.barrier()
     shut_down()
-    logger.info("done")
+    logger.info("done" if done else "saved and left, as SIGUSR1 asked")
+    return done
 
 
 def _join(config: Config, where: RankEnvironment) -> ParallelContext:
@@ -83,6 +106,7 @@ def _join(config: Config, where: RankEnvironment) -> ParallelContext:
     device = choose_device(config.cluster.device, where.local_rank)
     limit_s = config.run.failure_timeout_s
     connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=limit_s)
+    leave_launcher_store()
     return build_context(dims, device, seed=config.run.seed, timeout_s=limit_s)
 
 

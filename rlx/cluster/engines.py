@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +28,13 @@ _MAX_PORT_RETRIES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
-    """How to start one engine. ``port`` None: the engine takes one and says so in a ready line."""
+    """How to start one engine. ``port`` None: the engine takes one and says so in a ready line. ``host`` is where
+    others reach it."""
 
     argv: Sequence[str]
     env: Mapping[str, str]
     port: int | None = None
+    host: str = "127.0.0.1"
 
 
 @dataclass(slots=True, eq=False)
@@ -73,9 +75,9 @@ class Engines:
         self._failure: Cause | None = None
         self._num_restarts = 0
 
-    def start(self) -> None:
-        """Start all of them; returns at once."""
-        for index in range(self._config.num_engines):
+    def start(self, indices: Iterable[int]) -> None:
+        """Start these; returns at once."""
+        for index in indices:
             self._slots.append(_Slot(index, *self._launch(index)))
 
     def tick(self) -> None:
@@ -85,7 +87,7 @@ class Engines:
                 self._tend_starting(slot)
             elif slot.child.poll() is not None and self._has_restarts(slot):
                 self._replace(slot, "ended")
-            elif take_request(self._path, slot.index, slot.incarnation) and self._has_restarts(slot):
+            elif take_request(self._path.parent, slot.index, slot.incarnation) and self._has_restarts(slot):
                 self._replace(slot, "answers wrongly or not at all")
         self._announce()
 
@@ -121,7 +123,7 @@ class Engines:
     def _launch(self, index: int) -> tuple[Child, Future[str]]:
         plan = self._plan(index)
         child = self._spawn(index, plan)
-        return child, self._pool.submit(self._wait, child, plan.port)
+        return child, self._pool.submit(self._wait, child, plan)
 
     def _tend_starting(self, slot: _Slot) -> None:
         if not slot.starting.done():
@@ -163,8 +165,9 @@ class Engines:
     def _announce(self) -> None:
         if self._written is None and any(slot.url is None for slot in self._slots):
             return
+        tp = self._config.tp if self._config.engine == "sglang" else 1
         members = [
-            Member(index=slot.index, url=slot.url, tp=self._config.tp, incarnation=slot.incarnation)
+            Member(index=slot.index, url=slot.url, tp=tp, incarnation=slot.incarnation)
             for slot in self._slots
             if slot.url is not None
         ]
@@ -173,7 +176,8 @@ class Engines:
             write_fleet(self._path, fleet)
             self._written = fleet
 
-    def _wait(self, engine: Child, port: int | None) -> str:
+    def _wait(self, engine: Child, plan: EnginePlan) -> str:
+        port = plan.port
         deadline = time.monotonic() + self._config.start_timeout_s
 
         def alive() -> bool:
@@ -186,7 +190,7 @@ class Engines:
                 limit = f"{self._config.start_timeout_s:g} s (rollout.start_timeout_s)"
                 raise TimeoutError(f"the engine reported no port within {limit}")
             time.sleep(_POLL_S)
-        url = f"http://127.0.0.1:{port}"
+        url = f"http://{plan.host}:{port}"
         wait_until_healthy(url, max(0.1, deadline - time.monotonic()), alive, lambda: tail(engine.log_text(), 20))
         return url
 

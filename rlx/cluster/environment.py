@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
 from rlx.rollout.keys import EngineKeys
@@ -34,6 +35,96 @@ def rank_environment() -> RankEnvironment:
             raise ValueError(f"environment variable {name} must be a number, got {text!r}: start this through a launcher")
         found[name] = int(text)
     return RankEnvironment(rank=found["RANK"], local_rank=found["LOCAL_RANK"], world_size=found["WORLD_SIZE"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Where the ranks meet. ``is_hosted``: the launcher keeps the store there, so rank 0 must not open one.
+    ``attempt`` counts the launcher's restarts of all ranks."""
+
+    address: str
+    port: int
+    is_hosted: bool
+    attempt: str
+    node: int
+    ranks_per_node: int
+
+    def own_address(self) -> str:
+        """This node's address as the others see it: where the route to the meeting place starts."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((self.address, self.port))  # a datagram socket only looks up the route
+            return str(probe.getsockname()[0])
+
+
+def rendezvous() -> Rendezvous:
+    """Read torchrun's further variables; without them (plain ``srun`` with RANK and so on set) all ranks are one node's."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ValueError(f"environment variable {' and '.join(missing)} must be set: start this through a launcher")
+    world = rank_environment()
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
+    return Rendezvous(
+        address=os.environ["MASTER_ADDR"],
+        port=int(os.environ["MASTER_PORT"]),
+        is_hosted=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        node=int(os.environ.get("GROUP_RANK", world.rank // ranks_per_node)),
+        ranks_per_node=ranks_per_node,
+    )
+
+
+def default_interface(address: str) -> None:
+    """When everybody is on this host, do not let gloo depend on the host name resolving."""
+    if address in ("localhost", "127.0.0.1"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def report_requeue() -> bool:
+    """Tell a wrapping script, through the file that RLX_REQUEUE_FILE names, to start the run again; False without one.
+
+    torchrun turns every status but 0 into 1, so a status cannot.
+    """
+    path = os.environ.get("RLX_REQUEUE_FILE")
+    if not path:
+        return False
+    with open(path, "w") as file:
+        file.write("requeue\n")
+    return True
+
+
+def leave_launcher_store() -> None:
+    """Once the world is joined: later meetings (with engines) are at stores of our own.
+
+    While torchrun's mark is set, torch takes every store for torchrun's and opens none.
+    """
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutNode:
+    """Node ``number`` of those that hold engines only, beside ``trainer_nodes`` others."""
+
+    number: int
+    trainer_nodes: int
+    meeting: Rendezvous
+
+
+def rollout_node() -> RolloutNode:
+    """Read NODE_RANK (among the rollout nodes), NNODES (trainer nodes), MASTER_ADDR and MASTER_PORT."""
+    names = ("NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise ValueError(f"environment variable {', '.join(missing)} must be set; see launch/slurm")
+    number, trainer_nodes = int(os.environ["NODE_RANK"]), int(os.environ["NNODES"])
+    meeting = Rendezvous(
+        address=os.environ["MASTER_ADDR"],
+        port=int(os.environ["MASTER_PORT"]),
+        is_hosted=True,
+        attempt="0",
+        node=trainer_nodes + number,
+        ranks_per_node=0,
+    )
+    return RolloutNode(number=number, trainer_nodes=trainer_nodes, meeting=meeting)
 
 
 def attached_keys() -> EngineKeys:

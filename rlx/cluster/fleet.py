@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rlx.rollout.keys import EngineKeys
+from rlx.rollout.keys import EngineKeys, new_keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,19 +63,35 @@ def read_fleet(path: Path) -> Fleet:
     )
 
 
-def request_replacement(path: Path, member: Member) -> None:
-    """Ask the launcher to end this incarnation of the engine and start another."""
-    _request(path, member.index, member.incarnation).touch()
+def request_replacement(run_dir: Path, member: Member) -> None:
+    """Ask whoever started this incarnation of the engine to end it and start another."""
+    _request(run_dir, member.index, member.incarnation).touch()
 
 
-def take_request(path: Path, index: int, incarnation: int) -> bool:
+def take_request(run_dir: Path, index: int, incarnation: int) -> bool:
     """Whether a replacement of this incarnation was asked for; the request is then gone."""
     try:
-        _request(path, index, incarnation).unlink()
+        _request(run_dir, index, incarnation).unlink()
     except FileNotFoundError:
         return False
     return True
 
 
-def _request(path: Path, index: int, incarnation: int) -> Path:
-    return path.with_name(f"{path.stem}-replace-{index}-{incarnation}")
+def run_keys(run_dir: Path) -> EngineKeys:
+    """The keys of a run's engines, made by whichever node asks first; in a file that only this user can read."""
+    path = run_dir / "engines" / "keys.json"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        keys, own = new_keys(), path.with_name(f"keys-{secrets.token_hex(8)}")
+        handle = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            json.dump([keys.api_key, keys.admin_key], file)
+        with suppress(FileExistsError):
+            os.link(own, path)  # all or nothing, on network file systems too
+        own.unlink()
+    api_key, admin_key = json.loads(path.read_text())
+    return EngineKeys(api_key=api_key, admin_key=admin_key)
+
+
+def _request(run_dir: Path, index: int, incarnation: int) -> Path:
+    return run_dir / "engines" / f"replace-{index}-{incarnation}"

@@ -17,11 +17,11 @@ from pathlib import Path
 import rlx
 from rlx.cluster.causes import Cause, is_port_taken, tail, where
 from rlx.cluster.engines import EnginePlan, Engines
-from rlx.cluster.environment import QUIET, attached_keys
-from rlx.cluster.fleet import Fleet, Member, write_fleet
+from rlx.cluster.environment import QUIET
+from rlx.cluster.fleet import run_keys, write_fleet
 from rlx.cluster.guard import Guard
 from rlx.cluster.interrupts import Interrupts
-from rlx.cluster.placement import EngineSite, check_placement, plan_engine
+from rlx.cluster.placement import EngineSite, attached_fleet, check_placement, plan_engine
 from rlx.cluster.ports import free_port
 from rlx.cluster.processes import LAUNCH_ID, Child, ChildSpec, stop_all
 from rlx.cluster.progress import Progress
@@ -30,7 +30,7 @@ from rlx.cluster.supervisor import NoEngines, Outcome, Supervisor
 from rlx.config.load import ConfigError, dump_config
 from rlx.config.schema import Config
 from rlx.obs.log import last_phase
-from rlx.rollout.keys import EngineKeys, new_keys
+from rlx.rollout.keys import EngineKeys
 
 _MAX_PORT_RETRIES = 2
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -105,8 +105,8 @@ class Launch:
 
     def run(self) -> Outcome:
         """Start everything and watch until it is over; trainers that found their port taken are started again."""
-        self._parent_pipe = self._open.enter_context(_pipe())
-        keys = new_keys()
+        self._parent_pipe = self._open.enter_context(inherited_pipe())
+        keys = run_keys(self._run_dir)
         self._check_engines(keys)
         log = log_path(self._run_dir, "trainer", 0)
         self._guard = Guard(launch_id=self._id, launcher_pid=os.getpid(), log=log, env=self._guard_env())
@@ -115,7 +115,7 @@ class Launch:
         if self._num_engines:
             self._start_engines(keys)
         else:
-            write_fleet(self._run_dir / ENDPOINTS, _attached(self._config))
+            write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._config.rollout))
         for retries_left in range(_MAX_PORT_RETRIES, -1, -1):
             outcome = self._run_trainers()
             if not retries_left or not self._failed_on_port(outcome):
@@ -181,7 +181,7 @@ class Launch:
             say=self._progress.say,
         )
         self._open.callback(self._engines.cancel)
-        self._engines.start()
+        self._engines.start(range(self._num_engines))
 
     def _spawn_trainer(self, rank: int, port: int) -> Child:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._config.num_trainer_ranks, "MASTER_PORT": port}
@@ -239,15 +239,8 @@ def _failure_text(cause: Cause, left: Sequence[int], log: str) -> str:
     return "\n".join(lines)
 
 
-def _attached(config: Config) -> Fleet:
-    """Servers that others started; their keys come from this process's environment."""
-    rollout = config.rollout
-    members = [Member(index=index, url=url, tp=rollout.tp) for index, url in enumerate(rollout.endpoints)]
-    return Fleet(members=tuple(members), keys=attached_keys(), launched=False)
-
-
 @contextmanager
-def _pipe() -> Iterator[int]:
+def inherited_pipe() -> Iterator[int]:
     """The reading end of a pipe whose only writing end lives and dies with this process."""
     reading, writing = os.pipe()
     try:

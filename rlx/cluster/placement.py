@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from rlx.cluster.engines import EnginePlan
+from rlx.cluster.environment import attached_keys
+from rlx.cluster.fleet import Fleet, Member
 from rlx.cluster.ports import free_port
-from rlx.config.schema import Config
+from rlx.config.schema import Config, RolloutConfig
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.server import engine_command
 from rlx.rollout.sglang_server import SGLangSite, sglang_command, sglang_environment, write_key_file, write_stand_in
@@ -20,13 +22,16 @@ from rlx.rollout.sglang_server import SGLangSite, sglang_command, sglang_environ
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSite:
-    """Engine ``index`` of a launch: its run folder, the environment of all children, the pipe of the launcher's life."""
+    """Engine ``index`` of a launch: its run folder, the environment of all children, the pipe of the launcher's life, the
+    address to listen on. ``gpus`` empty: the ones after the trainers'."""
 
     index: int
     run_dir: Path
     parent_pipe: int
     env: Mapping[str, str]
     keys: EngineKeys
+    host: str = "127.0.0.1"
+    gpus: tuple[str, ...] = ()
 
 
 def plan_engine(config: Config, site: EngineSite) -> EnginePlan:
@@ -43,16 +48,18 @@ def check_placement(config: Config) -> None:
 def _plan_embedded(config: Config, site: EngineSite) -> EnginePlan:
     key_file = _key_file(site)
     argv = engine_command(config, index=site.index, port=0, python=sys.executable, parent_pipe=site.parent_pipe)
-    return EnginePlan(argv=[*argv, "--config", str(key_file)], env=site.env)
+    env = dict(site.env) | ({"CUDA_VISIBLE_DEVICES": ",".join(site.gpus)} if site.gpus else {})
+    return EnginePlan(argv=[*argv, "--host", site.host, "--config", str(key_file)], env=env, host=site.host)
 
 
 def _plan_sglang(config: Config, site: EngineSite) -> EnginePlan:
     device = _device(config)
-    port, modules = free_port(), site.run_dir / "engines" / "modules"
+    port, modules = free_port(site.host), site.run_dir / "engines" / "modules"
     write_stand_in(modules)
     server = SGLangSite(
         index=site.index,
         device=device,
+        host=site.host,
         port=port,
         key_file=_key_file(site),
         python=config.rollout.python or sys.executable,
@@ -63,9 +70,9 @@ def _plan_sglang(config: Config, site: EngineSite) -> EnginePlan:
         tp=config.rollout.tp,
         cores=sorted(os.sched_getaffinity(0)),
         modules=modules,
-        devices=_gpus_of(config, site.index) if device == "cuda" else (),
+        devices=site.gpus or (_gpus_of(config, site.index) if device == "cuda" else ()),
     )
-    return EnginePlan(argv=sglang_command(config, server), env=env, port=port)
+    return EnginePlan(argv=sglang_command(config, server), env=env, port=port, host=site.host)
 
 
 def _key_file(site: EngineSite) -> Path:
@@ -102,3 +109,9 @@ def _gpus_of(config: Config, index: int) -> list[str]:
             f" {config.rollout.tp} for engines need {needed} GPUs, {len(names)} are visible"
         )
     return chosen
+
+
+def attached_fleet(rollout: RolloutConfig) -> Fleet:
+    """Servers that others started; their keys come from this process's environment."""
+    members = [Member(index=index, url=url, tp=rollout.tp) for index, url in enumerate(rollout.endpoints)]
+    return Fleet(members=tuple(members), keys=attached_keys(), launched=False)

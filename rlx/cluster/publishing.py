@@ -59,7 +59,7 @@ class EnginePublisher:
         for member in fleet.members:
             if fleet.launched and member.url == url:
                 logger.warning("engine %s is to be replaced", url)
-                request_replacement(self._path, member)
+                request_replacement(self._path.parent, member)
 
     def _publish(self, version: int) -> WeightManifest:
         message = ""
@@ -125,7 +125,7 @@ class EnginePublisher:
         if not fleet.launched:
             return any(self._ask(fleet, member) is not None for member in fleet.members if member not in unwell)
         for member in unwell:
-            request_replacement(self._path, member)
+            request_replacement(self._path.parent, member)
         deadline = time.monotonic() + _ASK_S
         while set(unwell) & set(read_fleet(self._path).members):
             if time.monotonic() > deadline:

@@ -61,7 +61,8 @@ def open_run_dir(config: Config) -> Iterator[Path]:
         if config.run.overwrite:
             for name in _OURS:
                 _remove(run_dir / name)
-        _remove(run_dir / ENDPOINTS)
+        for announced in (run_dir / ENDPOINTS, *run_dir.glob("engines-*.json"), run_dir / "engines"):
+            _remove(announced)
         (run_dir / "logs").mkdir(exist_ok=True)
         yield run_dir
     finally:

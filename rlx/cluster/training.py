@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +32,11 @@ from rlx.trainer.roles import Roles, RolloutService
 from rlx.types import SamplingSpec, StepReport
 
 
-def drive(config: Config, ranks: Ranks, engines: Path) -> None:
-    """Train to the end: resume, iterate, save, export. Runs on rank 0 while the other ranks serve."""
+def drive(config: Config, ranks: Ranks, engines: Path, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
+    """Train to the end: resume, iterate, save, export. Runs on rank 0 while the other ranks serve.
+
+    False when ``stop_asked`` ended it early; what was done is saved.
+    """
     run_dir = Path(config.run.dir)
     with ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
@@ -58,11 +62,13 @@ def drive(config: Config, ranks: Ranks, engines: Path) -> None:
             num_steps=config.run.steps,
             report=report,
             save=lambda: _save(config, trainer),
-            save_every=config.checkpoint.every,
-            save_at_end=config.checkpoint.at_end,
+            checkpoint=config.checkpoint,
+            stop_asked=stop_asked,
         )
-        if config.run.export_hf:
+        done = trainer.num_steps_done >= config.run.steps
+        if done and config.run.export_hf:
             trainer.roles.policy.export_hf(str(run_dir / "hf"))
+        return done
 
 
 def _make_trainer(

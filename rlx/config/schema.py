@@ -30,9 +30,13 @@ class RunConfig:
 class ClusterConfig:
     """Where processes live."""
 
-    launcher: str = option("local", "who starts the processes", choices=("local",))
+    launcher: str = option("local", "who starts the processes", choices=("local", "torchrun"))
     device: str = option("auto", "auto: cuda when visible, else cpu", choices=("auto", "cpu", "cuda"))
     num_trainer_ranks: int | None = option(None, "trainer processes; none: tp x pp x cp", minimum=1)
+    nodes: int | None = option(None, "machines, all alike; none: one, or as many as the launcher has", minimum=1)
+    gpus_per_node: int | None = option(None, "GPUs of each machine; none: not planned", minimum=1)
+    nvlink_gpus: int | None = option(None, "GPUs of a machine that NVLink joins; none: all of them", minimum=1)
+    rollout_nodes: int = option(0, "of the machines, those for engines only; 0: engines sit beside trainers", minimum=0)
     threads_per_rank: int | None = option(None, "CPU threads of a trainer rank or engine; none: cores / processes", minimum=1)
 
 

@@ -53,10 +53,11 @@ def rotary_embedding(*arguments: object, **named: object) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SGLangSite:
-    """Where one server runs: its number, device, port and key file."""
+    """Where one server runs: its number, device, address, port and key file."""
 
     index: int
     device: str
+    host: str
     port: int
     key_file: Path
     python: str
@@ -74,7 +75,7 @@ def sglang_command(config: Config, site: SGLangSite) -> list[str]:
     dtype = config.model.dtype if rollout.dtype == "auto" else rollout.dtype
     fixed: dict[str, object] = {
         "model_path": config.model.path,
-        "host": "127.0.0.1",
+        "host": site.host,
         "port": site.port,
         "tp_size": rollout.tp,
         "dtype": _DTYPES[dtype],

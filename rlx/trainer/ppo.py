@@ -10,7 +10,7 @@ from statistics import fmean, pstdev
 
 from rlx.algos.base import Algorithm
 from rlx.algos.kl_controller import KLController
-from rlx.config.schema import Config
+from rlx.config.schema import CheckpointConfig, Config
 from rlx.data.plan import plan_batch
 from rlx.obs.log import phase
 from rlx.obs.timers import StepTimer
@@ -189,17 +189,20 @@ def run(
     num_steps: int,
     report: Callable[[StepReport], None],
     save: Callable[[], None],
-    save_every: int,
-    save_at_end: bool,
+    checkpoint: CheckpointConfig,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Iterate to ``num_steps`` (counting those done before a resume), saving every ``save_every`` steps (0: never)."""
+    """Iterate to ``num_steps`` (counting those done before a resume), saving as ``checkpoint`` says.
+
+    Once ``stop_asked`` says so it saves and returns after the step that is under way.
+    """
     trainer.publish_start()
     saved = trainer.num_steps_done
-    while trainer.num_steps_done < num_steps:
+    while trainer.num_steps_done < num_steps and not stop_asked():
         with phase("step", trainer.num_steps_done + 1):
             report(trainer.step())
-        if save_every and trainer.num_steps_done % save_every == 0:
+        if checkpoint.every and trainer.num_steps_done % checkpoint.every == 0:
             save()
             saved = trainer.num_steps_done
-    if save_at_end and saved != trainer.num_steps_done:
+    if (checkpoint.at_end or trainer.num_steps_done < num_steps) and saved != trainer.num_steps_done:
         save()

@@ -180,7 +180,7 @@ def test_a_replacement_that_a_trainer_asks_for(launch) -> None:
     run.wait_for_step(1)
     path = run.dir / "engines.json"
     [before] = read_fleet(path).members
-    request_replacement(path, before)
+    request_replacement(run.dir, before)
     deadline = time.monotonic() + 10
     while [member.incarnation for member in read_fleet(path).members] != [1]:
         assert time.monotonic() < deadline

@@ -11,7 +11,16 @@ import pytest
 
 from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.registry import make_algorithm
-from rlx.config.schema import AlgorithmConfig, BatchingConfig, Config, DataConfig, ModelConfig, RewardConfig, RunConfig
+from rlx.config.schema import (
+    AlgorithmConfig,
+    BatchingConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RewardConfig,
+    RunConfig,
+)
 from rlx.trainer.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
 from rlx.trainer.ppo import PPOTrainer, run
 from rlx.trainer.roles import Roles
@@ -211,13 +220,29 @@ def test_state_resumes_where_it_stopped(tmp_path: Path) -> None:
     def save() -> None:
         write_checkpoint(tmp_path, trainer.num_steps_done, trainer.state(), trainer.roles.policy.save, keep=2)
 
-    run(trainer, num_steps=5, report=reports.append, save=save, save_every=2, save_at_end=True)
+    run(trainer, num_steps=5, report=reports.append, save=save, checkpoint=CheckpointConfig(every=2))
     assert [step for step, _ in whole_checkpoints(tmp_path)] == [4, 5]
     again = make_trainer(Calls())
     again.load_state(read_driver_state(whole_checkpoints(tmp_path)[-1][1]))
     assert again.num_steps_done == 5
     assert again.roles.prompts.state() == trainer.roles.prompts.state()
     assert isinstance(reports[0], StepReport)
+
+
+def test_asked_to_stop_it_ends_the_step_saves_and_returns(tmp_path: Path) -> None:
+    reports: list[StepReport] = []
+    trainer = make_trainer(Calls())
+    saved: list[int] = []
+
+    run(
+        trainer,
+        num_steps=5,
+        report=reports.append,
+        save=lambda: saved.append(trainer.num_steps_done),
+        checkpoint=CheckpointConfig(at_end=False),
+        stop_asked=lambda: len(reports) == 2,
+    )
+    assert (trainer.num_steps_done, saved) == (2, [2])
 
 
 def test_another_seed_is_refused_on_resume() -> None:

@@ -1,0 +1,55 @@
+"""A node that holds engines only, in a job whose trainers torchrun starts on other nodes.
+
+It meets them at torchrun's store, starts the engines that the plan seats here and serves until rank 0 says that the run
+is over or the store is gone, which is the end of the trainers' node.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+
+from torch.distributed import DistError
+
+from rlx.cluster.environment import RolloutNode, rollout_node
+from rlx.cluster.node_engines import Node, NodeEngines
+from rlx.cluster.seating import machines_of, seats_of
+from rlx.cluster.stopping import end_on_signals
+from rlx.cluster.torchrun import END_KEY, agreed_run, meet
+from rlx.config.load import load_config
+
+_LOOK_S = 0.5
+
+
+def serve_node() -> int:
+    """Serve to the end of the run; the exit status. Must be called in the main thread."""
+    place: RolloutNode = rollout_node()
+    store = meet(place.meeting, rank=-1)
+    run_dir = agreed_run(store, place.meeting)
+    config = load_config(str(run_dir / "config.yaml"), [])
+    seats = seats_of(config, machines_of(config, trainer_nodes=place.trainer_nodes))
+    number = place.trainer_nodes + place.number
+    gpus_of = seats.engines_of(number)
+    if not gpus_of:
+        return 0
+    asked = threading.Event()
+    end_on_signals(lambda signal_number: asked.set())
+    engines = NodeEngines(config, run_dir, Node(number=number, address=place.meeting.own_address()), gpus_of)
+    try:
+        while not asked.is_set():
+            cause = engines.tick()
+            if cause is not None:
+                print(f"rlx: FAILED {cause.role} rank {cause.rank} on {socket.gethostname()}", file=sys.stderr)
+                print(f"rlx: cause: {cause.cause}\nrlx: logs: {cause.log_path}", file=sys.stderr, flush=True)
+                return 1
+            try:
+                if store.check([END_KEY]):
+                    return 0
+            except DistError:
+                return 0
+            time.sleep(_LOOK_S)
+        return 0
+    finally:
+        engines.stop()

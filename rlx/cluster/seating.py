@@ -1,0 +1,35 @@
+"""From a configuration to the planner's terms."""
+
+from __future__ import annotations
+
+from rlx.cluster.seats import Demand, Machines, Seats, plan_seats
+from rlx.config.schema import Config
+
+
+def demand_of(config: Config) -> Demand:
+    """What the configuration asks to be seated; engines only where it starts some itself."""
+    rollout = config.rollout
+    own = not (rollout.endpoints or rollout.replay)
+    return Demand(
+        trainer_ranks=config.num_trainer_ranks,
+        tp=config.parallel.tp,
+        num_engines=rollout.num_engines if own else 0,
+        engine_gpus=rollout.tp,
+    )
+
+
+def machines_of(config: Config, trainer_nodes: int | None = None) -> Machines:
+    """The machines that the configuration names (one where it names none), or ``trainer_nodes`` and its rollout nodes."""
+    cluster = config.cluster
+    nodes = cluster.nodes or 1
+    return Machines(
+        nodes=nodes if trainer_nodes is None else trainer_nodes + cluster.rollout_nodes,
+        gpus_per_node=cluster.gpus_per_node,
+        island=cluster.nvlink_gpus,
+        rollout_nodes=cluster.rollout_nodes,
+    )
+
+
+def seats_of(config: Config, machines: Machines | None = None) -> Seats:
+    """Who sits where; PlacementError when it does not fit."""
+    return plan_seats(machines or machines_of(config), demand_of(config))

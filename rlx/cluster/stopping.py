@@ -1,0 +1,52 @@
+"""Signals that a trainer rank answers itself: SIGUSR1 asks it to save and leave, SIGTERM and SIGINT end it.
+
+Python runs signal handlers between two steps of the main thread's own code, which may be inside a collective for
+minutes. What must not wait, ending, therefore hangs on the wake-up file descriptor, which the system's handler writes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+REQUEUE_STATUS = 75
+"""Exit status of a run that saved and left when asked to: start it again and it goes on (EX_TEMPFAIL of sysexits.h)."""
+
+
+class StopRequest:
+    """From its birth (in the main thread) SIGUSR1 asks this process to stop after the current step."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        signal.signal(signal.SIGUSR1, self._ask)
+
+    def is_set(self) -> bool:
+        """Whether somebody asked."""
+        return self._asked
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+
+def end_on_signals(end: Callable[[int], None]) -> None:
+    """Call ``end(number)`` in a thread of its own when SIGTERM or SIGINT comes, whatever the main thread does then.
+
+    Must be called in the main thread. ``end`` does not return to the program: it exits the process.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while True:
+            for number in os.read(reading, 64):
+                if number in numbers:
+                    end(number)
+
+    threading.Thread(target=watch, name="end-on-signals", daemon=True).start()

@@ -1,0 +1,284 @@
+"""A run whose trainer ranks torchrun starts, on one node or many, from nothing but the configuration.
+
+Rank 0 validates, makes the run folder (on a file system that all nodes see) and tells the others where it is. The first
+rank of each node also starts that node's engines and, in a thread of its own, looks after them; rank 0's thread puts the
+list of engines together and shows the run's progress on the terminal. From there on a rank works as under the local
+launcher. Whoever fails ends its engines and its process; torchrun then ends the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TextIO
+
+from torch._C._distributed_c10d import TCPStore
+
+from rlx.cluster.causes import Cause, speaks_of_lost_peer, where
+from rlx.cluster.environment import RankEnvironment, Rendezvous, default_interface, rendezvous
+from rlx.cluster.fleet import write_fleet
+from rlx.cluster.node_engines import Assembly, Node, NodeEngines
+from rlx.cluster.placement import attached_fleet
+from rlx.cluster.progress import Progress
+from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir
+from rlx.cluster.seating import machines_of, seats_of
+from rlx.cluster.seats import Machines, PlacementError, Seats
+from rlx.cluster.stopping import end_on_signals
+from rlx.config.load import ConfigError, dump_config, load_config
+from rlx.config.schema import Config
+from rlx.obs.log import current_phase, log_failure, logger
+
+MEET_S = 300.0
+END_KEY = "rlx/end"
+_LOOK_S = 0.2
+_TOLD_KEY, _TELL_S = "rlx/told", 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinedRun:
+    """What a rank needs to take part."""
+
+    config: Config
+    run_dir: Path
+    endpoints_file: Path
+
+
+@contextmanager
+def join_run(
+    config_path: str, overrides: Sequence[str], place: RankEnvironment, stop_asked: Callable[[], bool]
+) -> Iterator[JoinedRun]:
+    """Meet the other ranks, agree on the run, start this node's engines; inside, output goes to the rank's log.
+
+    ConfigError on rank 0 when the configuration cannot be used, with nothing started; the other ranks then leave with
+    SystemExit(2). Whatever fails inside ends this process (status 1) with its cause in the log and on the terminal.
+    """
+    meeting = rendezvous()
+    store = meet(meeting, place.rank)
+    with ExitStack() as stack:
+        run_dir = _agree(store, config_path, overrides, (place, meeting), stack)
+        config = load_config(str(run_dir / "config.yaml"), [])
+        seats = seats_of(config, _machines(config, place, meeting))
+        duty = _Duty(config, run_dir, (place, meeting), _to_log(log_path(run_dir, "trainer", place.rank)))
+        try:
+            default_interface(meeting.address)
+            duty.begin(seats)
+            yield JoinedRun(config=config, run_dir=run_dir, endpoints_file=run_dir / ENDPOINTS)
+        except Exception as error:
+            log_failure(error)
+            duty.fail(f"{type(error).__name__}: {error}", str(run_dir / "logs" / f"trainer-{place.rank}.log"))
+        except BaseException:
+            duty.stop()
+            raise
+        if place.rank == 0:
+            store.set(END_KEY, "end")
+        duty.finish("SIGUSR1 asked to save and leave; run.resume=auto goes on" if stop_asked() else None)
+
+
+def meet(meeting: Rendezvous, rank: int) -> TCPStore:
+    """The store that all ranks share: the launcher's where it keeps one, else rank 0's."""
+    try:
+        return TCPStore(
+            meeting.address,
+            meeting.port,
+            is_master=rank == 0 and not meeting.is_hosted,
+            wait_for_workers=False,
+            multi_tenant=True,
+            timeout=timedelta(seconds=MEET_S),
+        )
+    except RuntimeError as error:
+        at = f"{meeting.address}:{meeting.port} (MASTER_ADDR, MASTER_PORT)"
+        raise ConnectionError(f"rank {rank} on {socket.gethostname()} did not reach rank 0 at {at}: {error}") from error
+
+
+def _agree(
+    store: TCPStore, path: str, overrides: Sequence[str], where_: tuple[RankEnvironment, Rendezvous], stack: ExitStack
+) -> Path:
+    """The run folder. On rank 0: validated and made, and kept from other launchers until ``stack`` closes."""
+    place, meeting = where_
+    key = _run_key(meeting)
+    if place.rank:
+        return agreed_run(store, meeting)
+    try:
+        config = _load(path, overrides, place)
+        seats_of(config, _machines(config, place, meeting))
+        run_dir = stack.enter_context(open_run_dir(config))
+    except (ConfigError, PlacementError) as error:
+        problems = list(error.problems) if isinstance(error, ConfigError) else [str(error)]
+        store.set(key, json.dumps({"problems": problems}))
+        _wait_until_told(store, place.world_size - 1)
+        raise ConfigError(problems) from error
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    store.set(key, json.dumps({"problems": [], "run_dir": str(run_dir)}))
+    return run_dir
+
+
+def agreed_run(store: TCPStore, meeting: Rendezvous) -> Path:
+    """The run folder that rank 0 made; SystemExit(2) when it refused the configuration."""
+    key = _run_key(meeting)
+    store.wait([key], timedelta(seconds=MEET_S))
+    found = json.loads(store.get(key))
+    if found["problems"]:
+        store.add(_TOLD_KEY, 1)
+        raise SystemExit(2)
+    run_dir = Path(found["run_dir"])
+    _wait_for(run_dir / "config.yaml")
+    return run_dir
+
+
+def _wait_until_told(store: TCPStore, num_ranks: int) -> None:
+    """The store goes with this node's torchrun: leave once the others have read it, or have had the time to."""
+    deadline = time.monotonic() + _TELL_S
+    while store.add(_TOLD_KEY, 0) < num_ranks and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+
+
+def _run_key(meeting: Rendezvous) -> str:
+    return f"rlx/run/{meeting.attempt}"
+
+
+def _load(path: str, overrides: Sequence[str], place: RankEnvironment) -> Config:
+    """The configuration on as many ranks as torchrun started."""
+    here = ["cluster.launcher=torchrun", f"cluster.num_trainer_ranks={place.world_size}"]
+    config = load_config(path, [*overrides, *here])
+    asked = load_config(path, overrides).cluster.num_trainer_ranks
+    if asked not in (None, place.world_size):
+        raise ConfigError(
+            [
+                f"cluster.num_trainer_ranks: {asked}, but torchrun started {place.world_size} rank(s)"
+                " (--nnodes x --nproc-per-node); make them equal or leave the key out"
+            ]
+        )
+    return config
+
+
+def _machines(config: Config, place: RankEnvironment, meeting: Rendezvous) -> Machines:
+    return machines_of(config, trainer_nodes=place.world_size // meeting.ranks_per_node)
+
+
+def _wait_for(path: Path) -> None:
+    """Network file systems show another node's new file after a while."""
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"{path}: rank 0 made it, but host {socket.gethostname()} does not see it after 60 s:"
+                " run.dir must be on a file system that all nodes share"
+            )
+        time.sleep(_LOOK_S)
+
+
+def _to_log(path: Path) -> TextIO:
+    """Send this process's output, children's included, to ``path``; returns the terminal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    return terminal
+
+
+class _Duty(threading.Thread):
+    """What a rank does beside training. One thread; it consumes the engines' states and the run folder, produces the
+    list of engines and lines on the terminal, waits for nobody and stops when told."""
+
+    def __init__(self, config: Config, run_dir: Path, where_: tuple[RankEnvironment, Rendezvous], terminal: TextIO) -> None:
+        super().__init__(name="node-duty", daemon=True)
+        self._place, self._meeting = where_
+        self._config, self._run_dir, self._terminal = config, run_dir, terminal
+        self._stopping = threading.Event()
+        self._once = threading.Lock()
+        self._engines: NodeEngines | None = None
+        self._ticks: list[Callable[[], None]] = [self._watch_agent]
+        self._agent = os.getppid()
+
+    def begin(self, seats: Seats) -> None:
+        """Start what this rank is to start, and the thread; SIGTERM and SIGINT now end the process whatever the main
+        thread is in."""
+        end_on_signals(self.end)
+        rollout, node = self._config.rollout, self._meeting.node
+        own = not (rollout.endpoints or rollout.replay)
+        if self._place.rank == 0:
+            self._begin_rank_0(seats if own else None)
+        gpus_of = seats.engines_of(node) if own and self._place.local_rank == 0 else {}
+        if gpus_of:
+            here = Node(number=node, address=self._meeting.own_address())
+            self._engines = NodeEngines(self._config, self._run_dir, here, gpus_of)
+            self._ticks.append(self._tend_engines)
+        self.start()
+
+    def _begin_rank_0(self, seats: Seats | None) -> None:
+        if seats is None:
+            write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._config.rollout))
+        else:
+            self._ticks.append(Assembly(self._run_dir, seats).tick)
+        self._progress = Progress(self._run_dir, total_steps=self._config.run.steps, out=self._terminal)
+        self._progress.say(f"{self._place.world_size} trainer rank(s) under torchrun; run folder: {self._run_dir}")
+        self._ticks.append(self._progress.tick)
+
+    def run(self) -> None:
+        while not self._stopping.wait(_LOOK_S):
+            try:
+                for tick in self._ticks:
+                    tick()
+            except Exception as error:  # whatever it is, nobody else would notice
+                log_failure(error)
+                self.fail(f"{type(error).__name__}: {error}", str(self._run_dir / "logs"))
+
+    def finish(self, note: str | None) -> None:
+        """The training is done, or left as ``note`` says: end the engines, say the last words."""
+        self.stop()
+        if self._place.rank == 0:
+            self._progress.close()
+            print(f"rlx: {note}" if note else self._progress.summary(), file=self._terminal, flush=True)
+
+    def stop(self) -> None:
+        """End the thread and the engines."""
+        self._stopping.set()
+        with self._once:
+            if self._engines is not None:
+                self._engines.stop()
+                self._engines = None
+
+    def end(self, number: int) -> None:
+        """Leave because of a signal; does not return."""
+        logger.info("ended by %s", signal.Signals(number).name)
+        self.stop()
+        os._exit(128 + number)
+
+    def fail(self, cause: str, log: str, role: str = "trainer", rank: int | None = None) -> None:
+        """Leave because of a failure; does not return. What only follows from another's failure is said in one line."""
+        number = self._place.rank if rank is None else rank
+        host = socket.gethostname()
+        if role == "trainer" and speaks_of_lost_peer(cause):
+            lines = [f"rlx: trainer rank {number} on {host} lost a peer: {cause.splitlines()[0]}"]
+        else:
+            lines = [f"rlx: FAILED {role} rank {number} on {host} {where(current_phase())}", f"rlx: cause: {cause}"]
+            lines.append(f"rlx: logs: {log}")
+        print("\n".join(lines), file=self._terminal, flush=True)
+        self.stop()
+        # Peers may be inside a collective with us: leave without the orderly shutdown that would wait for them.
+        os._exit(1)
+
+    def _watch_agent(self) -> None:
+        if os.getppid() != self._agent:
+            self.fail(
+                f"torchrun's own process (pid {self._agent}) died", str(log_path(self._run_dir, "trainer", self._place.rank))
+            )
+
+    def _tend_engines(self) -> None:
+        with self._once:
+            cause: Cause | None = None if self._engines is None else self._engines.tick()
+        if cause is not None:
+            self.fail(cause.cause, str(cause.log_path), cause.role, cause.rank)

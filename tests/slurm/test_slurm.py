@@ -1,0 +1,98 @@
+"""A real SLURM takes the rendered script, requeues it, and cancels it without leftovers. `make test-slurm`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlx.cli.main import main
+from tests.e2e.job import demo_overrides, make_demo
+from tests.slurm.cluster import Slurm, missing_programs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+START_S = 240
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_demo(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    if missing := missing_programs():
+        pytest.skip(f"not installed: {', '.join(missing)} (apt-get install slurm-wlm munge)")
+    if os.getuid():
+        pytest.skip("starting slurmd takes root")
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.close()
+    shutil.rmtree(cluster.munge_folder)
+
+
+def submit(slurm: Slurm, monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]) -> str:
+    """Through ``rlx launch slurm``; the job's number."""
+    for variable in ("SLURM_CONF", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(variable, {**slurm.env, "OMP_NUM_THREADS": "1"}[variable])
+    options = ["--nodes", "1", "--gpus-per-node", "0", "--partition", "test", "--name", name, "--time", "60"]
+    options += ["--log-dir", str(slurm.folder / "logs"), "--threads", "1", "--pass", "SLURM_CONF", "--sbatch", "overcommit"]
+    assert main(["launch", "slurm", *arguments, *options]) == 0
+    return slurm.run("squeue", "-h", "-o", "%i", "--name", name)
+
+
+def members(run_dir: Path) -> list[int]:
+    """Living processes that name the run's folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and str(run_dir).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def wait_for_rows(run_dir: Path, count: int) -> int:
+    deadline = time.monotonic() + START_S
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        assert time.monotonic() < deadline, f"no {count} rows in {metrics}"
+        time.sleep(0.1)
+    return metrics.read_text().count("\n")
+
+
+def test_signal_saves_and_requeues_and_the_next_start_goes_on(
+    slurm: Slurm, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(slurm, monkeypatch, "requeued", [*demo_overrides(demo, run_dir, 9999), "run.export_hf=false"])
+    wait_for_rows(run_dir, 2)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)  # what SLURM does when the time is nearly up
+    slurm.wait_for(job, "PENDING", limit_s=START_S)
+    done = (run_dir / "metrics.jsonl").read_text().count("\n")
+    assert not members(run_dir)
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+    wait_for_rows(run_dir, done + 1)
+    log = (slurm.folder / "logs" / f"{job}.log").read_text()
+    assert "time is nearly up: saving" in log and "start 2" in log
+    assert "resumed from" in (run_dir / "logs" / "trainer-0.log").read_text()
+    slurm.run("scancel", job)
+    slurm.wait_for(job, "CANCELLED", limit_s=START_S)
+    deadline = time.monotonic() + 20
+    while members(run_dir):
+        assert time.monotonic() < deadline, f"left: {members(run_dir)}"
+        time.sleep(0.2)
+
+
+def test_refused_option_is_told(
+    slurm: Slurm, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.env["SLURM_CONF"])
+    options = ["--nodes", "1", "--gpus-per-node", "0", "--partition", "nowhere", "--log-dir", str(tmp_path / "logs")]
+    assert main(["launch", "slurm", *demo_overrides(demo, tmp_path / "run", 2), *options]) == 1
+    assert "sbatch refused" in (told := capfd.readouterr().err) and "partition" in told
