@@ -2,12 +2,16 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-rewards bench-convert
+.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-rewards bench-convert test-sglang bench-sync
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.rlx-setup
 SMOLLM2_STAMP := $(VENV)/.rlx-setup-smollm2
+# Set RLX_SGLANG_VENV to share one environment between clones.
+SGLANG_VENV := $(or $(RLX_SGLANG_VENV),.venv-sglang)
+SGLANG_VERSION := 0.5.15.post1
+SGLANG_STAMP := $(SGLANG_VENV)/.rlx-setup-$(SGLANG_VERSION)
 CONSTRAINTS := launch/constraints.txt
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 IS_312 := 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'
@@ -49,6 +53,15 @@ demo-smollm2: $(SMOLLM2_STAMP)  ## the same with SmolLM2-135M-Instruct, a real p
 test: lint  ## lint, types, then every test that a CPU machine passes quickly
 	$(PY) -m pytest $(ARGS)
 
+# SGLang pins other versions than rlx is tested with, so its servers have an environment of their own, as in a run.
+$(SGLANG_STAMP): Makefile
+	@test -x $(SGLANG_VENV)/bin/python || $(MAKE) --no-print-directory VENV=$(SGLANG_VENV) $(SGLANG_VENV)/bin/python
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check sglang==$(SGLANG_VERSION)
+	@touch $@
+
+test-sglang: $(STAMP) $(SGLANG_STAMP)  ## the tests against stock SGLang servers, on CPUs (installs 9 GB into .venv-sglang once)
+	RLX_SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(PY) -m pytest -m 'sglang and not slow and not gpu' tests $(ARGS)
+
 test-slow: $(STAMP)  ## the tests marked slow
 	$(PY) -m pytest -m 'slow and not gpu and not sglang' $(ARGS)
 
@@ -68,3 +81,6 @@ bench-rewards: $(STAMP)  ## answers a second of the reward pool, and what endles
 
 bench-convert: $(STAMP)  ## the converter against a plain copy and against transformers (10 GB of temporary space)
 	$(PY) tests/benchmarks/bench_convert.py $(ARGS)
+
+bench-sync: $(STAMP)  ## what each part of the weight sync buys, as ratios
+	$(PY) -m pytest -s tests/benchmarks/bench_sync.py $(ARGS)

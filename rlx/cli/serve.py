@@ -8,6 +8,7 @@ other end of ``--parent-pipe`` is gone. Exit status: 0 asked to end, 1 failed, 2
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import random
@@ -26,9 +27,11 @@ import uvicorn
 from rlx.obs.log import log_failure, logger, phase, start_log
 from rlx.rollout.embedded.api import Api
 from rlx.rollout.embedded.engine import Engine
+from rlx.rollout.embedded.keycheck import KeyCheck
 from rlx.rollout.embedded.model import DTYPES, LanguageModel
 from rlx.rollout.embedded.protocol import RequestParser
 from rlx.rollout.embedded.weights import WeightStore
+from rlx.rollout.keys import EngineKeys
 
 _DRAIN_S = 1  # for answers to leave after a signal
 _WORKER_END_S = 0.3
@@ -47,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight-timeout-s", default=300.0, type=float, help="limit of joining a group and of a broadcast")
     parser.add_argument("--await-weights", action="store_true", help="read none: a trainer sends them before the first request")
     parser.add_argument("--rank", default=0, type=int, help="this engine's number in the log")
+    parser.add_argument("--config", type=Path, help="JSON file with api-key and admin-api-key, which requests then must show")
     parser.add_argument("--parent-pipe", type=int, metavar="FD", help="end when this inherited pipe reaches its end")
 
 
@@ -95,6 +99,8 @@ def _serve(args: argparse.Namespace, listener: socket.socket, model: LanguageMod
     seeds = random.Random(secrets.randbits(64) if args.seed is None else args.seed)
     parser = RequestParser(model.info, model.tokenizer, lambda: seeds.getrandbits(63))
     api = Api(engine, WeightStore(model, args.weight_timeout_s), parser, args.max_running)
+    if args.config is not None:
+        api.app.add_middleware(KeyCheck, keys=_read_keys(args.config))
     config = uvicorn.Config(
         api.app,
         log_config=None,
@@ -144,6 +150,11 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
         # The handler may have interrupted a thread that holds the engine's lock: close from another one.
         threading.Thread(target=self._engine.close, daemon=True).start()
+
+
+def _read_keys(path: Path) -> EngineKeys:
+    content = json.loads(path.read_text())
+    return EngineKeys(api_key=content["api-key"], admin_key=content["admin-api-key"])
 
 
 def _listen(host: str, port: int) -> socket.socket:

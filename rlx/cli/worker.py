@@ -10,7 +10,6 @@ run.resume=auto (0 where RLX_REQUEUE_FILE names a file, which then says so inste
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 
 from rlx.cluster.environment import RankEnvironment, leave_launcher_store, rank_environment, report_requeue
+from rlx.cluster.fleet import Fleet, read_fleet
 from rlx.cluster.parent import watch_parent
 from rlx.cluster.ranks import Ranks
 from rlx.cluster.stopping import REQUEUE_STATUS, StopRequest
@@ -34,7 +34,7 @@ from rlx.types import ParallelDims
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="configuration file, or a prepared run folder with config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
-    parser.add_argument("--endpoints-file", type=Path, help="JSON list of engine URLs; waited for; means a prepared run")
+    parser.add_argument("--endpoints-file", type=Path, help="the launcher's list of engines; waited for; means a prepared run")
     parser.add_argument("--parent-pipe", type=int, help="inherited pipe whose end of file means that the launcher died")
 
 
@@ -76,12 +76,11 @@ def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path, stop:
         context = _join(config, where)
     worker = Worker(config, context)
     with phase("wait for engines"):
-        endpoints = _wait_for_endpoints(endpoints_file, config.rollout.start_timeout_s + 60)
-    worker.connect_engines(endpoints)
+        worker.use_keys(_wait_for_engines(endpoints_file, config.rollout.start_timeout_s + 60).keys)
     ranks = Ranks(worker)
     done = True
     if where.rank == 0:
-        done = drive(config, ranks, endpoints, stop_asked=stop.is_set)
+        done = drive(config, ranks, endpoints_file, stop_asked=stop.is_set)
         ranks.stop()
     else:
         ranks.serve()
@@ -111,14 +110,13 @@ def _join(config: Config, where: RankEnvironment) -> ParallelContext:
     return build_context(dims, device, seed=config.run.seed, timeout_s=limit_s)
 
 
-def _wait_for_endpoints(file: Path, timeout_s: float) -> list[str]:
+def _wait_for_engines(file: Path, timeout_s: float) -> Fleet:
     deadline = time.monotonic() + timeout_s
     while not file.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"no engine endpoints in {file} after {timeout_s:.0f} s")
+            raise TimeoutError(f"no engines in {file} after {timeout_s:.0f} s")
         time.sleep(0.05)
-    urls: list[str] = json.loads(file.read_text())
-    return urls
+    return read_fleet(file)
 
 
 if __name__ == "__main__":

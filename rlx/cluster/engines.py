@@ -1,93 +1,211 @@
-"""From engine processes to a file of endpoints that the trainers wait for."""
+"""The launcher's engines: started, waited for, replaced when they end, and announced to the trainers.
+
+``Engines`` is looked after by the launcher's tick; only waiting for ports and health happens in threads, one a start.
+"""
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from signal import SIGKILL
 
-from rlx.cluster.causes import Cause, tail
-from rlx.cluster.processes import Child
+from rlx.cluster.causes import Cause, is_port_taken, tail
+from rlx.cluster.fleet import Fleet, Member, take_request, write_fleet
+from rlx.cluster.processes import Child, kill_members
 from rlx.cluster.supervisor import now_text
+from rlx.config.schema import RolloutConfig
 from rlx.obs.log import Phase
+from rlx.rollout.keys import EngineKeys
 from rlx.rollout.server import parse_ready_port, wait_until_healthy
 
 _POLL_S = 0.1
+_MAX_PORT_RETRIES = 3
 
 
-def write_endpoints(path: Path, urls: Sequence[str]) -> None:
-    """A JSON list of URLs; whoever sees the file sees all of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(list(urls)) + "\n")
-    os.replace(partial, path)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """How to start one engine. ``port`` None: the engine takes one and says so in a ready line. ``host`` is where
+    others reach it."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    port: int | None = None
+    host: str = "127.0.0.1"
 
 
-class EngineStart:
-    """Waits in threads of its own, one an engine, for each engine's port and health, then writes the endpoints once.
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """One engine of the run through all its incarnations. ``starting`` until it was healthy; then ``url`` is set."""
 
-    Consumes the engines' logs; ends when all are healthy, one failed, one ended or ``cancel`` was called.
+    index: int
+    child: Child
+    starting: Future[str]
+    url: str | None = None
+    incarnation: int = 0
+    num_port_retries: int = 0
+    old: list[Child] = field(default_factory=list)
+
+
+class Engines:
+    """``plan`` says how to start engine i now (ports differ each time), ``spawn`` starts it.
+
+    The file ``path`` appears once all engines were healthy; from then on it lists those that are.
     """
 
-    def __init__(self, engines: Sequence[Child], path: Path, *, timeout_s: float, host: str = "127.0.0.1") -> None:
-        self._engines = tuple(engines)
-        self._path = path
-        self._timeout_s = timeout_s
-        self._host = host
+    def __init__(
+        self,
+        config: RolloutConfig,
+        keys: EngineKeys,
+        path: Path,
+        *,
+        plan: Callable[[int], EnginePlan],
+        spawn: Callable[[int, EnginePlan], Child],
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._keys, self._path = config, keys, path
+        self._plan, self._spawn, self._say = plan, spawn, say
         self._cancelled = threading.Event()
-        self._pool = ThreadPoolExecutor(max_workers=max(1, len(engines)), thread_name_prefix="engine-start")
-        self._urls: list[Future[str]] = [self._pool.submit(self._wait, engine) for engine in engines]
-        self._written = False
+        self._pool = ThreadPoolExecutor(max_workers=config.num_engines, thread_name_prefix="engine-start")
+        self._slots: list[_Slot] = []
+        self._written: Fleet | None = None
+        self._failure: Cause | None = None
+        self._num_restarts = 0
+
+    def start(self, indices: Iterable[int]) -> None:
+        """Start these; returns at once."""
+        for index in indices:
+            self._slots.append(_Slot(index, *self._launch(index)))
+
+    def tick(self) -> None:
+        """Look at every engine: note those that became healthy, replace those that ended, announce what changed."""
+        for slot in self._slots:
+            if slot.url is None:
+                self._tend_starting(slot)
+            elif slot.child.poll() is not None and self._has_restarts(slot):
+                self._replace(slot, "ended")
+            elif take_request(self._path.parent, slot.index, slot.incarnation) and self._has_restarts(slot):
+                self._replace(slot, "answers wrongly or not at all")
+        self._announce()
 
     def serving(self) -> bool:
-        """True once all engines were healthy; writes the endpoints the first time."""
-        if not self._written and all(url.done() and url.exception() is None for url in self._urls):
-            write_endpoints(self._path, [url.result() for url in self._urls])
-            self._written = True
-        return self._written
+        """True once all engines were healthy."""
+        self.tick()
+        return self._written is not None
 
     def failed(self) -> Cause | None:
         """The engine that did not become healthy, if any."""
-        for engine, url in zip(self._engines, self._urls, strict=True):
-            error = url.exception() if url.done() else None
-            if error is not None:
-                first_line = (str(error).splitlines() or [""])[0].removesuffix(
-                    "; last lines of its log:"
-                )  # the log is shown apart
-                return Cause(
-                    role=engine.spec.role,
-                    rank=engine.spec.rank,
-                    phase=Phase(name="start engine"),
-                    cause=f"{type(error).__name__}: {first_line}",
-                    log_path=engine.spec.log_path,
-                    when=now_text(),
-                )
-        return None
+        return self._failure
+
+    def forgives(self, child: Child) -> bool:
+        """Whether this engine's end is not the run's: it is replaced already, or will be at the next tick."""
+        slot = next((slot for slot in self._slots if slot.child is child), None)
+        if slot is None:
+            return True
+        return self._has_restarts(slot) if slot.url is not None or slot.incarnation else self._lost_its_port(slot)
+
+    def children(self) -> list[Child]:
+        """The present ones."""
+        return [slot.child for slot in self._slots]
+
+    def all_children(self) -> list[Child]:
+        """Those that were replaced too."""
+        return [child for slot in self._slots for child in (*slot.old, slot.child)]
 
     def cancel(self) -> None:
         """Stop waiting."""
         self._cancelled.set()
         self._pool.shutdown(wait=True)
 
-    def _wait(self, engine: Child) -> str:
-        deadline = time.monotonic() + self._timeout_s
-        alive = self._alive(engine)
-        while (port := _reported_port(engine)) is None:
+    def _launch(self, index: int) -> tuple[Child, Future[str]]:
+        plan = self._plan(index)
+        child = self._spawn(index, plan)
+        return child, self._pool.submit(self._wait, child, plan)
+
+    def _tend_starting(self, slot: _Slot) -> None:
+        if not slot.starting.done():
+            return
+        error = slot.starting.exception()
+        if error is None:
+            slot.url = slot.starting.result()
+            if slot.incarnation:
+                self._say(f"engine {slot.index} serves again")
+        elif self._lost_its_port(slot):
+            slot.num_port_retries += 1
+            self._renew(slot)
+        elif slot.incarnation and self._has_restarts(slot):
+            self._replace(slot, "did not become healthy")
+        else:
+            self._failure = self._failure or _cause(slot.child, error)
+
+    def _lost_its_port(self, slot: _Slot) -> bool:
+        ended = slot.child.poll() is not None
+        return ended and slot.num_port_retries < _MAX_PORT_RETRIES and is_port_taken(slot.child.log_text())
+
+    def _has_restarts(self, slot: _Slot) -> bool:
+        return slot.incarnation < self._config.max_restarts
+
+    def _replace(self, slot: _Slot, why: str) -> None:
+        slot.incarnation += 1
+        self._num_restarts += 1
+        self._say(f"engine {slot.index} {why}; restart {slot.incarnation} of {self._config.max_restarts}")
+        self._renew(slot)
+
+    def _renew(self, slot: _Slot) -> None:
+        slot.url = None
+        slot.child.signal_group(SIGKILL)
+        kill_members({slot.child.pid}, None, limit_s=3.0)
+        slot.child.reap(timeout_s=1.0)
+        slot.old.append(slot.child)
+        slot.child, slot.starting = self._launch(slot.index)
+
+    def _announce(self) -> None:
+        if self._written is None and any(slot.url is None for slot in self._slots):
+            return
+        tp = self._config.tp if self._config.engine == "sglang" else 1
+        members = [
+            Member(index=slot.index, url=slot.url, tp=tp, incarnation=slot.incarnation)
+            for slot in self._slots
+            if slot.url is not None
+        ]
+        fleet = Fleet(members=tuple(members), keys=self._keys, num_restarts=self._num_restarts)
+        if fleet != self._written:
+            write_fleet(self._path, fleet)
+            self._written = fleet
+
+    def _wait(self, engine: Child, plan: EnginePlan) -> str:
+        port = plan.port
+        deadline = time.monotonic() + self._config.start_timeout_s
+
+        def alive() -> bool:
+            return engine.poll() is None and not self._cancelled.is_set()
+
+        while port is None and (port := _reported_port(engine)) is None:
             if not alive():
                 raise RuntimeError("the engine process ended before it reported its port")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the engine reported no port within {self._timeout_s:g} s (rollout.start_timeout_s)")
+                limit = f"{self._config.start_timeout_s:g} s (rollout.start_timeout_s)"
+                raise TimeoutError(f"the engine reported no port within {limit}")
             time.sleep(_POLL_S)
-        url = f"http://{self._host}:{port}"
-        left = max(0.1, deadline - time.monotonic())
-        wait_until_healthy(url, left, alive, lambda: tail(engine.log_text(), 20))
+        url = f"http://{plan.host}:{port}"
+        wait_until_healthy(url, max(0.1, deadline - time.monotonic()), alive, lambda: tail(engine.log_text(), 20))
         return url
 
-    def _alive(self, engine: Child) -> Callable[[], bool]:
-        return lambda: engine.poll() is None and not self._cancelled.is_set()
+
+def _cause(engine: Child, error: BaseException) -> Cause:
+    # The log is shown apart.
+    first_line = (str(error).splitlines() or [""])[0].removesuffix("; last lines of its log:")
+    return Cause(
+        role=engine.spec.role,
+        rank=engine.spec.rank,
+        phase=Phase(name="start engine"),
+        cause=f"{type(error).__name__}: {first_line}",
+        log_path=engine.spec.log_path,
+        when=now_text(),
+    )
 
 
 def _reported_port(engine: Child) -> int | None:

@@ -6,6 +6,8 @@ import os
 import socket
 from dataclasses import dataclass
 
+from rlx.rollout.keys import EngineKeys
+
 # What Megatron says at every import, in every rank, about packages that are optional here.
 QUIET = {
     "PYTHONWARNINGS": ",".join(
@@ -123,3 +125,9 @@ def rollout_node() -> RolloutNode:
         ranks_per_node=0,
     )
     return RolloutNode(number=number, trainer_nodes=trainer_nodes, meeting=meeting)
+
+
+def attached_keys() -> EngineKeys:
+    """The keys of servers that others started: RLX_ENGINE_API_KEY and RLX_ENGINE_ADMIN_KEY, each optional. A key in a
+    configuration file would be copied into every run folder."""
+    return EngineKeys(api_key=os.environ.get("RLX_ENGINE_API_KEY"), admin_key=os.environ.get("RLX_ENGINE_ADMIN_KEY"))

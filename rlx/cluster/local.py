@@ -1,13 +1,12 @@
 """One machine: engines and trainer ranks as child processes of this one.
 
 Engines and trainers start at the same time, so that models load side by side; trainers find the engines through
-``RUN_DIR/engines.json``, which appears once all engines are healthy.
+``RUN_DIR/engines.json``, which appears once all engines are healthy and lists those that serve now.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,18 +16,21 @@ from pathlib import Path
 
 import rlx
 from rlx.cluster.causes import Cause, is_port_taken, tail, where
-from rlx.cluster.engines import EngineStart, write_endpoints
+from rlx.cluster.engines import EnginePlan, Engines
 from rlx.cluster.environment import QUIET
+from rlx.cluster.fleet import run_keys, write_fleet
 from rlx.cluster.guard import Guard
 from rlx.cluster.interrupts import Interrupts
+from rlx.cluster.placement import EngineSite, attached_fleet, check_placement, plan_engine
+from rlx.cluster.ports import free_port
 from rlx.cluster.processes import LAUNCH_ID, Child, ChildSpec, stop_all
 from rlx.cluster.progress import Progress
 from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir
-from rlx.cluster.supervisor import Outcome, Supervisor
+from rlx.cluster.supervisor import NoEngines, Outcome, Supervisor
 from rlx.config.load import ConfigError, dump_config
 from rlx.config.schema import Config
 from rlx.obs.log import last_phase
-from rlx.rollout.server import engine_command
+from rlx.rollout.keys import EngineKeys
 
 _MAX_PORT_RETRIES = 2
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -40,17 +42,12 @@ def trainer_command(run_dir: Path, endpoints_file: Path, parent_pipe: int) -> li
     return [*worker, "--endpoints-file", str(endpoints_file), "--parent-pipe", str(parent_pipe)]
 
 
-def embedded_engine_command(config: Config, index: int, parent_pipe: int) -> list[str]:
-    """The command line of one engine that chooses its own port."""
-    return engine_command(config, index=index, port=0, python=sys.executable, parent_pipe=parent_pipe)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Programs:
     """What to run as a trainer rank and as an engine."""
 
     trainer: Callable[[Path, Path, int], Sequence[str]] = trainer_command
-    engine: Callable[[Config, int, int], Sequence[str]] = embedded_engine_command
+    engine: Callable[[Config, EngineSite], EnginePlan] = plan_engine
 
 
 def run_local(config: Config, programs: Programs = Programs()) -> int:
@@ -93,7 +90,7 @@ class Launch:
         self._env = child_environment(config, self._id, num_engines=self._num_engines)
         self._open = ExitStack()
         self._trainers: list[Child] = []
-        self._engines: list[Child] = []
+        self._engines: Engines | None = None
 
     @property
     def described(self) -> str:
@@ -103,28 +100,24 @@ class Launch:
 
     def log_of(self, cause: Cause) -> str:
         """What the process that is to blame wrote."""
-        children = [*self._trainers, *self._engines]
-        return next((child.log_text() for child in children if child.spec.log_path == cause.log_path), "")
+        logs = [child.log_text() for child in self._children() if child.spec.log_path == cause.log_path]
+        return logs[-1] if logs else ""
 
     def run(self) -> Outcome:
         """Start everything and watch until it is over; trainers that found their port taken are started again."""
         self._parent_pipe = self._open.enter_context(inherited_pipe())
-        engine_commands = self._engine_commands()
+        keys = run_keys(self._run_dir)
+        self._check_engines(keys)
         log = log_path(self._run_dir, "trainer", 0)
         self._guard = Guard(launch_id=self._id, launcher_pid=os.getpid(), log=log, env=self._guard_env())
         self._open.callback(self._guard.dismiss)
         self._progress.say(f"starting {self.described}; run folder: {self._run_dir}")
-        endpoints = self._run_dir / ENDPOINTS
-        for index, argv in enumerate(engine_commands):
-            self._engines.append(self._spawn("engine", index, argv, self._env))
         if self._num_engines:
-            start = EngineStart(self._engines, endpoints, timeout_s=self._config.rollout.start_timeout_s)
-            self._open.callback(start.cancel)
+            self._start_engines(keys)
         else:
-            start = None
-            write_endpoints(endpoints, self._config.rollout.endpoints)
+            write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._config.rollout))
         for retries_left in range(_MAX_PORT_RETRIES, -1, -1):
-            outcome = self._run_trainers(start)
+            outcome = self._run_trainers()
             if not retries_left or not self._failed_on_port(outcome):
                 break
             stop_all(self._trainers, hurry=self._interrupts.is_urgent)
@@ -133,28 +126,29 @@ class Launch:
 
     def stop(self) -> list[int]:
         """End all processes; returns the numbers of those that could not be ended."""
-        left = stop_all([*self._trainers, *self._engines], self._id, hurry=self._interrupts.is_urgent)
+        left = stop_all(self._children(), self._id, hurry=self._interrupts.is_urgent)
         self._open.close()
         return left
 
-    def _run_trainers(self, start: EngineStart | None) -> Outcome:
+    def _children(self) -> list[Child]:
+        return [*self._trainers, *(() if self._engines is None else self._engines.all_children())]
+
+    def _run_trainers(self) -> Outcome:
         port = free_port()
         self._trainers = []
         for rank in range(self._config.num_trainer_ranks):
             self._trainers.append(self._spawn_trainer(rank, port))
         supervisor = Supervisor(
             self._trainers,
-            self._engines,
-            engines_failed=lambda: None if start is None else start.failed(),
-            serving=lambda: start is None or start.serving(),
+            NoEngines() if self._engines is None else self._engines,
             interrupted=self._interrupts.is_set,
-            tick=lambda: self._tick(start),
+            tick=self._tick,
         )
         return supervisor.watch(leave_timeout_s=self._config.run.failure_timeout_s)
 
-    def _tick(self, start: EngineStart | None) -> None:
-        if start is not None:
-            start.serving()
+    def _tick(self) -> None:
+        if self._engines is not None:
+            self._engines.tick()
         self._progress.tick()
 
     def _failed_on_port(self, outcome: Outcome) -> bool:
@@ -164,12 +158,30 @@ class Launch:
         logs = [trainer.log_text() for trainer in self._trainers]
         return any(is_port_taken(log) for log in logs) and all(last_phase(log).step < 0 for log in logs)
 
-    def _engine_commands(self) -> list[Sequence[str]]:
+    def _site(self, index: int, keys: EngineKeys) -> EngineSite:
+        return EngineSite(index=index, run_dir=self._run_dir, parent_pipe=self._parent_pipe, env=self._env, keys=keys)
+
+    def _check_engines(self, keys: EngineKeys) -> None:
         """Raises ConfigError for settings that no engine can be started with."""
         try:
-            return [self._programs.engine(self._config, index, self._parent_pipe) for index in range(self._num_engines)]
+            if self._num_engines:
+                check_placement(self._config)
+            for index in range(self._num_engines):
+                self._programs.engine(self._config, self._site(index, keys))
         except ValueError as error:
             raise ConfigError([str(error)]) from error
+
+    def _start_engines(self, keys: EngineKeys) -> None:
+        self._engines = Engines(
+            self._config.rollout,
+            keys,
+            self._run_dir / ENDPOINTS,
+            plan=lambda index: self._programs.engine(self._config, self._site(index, keys)),
+            spawn=lambda index, plan: self._spawn("engine", index, plan.argv, plan.env),
+            say=self._progress.say,
+        )
+        self._open.callback(self._engines.cancel)
+        self._engines.start(range(self._num_engines))
 
     def _spawn_trainer(self, rank: int, port: int) -> Child:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._config.num_trainer_ranks, "MASTER_PORT": port}
@@ -206,6 +218,9 @@ def child_environment(config: Config, launch_id: str, *, num_engines: int) -> di
     env["PYTHONUNBUFFERED"] = "1"
     env["TOKENIZERS_PARALLELISM"] = env.get("TOKENIZERS_PARALLELISM", "false")
     env[LAUNCH_ID] = launch_id
+    # SGLang sets these for itself; a group whose two sides differ forms, and its first broadcast fails.
+    env.setdefault("NCCL_CUMEM_ENABLE", "0")
+    env.setdefault("NCCL_NVLS_ENABLE", "0")
     if not config.rollout.endpoints:
         # All peers are here: do not depend on the host name resolving, and listen to nobody outside.
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -233,10 +248,3 @@ def inherited_pipe() -> Iterator[int]:
     finally:
         os.close(writing)
         os.close(reading)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now. It may be taken before it is used: see ``Launch.run``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from rlx.cluster.environment import QUIET
-from rlx.cluster.local import free_port
+from rlx.cluster.ports import free_port
 
 _POLL_S = 0.1
 

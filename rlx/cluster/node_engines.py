@@ -7,26 +7,25 @@ parts together.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlx.cluster.causes import Cause, Ended, cause_of
-from rlx.cluster.engines import EngineStart, write_endpoints
+from rlx.cluster.engines import EnginePlan, Engines
+from rlx.cluster.fleet import Fleet, read_fleet, run_keys, write_fleet
 from rlx.cluster.guard import Guard
 from rlx.cluster.local import child_environment, inherited_pipe
+from rlx.cluster.placement import EngineSite, plan_engine
 from rlx.cluster.processes import LAUNCH_ID, Child, ChildSpec, stop_all
 from rlx.cluster.rundir import ENDPOINTS, log_path
 from rlx.cluster.seats import Seats
 from rlx.cluster.supervisor import now_text
 from rlx.config.schema import Config
-from rlx.obs.log import Phase, last_phase
-from rlx.rollout.server import engine_command
+from rlx.obs.log import Phase, last_phase, logger
 
 # A server that inherited these would take itself for one of the trainer ranks.
 _RANK_VARIABLES = (
@@ -57,8 +56,18 @@ class NodeEngines:
         self._id = uuid.uuid4().hex
         self._open = ExitStack()
         pipe = self._open.enter_context(inherited_pipe())
-        commands = {index: self._command(config, index, node, pipe) for index in gpus_of}
         env = _environment(config, self._id, node)
+        keys = run_keys(run_dir)
+
+        def plan(index: int) -> EnginePlan:
+            gpus = tuple(_visible(gpus_of[index]).split(",")) if gpus_of[index] else ()
+            site = EngineSite(index=index, run_dir=run_dir, parent_pipe=pipe, env=env, keys=keys, host=node.address, gpus=gpus)
+            found = plan_engine(config, site)
+            # A signal that asks the trainers to save may reach every process of a job.
+            return replace(found, argv=["env", "--ignore-signal=USR1", *found.argv])
+
+        for index in gpus_of:
+            plan(index)
         self._guard = Guard(
             launch_id=self._id,
             launcher_pid=os.getpid(),
@@ -66,36 +75,38 @@ class NodeEngines:
             env={name: value for name, value in env.items() if name != LAUNCH_ID},
         )
         self._open.callback(self._guard.dismiss)
-        self._engines = [self._spawn(index, command, env, (gpus_of[index], pipe)) for index, command in commands.items()]
         part = part_path(run_dir, node.number)
-        self._start = EngineStart(self._engines, part, timeout_s=config.rollout.start_timeout_s, host=node.address)
-        self._open.callback(self._start.cancel)
+        part.unlink(missing_ok=True)
+        self._engines = Engines(
+            config.rollout,
+            keys,
+            part,
+            plan=plan,
+            spawn=lambda index, found: self._spawn(index, found, pipe),
+            say=lambda text: logger.info("%s", text),
+        )
+        self._open.callback(self._engines.cancel)
+        self._engines.start(gpus_of)
 
     def tick(self) -> Cause | None:
         """Announce the engines once they are healthy; the cause when one is not, or has ended."""
         self._last_look = now_text()
-        for engine in self._engines:
-            if engine.poll() is not None:
+        for engine in self._engines.children():
+            if engine.poll() is not None and not self._engines.forgives(engine):
                 return cause_of(self._ended(engine))
-        self._start.serving()
-        return self._start.failed()
+        self._engines.tick()
+        return self._engines.failed()
 
     def stop(self) -> list[int]:
         """End them all; the numbers of those that could not be ended."""
-        left = stop_all(self._engines, self._id)
+        left = stop_all(self._engines.all_children(), self._id)
         self._open.close()
         return left
 
-    def _command(self, config: Config, index: int, node: Node, pipe: int) -> list[str]:
-        command = engine_command(config, index=index, port=0, python=sys.executable, parent_pipe=pipe)
-        # A signal that asks the trainers to save may reach every process of a job.
-        return ["env", "--ignore-signal=USR1", *command, "--host", node.address]
-
-    def _spawn(self, index: int, command: list[str], env: Mapping[str, str], seat: tuple[tuple[int, ...], int]) -> Child:
-        gpus, pipe = seat
+    def _spawn(self, index: int, plan: EnginePlan, pipe: int) -> Child:
         path = log_path(self._run_dir, "engine", index)
-        own = dict(env) | ({"CUDA_VISIBLE_DEVICES": _visible(gpus)} if gpus else {})
-        child = Child(ChildSpec(role="engine", rank=index, argv=command, env=own, log_path=path, pass_fds=(pipe,)))
+        spec = ChildSpec(role="engine", rank=index, argv=tuple(plan.argv), env=plan.env, log_path=path, pass_fds=(pipe,))
+        child = Child(spec)
         self._guard.add(child.pid)
         return child
 
@@ -111,7 +122,7 @@ class NodeEngines:
             seen_ended=now_text(),
             log=log,
             log_path=engine.spec.log_path,
-            phase=own if own.step >= 0 or not self._start.serving() else Phase(name="serve"),
+            phase=own if own.step >= 0 or not self._engines.serving() else Phase(name="serve"),
         )
 
 
@@ -120,19 +131,21 @@ class Assembly:
 
     def __init__(self, run_dir: Path, seats: Seats) -> None:
         self._run_dir = run_dir
-        self._numbers = {node: list(seats.engines_of(node)) for node in range(seats.machines.nodes) if seats.engines_of(node)}
-        self._written = False
+        self._nodes = [node for node in range(seats.machines.nodes) if seats.engines_of(node)]
+        self._written: Fleet | None = None
 
     def tick(self) -> None:
-        """Write the list once every part is there."""
-        parts = {node: part_path(self._run_dir, node) for node in self._numbers}
-        if self._written or not all(part.exists() for part in parts.values()):
+        """Write the list once every part is there, and again whenever one has changed."""
+        paths = [part_path(self._run_dir, node) for node in self._nodes]
+        if not all(path.exists() for path in paths):
             return
-        urls: dict[int, str] = {}
-        for node, part in parts.items():
-            urls |= dict(zip(self._numbers[node], json.loads(part.read_text()), strict=True))
-        write_endpoints(self._run_dir / ENDPOINTS, [urls[index] for index in sorted(urls)])
-        self._written = True
+        parts = [read_fleet(path) for path in paths]
+        members = sorted((member for part in parts for member in part.members), key=lambda member: member.index)
+        restarts = sum(part.num_restarts for part in parts)
+        fleet = Fleet(members=tuple(members), keys=parts[0].keys, num_restarts=restarts)
+        if fleet != self._written:
+            write_fleet(self._run_dir / ENDPOINTS, fleet)
+            self._written = fleet
 
 
 def part_path(run_dir: Path, node: int) -> Path:

@@ -7,7 +7,7 @@ fails logs its cause and ends its process; whoever supervises the ranks then sto
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -62,10 +62,11 @@ class Ranks:
 
 
 class RankedPolicy:
-    """PolicyGroup over ranks."""
+    """PolicyGroup over ranks. ``publish`` is how weights reach the engines; None: there are no engines."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, publish: Callable[[int], WeightManifest] | None) -> None:
         self._ranks = ranks
+        self._publish = publish
 
     def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
         self._ranks.call("load_batch", samples, plan)
@@ -83,8 +84,7 @@ class RankedPolicy:
         return stats
 
     def publish(self, version: int) -> WeightManifest | None:
-        manifest: WeightManifest | None = self._ranks.call("publish", version)
-        return manifest
+        return None if self._publish is None else self._publish(version)
 
     def save(self, path: str) -> None:
         self._ranks.call("save", path)

@@ -13,7 +13,7 @@ from rlx.config.load import ConfigError
 from rlx.config.schema import Config
 
 ENDPOINTS = "engines.json"
-_OURS = ("metrics.jsonl", "checkpoints", "hf", "tensorboard", "logs", "config.yaml", ENDPOINTS)
+_OURS = ("metrics.jsonl", "checkpoints", "hf", "tensorboard", "logs", "config.yaml", "sync", "engines", ENDPOINTS)
 
 
 def log_path(run_dir: Path, role: str, rank: int) -> Path:
@@ -61,7 +61,7 @@ def open_run_dir(config: Config) -> Iterator[Path]:
         if config.run.overwrite:
             for name in _OURS:
                 _remove(run_dir / name)
-        for announced in (run_dir / ENDPOINTS, *run_dir.glob("engines-*.json")):
+        for announced in (run_dir / ENDPOINTS, *run_dir.glob("engines-*.json"), run_dir / "engines"):
             _remove(announced)
         (run_dir / "logs").mkdir(exist_ok=True)
         yield run_dir

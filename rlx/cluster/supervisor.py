@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Protocol
 
 from rlx.cluster.causes import Cause, Ended, cause_of, first_cause
 from rlx.cluster.processes import Child
@@ -39,24 +40,55 @@ def now_text() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
 
 
+class EngineWatch(Protocol):
+    """The engines of a launch, as far as their supervisor asks."""
+
+    def children(self) -> Sequence[Child]:
+        """The present ones."""
+        ...
+
+    def failed(self) -> Cause | None:
+        """An engine that runs but never became healthy."""
+        ...
+
+    def forgives(self, child: Child) -> bool:
+        """Whether this engine's end is made good."""
+        ...
+
+    def serving(self) -> bool:
+        """Whether all of them were healthy."""
+        ...
+
+
+class NoEngines:
+    """Of a launch that starts none."""
+
+    def children(self) -> Sequence[Child]:
+        return ()
+
+    def failed(self) -> Cause | None:
+        return None
+
+    def forgives(self, child: Child) -> bool:
+        return False
+
+    def serving(self) -> bool:
+        return True
+
+
 class Supervisor:
-    """Watches ``trainers`` and ``engines``. ``engines_failed`` tells of an engine that runs but never became healthy;
-    ``serving`` whether all engines have; ``tick`` is called at each look."""
+    """Watches ``trainers`` and ``engines``; ``tick`` is called at each look."""
 
     def __init__(
         self,
         trainers: Sequence[Child],
-        engines: Sequence[Child],
+        engines: EngineWatch,
         *,
-        engines_failed: Callable[[], Cause | None],
-        serving: Callable[[], bool],
         interrupted: Callable[[], bool],
         tick: Callable[[], None],
     ) -> None:
         self._trainers = tuple(trainers)
-        self._engines = tuple(engines)
-        self._engines_failed = engines_failed
-        self._serving = serving
+        self._engines = engines
         self._interrupted = interrupted
         self._tick = tick
         self._exits: dict[Child, _Exit] = {}
@@ -78,7 +110,7 @@ class Supervisor:
     def _look(self) -> bool:
         """Note who ended since the last look. True when all trainers are done and well."""
         began = now_text()
-        for child in (*self._trainers, *self._engines):
+        for child in (*self._trainers, *self._engines.children()):
             status = child.poll()
             if status is not None and child not in self._exits:
                 self._exits[child] = _Exit(status, self._last_look, now_text())
@@ -104,14 +136,16 @@ class Supervisor:
 
     def _causes(self) -> list[Cause]:
         causes = [cause_of(self._ended(child, seen)) for child, seen in self._exits.items() if self._is_failure(child, seen)]
-        unhealthy = None if causes else self._engines_failed()
+        unhealthy = None if causes else self._engines.failed()
         return causes if unhealthy is None else [unhealthy]
 
     def _is_failure(self, child: Child, seen: _Exit) -> bool:
         """A trainer may end well; an engine is to serve until we stop it, which is after the last trainer ended."""
-        if seen.returncode != 0:
-            return True
-        return child in self._engines and not all(
+        if child in self._trainers:
+            return seen.returncode != 0
+        if self._engines.forgives(child):
+            return False
+        return seen.returncode != 0 or not all(
             trainer in self._exits and self._exits[trainer].returncode == 0 for trainer in self._trainers
         )
 
@@ -131,8 +165,8 @@ class Supervisor:
     def _phase(self, child: Child, log: str) -> Phase:
         """Where a child is. An engine that serves has no step of its own: it is where the job is."""
         own = last_phase(log)
-        if child in self._engines and own.step < 0:
-            return last_phase(self._trainers[0].log_text()) if self._serving() else Phase(name="start engine")
+        if child not in self._trainers and own.step < 0:
+            return last_phase(self._trainers[0].log_text()) if self._engines.serving() else Phase(name="start engine")
         return own
 
     def _overdue(self, limit_s: float) -> list[Cause]:

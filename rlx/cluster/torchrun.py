@@ -25,9 +25,10 @@ from typing import TextIO
 from torch._C._distributed_c10d import TCPStore
 
 from rlx.cluster.causes import Cause, speaks_of_lost_peer, where
-from rlx.cluster.engines import write_endpoints
 from rlx.cluster.environment import RankEnvironment, Rendezvous, default_interface, rendezvous
+from rlx.cluster.fleet import write_fleet
 from rlx.cluster.node_engines import Assembly, Node, NodeEngines
+from rlx.cluster.placement import attached_fleet
 from rlx.cluster.progress import Progress
 from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir
 from rlx.cluster.seating import machines_of, seats_of
@@ -219,7 +220,7 @@ class _Duty(threading.Thread):
 
     def _begin_rank_0(self, seats: Seats | None) -> None:
         if seats is None:
-            write_endpoints(self._run_dir / ENDPOINTS, self._config.rollout.endpoints)
+            write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._config.rollout))
         else:
             self._ticks.append(Assembly(self._run_dir, seats).tick)
         self._progress = Progress(self._run_dir, total_steps=self._config.run.steps, out=self._terminal)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.registry import make_algorithm
+from rlx.cluster.fleet import read_fleet
+from rlx.cluster.publishing import EnginePublisher
 from rlx.cluster.ranks import RankedCritic, RankedPolicy, RankedReference, Ranks
 from rlx.config.schema import Config
 from rlx.data.prompts import PromptSource
@@ -20,6 +23,7 @@ from rlx.obs.trackers import make_trackers
 from rlx.rewards.pools import make_reward_service
 from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
+from rlx.rollout.router import EngineCare
 from rlx.trainer.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
 from rlx.trainer.evaluate import Evaluation
 from rlx.trainer.ppo import PPOTrainer, run
@@ -27,7 +31,7 @@ from rlx.trainer.roles import Roles, RolloutService
 from rlx.types import SamplingSpec, StepReport
 
 
-def drive(config: Config, ranks: Ranks, endpoints: Sequence[str], *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
+def drive(config: Config, ranks: Ranks, engines: Path, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
     """Train to the end: resume, iterate, save, export. Runs on rank 0 while the other ranks serve.
 
     False when ``stop_asked`` ended it early; what was done is saved.
@@ -35,7 +39,7 @@ def drive(config: Config, ranks: Ranks, endpoints: Sequence[str], *, stop_asked:
     run_dir = Path(config.run.dir)
     with ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
-        trainer = _make_trainer(config, ranks, endpoints, tokenizer, stack)
+        trainer = _make_trainer(config, ranks, engines, tokenizer, stack)
         writer = stack.enter_context(closing(MetricsWriter(run_dir / "metrics.jsonl")))
         trackers = make_trackers(config, run_dir)
         for tracker in trackers:
@@ -43,8 +47,11 @@ def drive(config: Config, ranks: Ranks, endpoints: Sequence[str], *, stop_asked:
         _resume(config, trainer, writer)
         evaluation = Evaluation(config, trainer.roles, trainer.sampling, tokenizer)
 
+        counts = trainer.roles.rollout.counts
+
         def report(row: StepReport) -> None:
             row = evaluation.add_to(row)
+            row = replace(row, metrics={**row.metrics, **counts()})
             writer.write(row)
             for tracker in trackers:
                 tracker.write(row)
@@ -64,15 +71,15 @@ def drive(config: Config, ranks: Ranks, endpoints: Sequence[str], *, stop_asked:
 
 
 def _make_trainer(
-    config: Config, ranks: Ranks, endpoints: Sequence[str], tokenizer: PreTrainedTokenizerBase, stack: ExitStack
+    config: Config, ranks: Ranks, engines: Path, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
 ) -> PPOTrainer:
     algorithm = make_algorithm(config.algorithm)
-    rollout = _make_rollout(config, endpoints, ranks.worker.arch.vocab_size, stack)
+    publisher, rollout = _make_rollout(config, ranks, engines, stack)
     stack.callback(rollout.close)
     pool = make_reward_service(config.reward, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
     stack.callback(pool.close)
     roles = Roles(
-        policy=RankedPolicy(ranks),
+        policy=RankedPolicy(ranks, None if publisher is None else publisher.publish),
         critic=RankedCritic(ranks) if algorithm.needs_critic else None,
         reference=RankedReference(ranks) if config.algorithm.needs_reference else None,
         rollout=rollout,
@@ -83,14 +90,25 @@ def _make_trainer(
     return PPOTrainer(config, ranks.worker.context.dims, roles, algorithm, controller, sampling_of(config, tokenizer))
 
 
-def _make_rollout(config: Config, endpoints: Sequence[str], vocab_size: int, stack: ExitStack) -> RolloutService:
+def _make_rollout(config: Config, ranks: Ranks, engines: Path, stack: ExitStack) -> tuple[EnginePublisher | None, RolloutService]:
     if config.rollout.replay is not None:
-        return RolloutReplay(config.rollout.replay)
+        return None, RolloutReplay(config.rollout.replay)
     recorder = None
     if config.rollout.record is not None:
         recorder = RolloutRecorder(config.rollout.record)
         stack.callback(recorder.close)
-    return HttpRolloutService(endpoints, config.rollout, vocab_size, recorder)
+    publisher = EnginePublisher(ranks, engines, start_timeout_s=config.rollout.start_timeout_s)
+    fleet = read_fleet(engines)
+    rollout = HttpRolloutService(
+        [member.url for member in fleet.members],
+        config.rollout,
+        ranks.worker.arch.vocab_size,
+        recorder,
+        api_key=fleet.keys.api_key,
+        care=EngineCare(recover=publisher.publish_again, report_unwell=publisher.report_unwell),
+    )
+    publisher.adopt = rollout.use
+    return publisher, rollout
 
 
 def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> SamplingSpec:

@@ -5,6 +5,7 @@ Every message names the keys it is about and what would be right. Files are look
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,8 @@ def _rollout(config: Config) -> Iterator[str]:
         yield f"rollout.top_k: {rollout.top_k} must be -1 (off) in training{off}"
     if rollout.temperature == 0:
         yield "rollout.temperature: 0 (greedy) cannot train, every answer to a prompt would be the same; use 1"
+    if rollout.python is not None and not os.access(rollout.python, os.X_OK):
+        yield f"rollout.python: {rollout.python} is no program; name the interpreter of an environment that holds sglang"
     for url in rollout.endpoints:
         if not url.startswith(("http://", "https://")):
             yield f"rollout.endpoints: {url!r} must be a URL such as http://host:30000"

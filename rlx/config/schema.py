@@ -90,9 +90,10 @@ class DataConfig:
 class RolloutConfig:
     """Engines and sampling."""
 
-    engine: str = option("embedded", "what serves the rollouts", choices=("embedded",))
+    engine: str = option("embedded", "what serves the rollouts", choices=("embedded", "sglang"))
     num_engines: int = option(1, "engine processes to start", minimum=1)
     tp: int = option(1, "tensor parallel ranks (GPUs) of each engine", minimum=1)
+    python: str | None = option(None, "interpreter of the environment that holds sglang; none: rlx's own")
     endpoints: list[str] = option([], "URLs of servers that already run; then none is started")
     dtype: str = option("auto", "engine weights; auto: model.dtype", choices=("auto", "fp32", "bf16"))
     samples_per_prompt: int = option(1, "answers to each prompt", minimum=1)
@@ -105,6 +106,7 @@ class RolloutConfig:
     request_timeout_s: float = option(300.0, "limit of one generation request", minimum=0.1)
     max_retries: int = option(3, "retries of a request on connection errors and HTTP 5xx", minimum=0)
     start_timeout_s: float = option(300.0, "limit for an engine to become healthy", minimum=1)
+    max_restarts: int = option(3, "restarts of each engine that dies or answers wrongly; 0: its end is the run's", minimum=0)
     record: str | None = option(None, "write every rollout group to this JSONL file")
     replay: str | None = option(None, "take rollouts from this file; no engine is started")
     server_args: Mapping[str, Any] = option({}, "further server arguments by their own names")
@@ -151,6 +153,10 @@ class SyncConfig:
 
     bucket_bytes: int = option(512 * 2**20, "bytes a request; small tensors are flattened together", minimum=1)
     flatten_below_bytes: int = option(16 * 2**20, "tensors smaller than this travel flattened", minimum=0)
+    transport: str = option(
+        "broadcast", "broadcast: a group over NCCL or gloo; disk: a folder both sides see", choices=("broadcast", "disk")
+    )
+    disk_dir: str | None = option(None, "folder of transport disk, seen by trainer and engines; none: RUN_DIR/sync")
     timeout_s: float = option(300.0, "limit of one request or broadcast", minimum=1)
     canary_first: int = option(3, "verify after each of the first N syncs", minimum=0)
     canary_every: int = option(10, "then after every N-th; 0: never", minimum=0)

@@ -49,6 +49,7 @@ class RolloutStats:
     failures: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    engines_set_aside: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,13 +164,20 @@ class EngineClient:
         }
 
         async def attempt() -> list[float]:
-            return parse_scores(await self._post("/generate", payload), self.url, token_ids)
+            return parse_scores(await self._post("/generate", payload), self.url, token_ids, self.vocab_size)
 
         return await self.retry.run(attempt, self.stats)
 
     async def health(self) -> None:
         """Returns when the engine says it is well (it generates a token for that); else EngineError says why not."""
         await self._request("GET", "/health", None, min(self._timeout_s, _HEALTH_TIMEOUT_S))
+
+    async def check_version(self, version: int) -> None:
+        """EngineError unless the engine serves ``version``: one that was started again has its first weights."""
+        info = json.loads(await self._request("GET", "/model_info", None, min(self._timeout_s, _HEALTH_TIMEOUT_S)))
+        served = info.get("weight_version") if isinstance(info, dict) else None
+        if served not in ("default", str(version)) or (served == "default" and version != 0):
+            raise EngineError(self.url, f"serves weight version {served!r}, not {version}: it was started again")
 
     async def close(self) -> None:
         """Close the session if it is this client's own."""
@@ -284,7 +292,7 @@ def parse_completion(answer: object, url: str, vocab_size: int, max_new_tokens: 
     )
 
 
-def parse_scores(answer: object, url: str, token_ids: Sequence[int]) -> list[float]:
+def parse_scores(answer: object, url: str, token_ids: Sequence[int], vocab_size: int) -> list[float]:
     """Log-probs of tokens 1..L-1 out of a scoring answer; the entry of token 0 is null and dropped."""
     meta = _mapping(_mapping(answer, "answer", url).get("meta_info"), "meta_info", url)
     if _finish_reason(meta, url) == "abort":
@@ -293,7 +301,13 @@ def parse_scores(answer: object, url: str, token_ids: Sequence[int]) -> list[flo
     if len(entries) != len(token_ids):
         problem = f"meta_info.input_token_logprobs has {len(entries)} entries, expected one a token, {len(token_ids)}"
         raise EngineError(url, problem)
-    return list(_logprobs(entries[1:], "input_token_logprobs", url, token_ids[1:]))
+    # SGLang echoes the vocabulary's last id as 0 here, beside the right log-prob.
+    rows: list[object] = list(entries)
+    ids = [
+        0 if token == vocab_size - 1 and isinstance(row, list) and row[1:2] == [0] else token
+        for row, token in zip(rows, token_ids, strict=True)
+    ]
+    return list(_logprobs(entries[1:], "input_token_logprobs", url, ids[1:]))
 
 
 def _logprobs(value: object, name: str, url: str, ids: Sequence[int]) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import httpx
 
+from rlx.rollout.keys import EngineKeys
 from rlx.types import TensorInfo
 
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -18,26 +19,30 @@ Json = Mapping[str, object]
 
 
 class EngineControlError(RuntimeError):
-    """A call to an engine failed. Names the url, the call and what the server (or the connection) said."""
+    """A call to an engine failed. Names the url, the call and what the server (or the connection) said.
 
-    def __init__(self, url: str, call: str, message: str) -> None:
+    ``refused``: the engine is well and said no (HTTP 4xx), so that asking or starting it again cannot help.
+    """
+
+    def __init__(self, url: str, call: str, message: str, *, refused: bool = False) -> None:
         super().__init__(f"engine {url}: {call}: {message}")
         self.url = url
         self.call = call
+        self.refused = refused
 
 
 class EngineControl:
     """Admin calls to the engine at ``url``; each ends within about ``timeout_s`` and fails as ``EngineControlError``.
 
-    May be used from several threads at once. ``api_key`` is sent as a bearer token.
+    May be used from several threads at once. ``keys`` are sent as bearer tokens, each where it belongs.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, api_key: str | None = None) -> None:
+    def __init__(self, url: str, *, timeout_s: float, keys: EngineKeys | None = None) -> None:
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._keys = keys or EngineKeys()
         # trust_env off: a proxy meant for the internet must not carry (or refuse) cluster-internal calls.
-        self._client = httpx.Client(timeout=timeout_s, headers=headers, trust_env=False)
+        self._client = httpx.Client(timeout=timeout_s, trust_env=False)
 
     def close(self) -> None:
         self._client.close()
@@ -135,7 +140,8 @@ class EngineControl:
         answer = self._json("POST", "/generate", body)
         meta = answer.get("meta_info")
         rows = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
-        if not isinstance(rows, list) or [row[1] for row in rows] != list(token_ids):
+        # SGLang echoes the vocabulary's last id as 0 here, beside the right log-prob.
+        if not isinstance(rows, list) or not _are_echoes([row[1] for row in rows], token_ids):
             raise EngineControlError(self.url, "POST /generate", f"scored other tokens than the {len(token_ids)} sent: {rows}")
         return [float(row[0]) for row in rows[1:]]
 
@@ -143,7 +149,7 @@ class EngineControl:
         answer = self._json("POST", path, body)
         # Pausing answers {"status": "ok"}; everything about weights answers {"success": bool, "message": text}.
         if answer.get("success", True) is not True:
-            raise EngineControlError(self.url, f"POST {path}", str(answer.get("message", answer)))
+            raise EngineControlError(self.url, f"POST {path}", str(answer.get("message", answer)), refused=True)
 
     def _json(self, method: str, path: str, body: Json | None) -> Json:
         response = self._call(method, path, body)
@@ -158,11 +164,16 @@ class EngineControl:
     def _call(self, method: str, path: str, body: Json | None) -> httpx.Response:
         call = f"{method} {path}"
         try:
-            response = self._client.request(method, self.url + path, json=body)
+            response = self._client.request(method, self.url + path, json=body, headers=self._keys.headers(path))
         except httpx.TimeoutException as error:
             raise EngineControlError(self.url, call, f"no answer within {self.timeout_s:g} s ({type(error).__name__})") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise EngineControlError(self.url, call, f"{type(error).__name__}: {error}") from error
         if response.status_code != 200:
-            raise EngineControlError(self.url, call, f"HTTP {response.status_code}: {response.text[:2000].strip()}")
+            message = f"HTTP {response.status_code}: {response.text[:2000].strip()}"
+            raise EngineControlError(self.url, call, message, refused=400 <= response.status_code < 500)
         return response
+
+
+def _are_echoes(echoed: Sequence[object], sent: Sequence[int]) -> bool:
+    return len(echoed) == len(sent) and all(echo in (token, 0) for echo, token in zip(echoed, sent, strict=True))

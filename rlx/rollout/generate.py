@@ -12,13 +12,15 @@ import hashlib
 import queue
 import struct
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import aiohttp
 
 from rlx.config.schema import RolloutConfig
 from rlx.rollout.client import EngineClient, RetryPolicy, RolloutStats, check_token_ids, check_url, open_session
 from rlx.rollout.record import RolloutRecorder
-from rlx.rollout.router import EngineRouter
+from rlx.rollout.router import EngineCare, EngineRouter
 from rlx.types import Completion, Prompt, RolloutGroup, SamplingSpec
 
 
@@ -51,12 +53,28 @@ def validate_sampling(sampling: SamplingSpec) -> None:
         raise ValueError("sampling: " + "; ".join(problems))
 
 
+@dataclass(frozen=True, slots=True)
+class EngineMaker:
+    """What every client of a service has in common, and the engines that it begins with."""
+
+    endpoints: tuple[str, ...]
+    config: RolloutConfig
+    vocab_size: int
+    api_key: str | None = field(repr=False)
+    care: EngineCare | None
+
+    def client(self, url: str, session: aiohttp.ClientSession, stats: RolloutStats) -> EngineClient:
+        limit_s = self.config.request_timeout_s
+        return EngineClient(url, limit_s, self.api_key, vocab_size=self.vocab_size, session=session, stats=stats)
+
+
 class HttpRolloutService:
     """Samples from running engines at ``endpoints``; satisfies ``RolloutService`` and adds ``begin_step``.
 
     Every sample is one HTTP request with a seed of its own, at most ``config.max_concurrent_requests`` at a time,
     routed to the least loaded engine, retried and resubmitted (see ``router``). With ``recorder`` each group is
-    written before it is yielded. ``stats`` counts over the life of the service. Not for concurrent consumers.
+    written before it is yielded. ``stats`` counts over the life of the service. ``care`` is asked for help when engines
+    fail for good. Not for concurrent consumers.
     """
 
     def __init__(
@@ -67,17 +85,18 @@ class HttpRolloutService:
         recorder: RolloutRecorder | None = None,
         *,
         api_key: str | None = None,
+        care: EngineCare | None = None,
     ) -> None:
         if not endpoints:
             raise ValueError("rollout.endpoints: at least one engine url is needed")
         for url in endpoints:
             check_url(url)
         self.stats = RolloutStats()
-        self._endpoints = tuple(endpoints)
-        self._config = config
+        self._make = EngineMaker(tuple(endpoints), config, vocab_size, api_key, care)
         self._vocab_size = vocab_size
         self._recorder = recorder
-        self._api_key = api_key
+        self._serving: tuple[tuple[str, ...], int] | None = None
+        self._counted: dict[str, int] = {}
         self._loop: _LoopThread | None = None
         self._closed = False
 
@@ -85,6 +104,12 @@ class HttpRolloutService:
         """Say which step the following ``generate`` calls belong to (the recorder wants to know)."""
         if self._recorder is not None:
             self._recorder.begin_step(step)
+
+    def use(self, urls: Sequence[str], version: int) -> None:
+        """Ask these engines from now on, all of which serve ``version`` (any thread)."""
+        self._serving = (tuple(urls), version)
+        if self._loop is not None:
+            self._loop.use(*self._serving)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> Iterator[RolloutGroup]:
         """Yield one group a prompt in the order they finish; requests start at the first ``next``.
@@ -98,6 +123,12 @@ class HttpRolloutService:
             raise RuntimeError("generate was called on a closed rollout service")
         return self._stream(tuple(prompts), sampling)
 
+    def counts(self) -> Mapping[str, float]:
+        """``rollout/...``: retries, resubmissions, sequences given up and engines set aside since the last call."""
+        now = {name: getattr(self.stats, name) for name in ("retries", "resubmissions", "failures", "engines_set_aside")}
+        before, self._counted = self._counted, now
+        return {f"rollout/{name}": float(count - before.get(name, 0)) for name, count in now.items()}
+
     def close(self) -> None:
         """Cancel what runs, close every connection and end the thread. May be called twice."""
         self._closed = True
@@ -110,7 +141,9 @@ class HttpRolloutService:
         if self._closed:
             raise RuntimeError("generate was iterated on a closed rollout service")
         if self._loop is None:
-            self._loop = _LoopThread(self._endpoints, self._config, self._vocab_size, self._api_key, self.stats)
+            self._loop = _LoopThread(self._make, self.stats)
+            if self._serving is not None:
+                self._loop.use(*self._serving)
         run = self._loop.start(prompts, sampling)
         try:
             while (group := run.next_group()) is not None:
@@ -174,9 +207,8 @@ class _Run:
 class _LoopThread:
     """The thread, its loop, its one HTTP session. Ends only by ``close``, which the owner calls."""
 
-    def __init__(
-        self, endpoints: Sequence[str], config: RolloutConfig, vocab_size: int, api_key: str | None, stats: RolloutStats
-    ) -> None:
+    def __init__(self, make: EngineMaker, stats: RolloutStats) -> None:
+        self._make = make
         self._stats = stats
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
@@ -185,7 +217,7 @@ class _LoopThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="rlx-rollout", daemon=True)
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._open(endpoints, config, vocab_size, api_key), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
 
     def start(self, prompts: tuple[Prompt, ...], sampling: SamplingSpec) -> _Run:
         """Begin a run (any thread)."""
@@ -216,14 +248,21 @@ class _LoopThread:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self._main())
 
-    async def _open(self, endpoints: Sequence[str], config: RolloutConfig, vocab_size: int, api_key: str | None) -> None:
+    def use(self, urls: Sequence[str], version: int) -> None:
+        """Route to these engines (any thread)."""
+        with self._lock:
+            if not self._closing:
+                self._loop.call_soon_threadsafe(self._use, urls, version)
+
+    def _use(self, urls: Sequence[str], version: int) -> None:
+        self._router.use([self._make.client(url, self._session, self._stats) for url in urls], version)
+
+    async def _open(self) -> None:
         self._session = open_session()
-        limit_s = config.request_timeout_s
-        engines = [
-            EngineClient(url, limit_s, api_key, vocab_size=vocab_size, session=self._session, stats=self._stats)
-            for url in endpoints
-        ]
-        self._router = EngineRouter(engines, RetryPolicy(max_retries=config.max_retries), self._stats)
+        config = self._make.config
+        engines = [self._make.client(url, self._session, self._stats) for url in self._make.endpoints]
+        retry = RetryPolicy(max_retries=config.max_retries)
+        self._router = EngineRouter(engines, retry, self._stats, care=self._make.care)
         self._in_flight = asyncio.Semaphore(config.max_concurrent_requests)
 
     async def _main(self) -> None:

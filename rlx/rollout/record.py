@@ -88,6 +88,9 @@ class RolloutReplay:
                 return
         raise ValueError(f"{self._path}: no rollout of step {step} in lines {self._next + 1} to {len(self._lines)}")
 
+    def counts(self) -> Mapping[str, float]:
+        return {}
+
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> Iterator[RolloutGroup]:
         """The recorded groups of ``prompts`` in the recorded order. ValueError, raised at once, names file, line and
         step when the file is short or unreadable or holds other prompts, other token ids or another number of samples."""

@@ -7,14 +7,15 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from rlx.config.model_facts import is_megatron_checkpoint
 from rlx.config.schema import Config
 from rlx.rollout.client import EngineError
+from rlx.rollout.flags import flags
 
 _READY = re.compile(r"^rlx-serve ready port=(\d{1,5})\s*$")
-_RESERVED = ("model", "host", "port", "dtype", "device", "rank", "parent_pipe")
+_RESERVED = ("model", "host", "port", "dtype", "device", "rank", "parent_pipe", "config")
 _POLL_S = 0.1
 _ONE_CHECK_S = 20.0
 # Engines are our own or named by the user; a proxy from the environment must not stand between.
@@ -22,11 +23,9 @@ _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 def engine_command(config: Config, *, index: int, port: int, python: str, parent_pipe: int | None) -> list[str]:
-    """The command line of engine ``index``. ``port`` 0 lets the system choose (read it with ``parse_ready_port``);
+    """The command line of embedded engine ``index``. ``port`` 0 lets the system choose (read it with ``parse_ready_port``);
     ``parent_pipe`` is a file descriptor at whose end of file the engine exits. ValueError names a wrong setting."""
     rollout = config.rollout
-    if rollout.engine != "embedded":
-        raise ValueError(f"rollout.engine is {rollout.engine!r}; this build starts: embedded")
     if not 0 <= index < rollout.num_engines:
         raise ValueError(f"engine index {index} is not in 0..{rollout.num_engines - 1} (rollout.num_engines)")
     dtype = config.model.dtype if rollout.dtype == "auto" else rollout.dtype
@@ -38,7 +37,10 @@ def engine_command(config: Config, *, index: int, port: int, python: str, parent
         command.append("--await-weights")  # it cannot read them; the trainers publish theirs before the first request
     if parent_pipe is not None:
         command += ["--parent-pipe", str(parent_pipe)]
-    return command + _extra_arguments(rollout.server_args)
+    for name in rollout.server_args:
+        if name.replace("-", "_") in _RESERVED:
+            raise ValueError(f"rollout.server_args.{name} is set by rlx itself; remove it")
+    return command + flags(rollout.server_args)
 
 
 def parse_ready_port(line: str) -> int | None:
@@ -73,19 +75,3 @@ def wait_until_healthy(url: str, timeout_s: float, alive: Callable[[], bool], lo
 
 def _failed(url: str, problem: str, log_tail: Callable[[], str]) -> EngineError:
     return EngineError(url, f"{problem}; last lines of its log:\n{log_tail().rstrip() or '(empty)'}", retryable=False)
-
-
-def _extra_arguments(arguments: Mapping[str, object]) -> list[str]:
-    """``{"max_tokens": 9, "quiet": True}`` -> ``--max-tokens 9 --quiet``; False and None leave an argument out."""
-    words: list[str] = []
-    for name, value in arguments.items():
-        if name.replace("-", "_") in _RESERVED:
-            raise ValueError(f"rollout.server_args.{name} is set by rlx itself; remove it")
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, list | tuple):
-            words += [flag, *(str(each) for each in value)]
-        elif value is not None and value is not False:
-            words += [flag, str(value)]
-    return words

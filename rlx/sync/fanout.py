@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from threading import Thread
 
+from rlx.rollout.control import EngineControlError
+from rlx.sync.errors import SyncError
+
 # After a first failure the others are given this long to fail as well: when an engine dies, its peers may complain first.
 SETTLE_S = 0.5
 
@@ -47,15 +50,20 @@ def failures[T](futures: Mapping[str, Future[T]], limit_s: float) -> dict[str, B
     return found
 
 
+def unwell(found: Mapping[str, BaseException]) -> list[str]:
+    """Of those that failed, the ones that are in a bad way themselves and did not merely refuse what was asked."""
+    return [who for who, error in found.items() if not (isinstance(error, EngineControlError) and error.refused)]
+
+
 def describe(found: Mapping[str, BaseException]) -> str:
     """One line for an error message; an error that already begins with its engine's name is not named twice."""
     return "; ".join(text if who in (text := str(error)) else f"{who}: {text}" for who, error in found.items())
 
 
 def call_all[T](calls: Mapping[str, Callable[[], T]], limit_s: float) -> dict[str, T]:
-    """Make all calls at once and return their results by name. Raises RuntimeError naming those that failed."""
+    """Make all calls at once and return their results by name. Raises SyncError naming those that failed."""
     futures = {who: start(call) for who, call in calls.items()}
     found = failures(futures, limit_s)
     if found:
-        raise RuntimeError(describe(found)) from next(iter(found.values()))
+        raise SyncError(describe(found), unwell(found)) from next(iter(found.values()))
     return {who: future.result() for who, future in futures.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rlx.obs.log import logger
 from rlx.rollout.control import EngineControl
 from rlx.rollout.weight_group import join_weight_group, leave_weight_group
 from rlx.sync.errors import SyncError
-from rlx.sync.fanout import call_all, describe, failures, start
+from rlx.sync.fanout import call_all, describe, failures, start, unwell
 
 CLOSE_LIMIT_S = 10.0
 # Each side has the same limit; waiting this much longer lets the one that timed out say so itself.
@@ -24,10 +25,12 @@ GRACE_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """One engine: its url and over how many ranks it splits the model (each of them joins every group)."""
+    """One engine: its url, over how many ranks it splits the model (each of them joins every group) and which of its
+    lives this is: after a restart it has forgotten its groups and weights."""
 
     url: str
     tp: int = 1
+    incarnation: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +68,17 @@ def open_group(stage: int, engines: Sequence[Engine], backend: str, device: torc
 
     Raises SyncError naming the engines that are missing: at once when one refuses, after ``timeout_s`` otherwise.
     """
-    name = f"rlx-weights-{stage}"
+    # A name of its own: what an earlier group left behind on an engine must not stand in the way.
+    name = f"rlx-weights-{stage}-{secrets.token_hex(4)}"
     urls = [engine.url for engine in engines]
     try:
         # A dead engine is found here, before anybody waits for it inside a rendezvous.
         call_all({engine.url: engine.control.model_info for engine in engines}, timeout_s + GRACE_S)
         address, port = sender_address(urls), free_port()
-    except (RuntimeError, OSError) as error:
-        raise SyncError(f"engine side, stage {stage}, phase group: {error}") from error
+    except SyncError as error:
+        raise SyncError(f"engine side, stage {stage}, phase group: {error}", error.engines) from error
+    except OSError as error:
+        raise SyncError(f"trainer side, stage {stage}, phase group: {error}") from error
     world_size = 1 + sum(engine.endpoint.tp for engine in engines)
     joining_engines = {
         engine.url: start(
@@ -111,7 +117,8 @@ def open_group(stage: int, engines: Sequence[Engine], backend: str, device: torc
         missing = ", ".join(found)
         raise SyncError(
             f"engine side, stage {stage}, phase group: {missing} did not join {where}"
-            f" ({len(urls) - len([url for url in urls if url in found])} of {len(urls)} engines did): {describe(found)}"
+            f" ({len(urls) - len([url for url in urls if url in found])} of {len(urls)} engines did): {describe(found)}",
+            [url for url in unwell(found) if url in urls],
         ) from next(iter(found.values()))
     return StageGroup(name=name, stage=stage, group=joining.result(), engines=tuple(engines))
 

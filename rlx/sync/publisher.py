@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlx.config.schema import SyncConfig
 from rlx.rollout.control import EngineControl, EngineControlError
+from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import DEFAULT_TOLERANCE, CanaryResult, CanarySpec, canary_sequences, compare, find_culprits, is_due
 from rlx.sync.errors import CanaryError, SyncError
 from rlx.sync.fanout import call_all
@@ -46,14 +47,14 @@ class PublisherPlace:
 class PublisherTarget:
     """The engines, their model (Hugging Face name -> shape; tied tensors once) and how to reach them.
 
-    ``backend`` is "gloo" or "nccl", ``device`` the sender's; ``api_key`` is the engines' admin key.
+    ``backend`` is "gloo" or "nccl", ``device`` the sender's.
     """
 
     endpoints: tuple[Endpoint, ...]
     expected: Mapping[str, tuple[int, ...]]
     backend: str
     device: torch.device
-    api_key: str | None = None
+    keys: EngineKeys = field(default_factory=EngineKeys)
 
 
 class Publisher:
@@ -74,7 +75,7 @@ class Publisher:
         self._share = share
         self._canary = canary
         self._engines = tuple(
-            Engine(endpoint=end, control=EngineControl(end.url, timeout_s=config.timeout_s, api_key=target.api_key))
+            Engine(endpoint=end, control=EngineControl(end.url, timeout_s=config.timeout_s, keys=target.keys))
             for end in target.endpoints
         )
         self._group: StageGroup | None = None
@@ -225,10 +226,12 @@ class Publisher:
         except Exception as caught:  # raised again below, once the other ranks know
             error = caught
         problem = None if error is None else f"trainer rank {self._place.rank}: {error}"
-        answers = [json.loads(text) for text in self._share(json.dumps([problem, result])) if text is not None]
+        unwell = list(error.engines) if isinstance(error, SyncError) else []
+        answers = [json.loads(text) for text in self._share(json.dumps([problem, result, unwell])) if text is not None]
         problems = [answer[0] for answer in answers if answer[0] is not None]
         if problems:
-            raise SyncError(f"weight sync {version}, phase {phase}: {'; '.join(problems)}") from error
+            engines = [url for answer in answers for url in answer[2]]
+            raise SyncError(f"weight sync {version}, phase {phase}: {'; '.join(problems)}", engines) from error
         return [answer[1] for answer in answers]
 
 

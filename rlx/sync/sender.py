@@ -22,7 +22,7 @@ from rlx.obs.log import logger
 from rlx.rollout.weight_group import broadcast_from_trainer
 from rlx.sync.chunks import chunks, flatten
 from rlx.sync.errors import SyncError
-from rlx.sync.fanout import describe, failures, start
+from rlx.sync.fanout import describe, failures, start, unwell
 from rlx.sync.group import GRACE_S, StageGroup
 from rlx.sync.ledger import Ledger
 from rlx.types import WeightChunk
@@ -120,7 +120,8 @@ class StageSender:
         side = "engine" if engines else "trainer"
         raise SyncError(
             f"{side} side, stage {self._opened.stage}, phase broadcast, chunk {flight.number}"
-            f" ({len(flight.chunk.infos)} tensors, {first} to {last}): {describe(engines or found)}"
+            f" ({len(flight.chunk.infos)} tensors, {first} to {last}): {describe(engines or found)}",
+            unwell(engines),
         ) from next(iter((engines or found).values()))
 
     def _drain(self, tensors: Iterator[tuple[str, Tensor]]) -> None:

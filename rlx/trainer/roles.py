@@ -75,6 +75,10 @@ class RolloutService(Protocol):
         """Yield one group a prompt, in the order they finish (rewards None)."""
         ...
 
+    def counts(self) -> Mapping[str, float]:
+        """Metrics of what went wrong and was made good since the last call."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -18,7 +18,6 @@ from rlx.algos.kl import kl_estimate
 from rlx.algos.registry import make_algorithm
 from rlx.algos.stats import sum_and_count
 from rlx.config.schema import Config
-from rlx.models.architecture import Architecture
 from rlx.models.build import BuildOptions, build_model, freeze
 from rlx.models.families import read_architecture
 from rlx.models.heads import token_head, value_head
@@ -31,7 +30,9 @@ from rlx.parallel.context_parallel import sum_over_group
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Head, forward_backward, forward_only
+from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import CanarySpec
+from rlx.sync.errors import CanaryError, SyncError, SyncFailure
 from rlx.sync.group import Endpoint
 from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget
 from rlx.trainer.advantages import add_advantages
@@ -75,6 +76,8 @@ class Worker:
         self.reference = self._build_reference() if config.algorithm.needs_reference else None
         self._batch: RankBatch | None = None
         self._publisher: Publisher | None = None
+        self._endpoints: tuple[Endpoint, ...] = ()
+        self._keys = EngineKeys()
 
     # Building
 
@@ -271,20 +274,45 @@ class Worker:
 
     # Publishing
 
-    def connect_engines(self, endpoints: Sequence[str]) -> None:
-        """Prepare to publish to these engines; none: ``publish`` does nothing."""
-        if endpoints:
-            self._publisher = make_publisher(self.config, self.arch, self.context, endpoints, self._canary())
+    def use_keys(self, keys: EngineKeys) -> None:
+        """Open every engine with these from now on."""
+        self._keys = keys
 
-    def publish(self, version: int) -> WeightManifest | None:
-        if self._publisher is None:
-            return None
+    def publish(self, version: int, endpoints: Sequence[Endpoint]) -> WeightManifest | SyncFailure:
+        """Bring these engines to the present weights; other engines than last time are connected anew.
+
+        A failure that another attempt (without the engine that died, say) may mend is an answer, and the same on every
+        rank. Raises CanaryError for weights that arrived wrong.
+        """
         with phase("publish"):
-            return self._publisher.publish(version, self._weights())
+            if self.context.device.type == "cuda":
+                torch.cuda.set_device(self.context.device)  # the caller may be a thread that has none yet
+            if self._publisher is None or self._endpoints != tuple(endpoints):
+                self.close()
+                self._endpoints = tuple(endpoints)
+                self._publisher = make_publisher(self.config, self.context, self._engines(), self._canary())
+            try:
+                return self._publisher.publish(version, self._weights())
+            except CanaryError:
+                raise
+            except SyncError as error:
+                self.close()
+                return SyncFailure(message=str(error), engines=error.engines)
 
     def close(self) -> None:
+        """Leave the engines' groups."""
         if self._publisher is not None:
             self._publisher.close()
+            self._publisher = None
+
+    def _engines(self) -> PublisherTarget:
+        return PublisherTarget(
+            endpoints=self._endpoints,
+            expected=expected_shapes(self.arch),
+            backend="nccl" if self.context.device.type == "cuda" else "gloo",
+            device=self.context.device,
+            keys=self._keys,
+        )
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         return stage_weights(self.policy.model.chunks, self.arch, self.context)
@@ -323,9 +351,7 @@ class Worker:
         return found if self.critic is None else [*found, ("critic", self.critic)]
 
 
-def make_publisher(
-    config: Config, arch: Architecture, context: ParallelContext, endpoints: Sequence[str], canary: CanarySpec
-) -> Publisher:
+def make_publisher(config: Config, context: ParallelContext, target: PublisherTarget, canary: CanarySpec) -> Publisher:
     """This rank's publisher: one sender a pipeline stage, rank 0 leads."""
     place = PublisherPlace(
         stage=context.pp_rank,
@@ -333,11 +359,5 @@ def make_publisher(
         is_sender=context.is_sender,
         is_lead=context.rank == 0,
         rank=context.rank,
-    )
-    target = PublisherTarget(
-        endpoints=tuple(Endpoint(url=url) for url in endpoints),
-        expected=expected_shapes(arch),
-        backend="nccl" if context.device.type == "cuda" else "gloo",
-        device=context.device,
     )
     return Publisher(place, target, config.sync, context.gather_objects, canary)

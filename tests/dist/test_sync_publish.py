@@ -65,12 +65,9 @@ def test_engines_score_the_new_weights(urls, publisher_of):
     # Another publication over the same groups, cut differently: in bf16 on the wire, loaded as fp32.
     for parameter in old.parameters():
         parameter.data = parameter.data.bfloat16().float()
-    second = publisher_of(urls[:1], old, config=SyncConfig(canary_first=1, timeout_s=20))
-    with pytest.raises(SyncError, match=r"phase group.*already been created"):
-        second.publish(8, iter(named(old)))
-    publisher.close()
-    third = publisher_of(urls, old, config=SyncConfig(canary_first=1, timeout_s=20))
-    third.publish(8, ((name, tensor.bfloat16()) for name, tensor in named(old)))
+    # The first one's groups are still open, as after a trainer that died; they do not stand in the way.
+    second = publisher_of(urls, old, config=SyncConfig(canary_first=1, timeout_s=20))
+    second.publish(8, ((name, tensor.bfloat16()) for name, tensor in named(old)))
     assert max(worst_difference(url, old) for url in urls) < 1e-4 and versions(urls) == ["8", "8"]
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-
 ROOT = Path(__file__).parents[2]
 MARK = "RLX_KILL_TEST"
 START_LIMIT_S = 240
@@ -38,6 +37,7 @@ class Run:
         self._mark = str(folder)
         self._err = folder / "stderr"
         overrides = [f"run.dir={self.dir}", "run.steps=9999", "data.prompts_per_step=4", "evaluation.data=null"]
+        overrides += ["rollout.max_restarts=0"]
         overrides += [f"model.path={assets / 'model'}", f"data.train={assets / 'train.jsonl'}"]
         command = [sys.executable, "-m", "rlx.cli.main", "train", str(ROOT / "configs/demo.yaml"), *overrides]
         env = os.environ | {MARK: self._mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

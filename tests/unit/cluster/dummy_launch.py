@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import rlx.cluster.local as local
+from rlx.cluster.engines import EnginePlan
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig
 
 CHILD = str(Path(__file__).with_name("dummy_child.py"))
@@ -20,7 +21,10 @@ def main() -> int:
         run=RunConfig(dir=run_dir, steps=4, failure_timeout_s=float(settings.get("failure_timeout_s", 60))),
         cluster=ClusterConfig(num_trainer_ranks=len(json.loads(behaviours)), threads_per_rank=1),
         rollout=RolloutConfig(
-            num_engines=int(engine != "none"), start_timeout_s=2.0, endpoints=["http://x"] * (engine == "none")
+            num_engines=max(1, int(engine != "none")),
+            start_timeout_s=2.0,
+            endpoints=["http://x"] * (engine == "none"),
+            max_restarts=int(settings.get("max_restarts", 0)),
         ),
     )
     if "taken_port" in settings:
@@ -28,7 +32,9 @@ def main() -> int:
         local.free_port = lambda: ports.pop() if ports else free_port()
     programs = local.Programs(
         trainer=lambda run_dir, file, pipe: [sys.executable, CHILD, "trainer", str(run_dir), str(file), str(pipe), behaviours],
-        engine=lambda config, index, pipe: [sys.executable, CHILD, "engine", str(pipe), engine],
+        engine=lambda config, site: EnginePlan(
+            argv=[sys.executable, CHILD, "engine", str(site.parent_pipe), engine], env=site.env
+        ),
     )
     return local.run_local(config, programs)
 

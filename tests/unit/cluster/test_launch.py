@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlx.cluster.fleet import read_fleet, request_replacement
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 MARK = "DUMMY_RUN"
@@ -103,6 +105,10 @@ def has_ended(process: psutil.Process) -> bool:
         return True
 
 
+def urls_of(run: Run) -> list[str]:
+    return [member.url for member in read_fleet(run.dir / "engines.json").members]
+
+
 def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -114,7 +120,7 @@ def test_done(launch) -> None:
     assert re.search(r"step 3/4  reward \+0\.3000  kl 0\.01000  s/step 0\.10  tokens/s 50", run.out)
     assert "rlx: mean reward: +0.1500 over the first 4 steps, +0.1500 over the last 4" in run.out
     assert "4 steps" in run.out and "20 tokens" in run.out and run.err == ""
-    [url] = json.loads((run.dir / "engines.json").read_text())
+    [url] = urls_of(run)
     assert not is_listening(int(url.rpartition(":")[2]))
     assert "model:\n  path: nowhere" in (run.dir / "config.yaml").read_text()
     assert run.members() == []
@@ -156,6 +162,32 @@ def test_engine_that_leaves_early(launch) -> None:
     assert run.finish() == 1
     assert re.fullmatch(r'rlx: FAILED engine rank 0 in phase "update policy" of step \d+', run.last_lines[0])
     assert run.last_lines[1] == "rlx: cause: exited with status 0 before the training was done"
+
+
+def test_an_engine_that_dies_is_started_again_until_its_restarts_are_used_up(launch) -> None:
+    run = launch({"0": "done 999"}, "exit 1.0", "max_restarts=2")
+    assert run.finish() == 1
+    assert "rlx: FAILED engine rank 0" in run.last_lines[0]
+    assert re.findall(r"engine 0 ended; restart (\d) of 2", run.out) == ["1", "2"]
+    fleet = read_fleet(run.dir / "engines.json")
+    assert [member.incarnation for member in fleet.members] == [2] and fleet.num_restarts == 2
+    assert (run.dir / "engines.json").stat().st_mode & 0o777 == 0o600
+    assert run.members() == []
+
+
+def test_a_replacement_that_a_trainer_asks_for(launch) -> None:
+    run = launch({"0": "done 40"}, "ok", "max_restarts=1")
+    run.wait_for_step(1)
+    path = run.dir / "engines.json"
+    [before] = read_fleet(path).members
+    request_replacement(run.dir, before)
+    deadline = time.monotonic() + 10
+    while [member.incarnation for member in read_fleet(path).members] != [1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    [after] = read_fleet(path).members
+    assert is_listening(int(after.url.rpartition(":")[2])) and not is_listening(int(before.url.rpartition(":")[2]))
+    assert run.finish() == 0, run.err
 
 
 @pytest.mark.parametrize("engine", ["silent", "unhealthy"])
@@ -201,7 +233,7 @@ def test_killed_launcher_leaves_nothing(launch, kind: str) -> None:
     """``deaf`` ranks do not watch the pipe: the guard ends them."""
     run = launch({"0": f"done 999 grandchildren {kind}", "1": f"done 999 {kind}"}, "ok")
     run.wait_for_step(1)
-    [url] = json.loads((run.dir / "engines.json").read_text())
+    [url] = urls_of(run)
     run.process.kill()
     run.wait_until_gone(12, [int(url.rpartition(":")[2]), *grandchild_ports(run)])
     assert re.fullmatch(

@@ -1,0 +1,97 @@
+"""Which engines serve now: one small file that the launcher writes and the trainers read.
+
+It holds the engines' keys, so only this user can read it. Trainers ask for a replacement by leaving a request beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rlx.rollout.keys import EngineKeys, new_keys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One healthy engine. ``incarnation`` counts its restarts: another one has other (its first) weights."""
+
+    index: int
+    url: str
+    tp: int = 1
+    incarnation: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """The engines that serve and their keys. ``launched``: ours, so a dead one comes back by itself."""
+
+    members: tuple[Member, ...]
+    keys: EngineKeys = field(default_factory=EngineKeys)
+    launched: bool = True
+    num_restarts: int = 0
+
+
+def write_fleet(path: Path, fleet: Fleet) -> None:
+    """Whoever sees the file sees all of it; nobody else's eyes do."""
+    content = {
+        "engines": [asdict(member) for member in fleet.members],
+        "launched": fleet.launched,
+        "num_restarts": fleet.num_restarts,
+        "api_key": fleet.keys.api_key,
+        "admin_key": fleet.keys.admin_key,
+    }
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(json.dumps(content) + "\n")
+    os.replace(partial, path)
+
+
+def read_fleet(path: Path) -> Fleet:
+    """What ``write_fleet`` wrote last."""
+    content = json.loads(path.read_text())
+    return Fleet(
+        members=tuple(Member(**member) for member in content["engines"]),
+        keys=EngineKeys(api_key=content["api_key"], admin_key=content["admin_key"]),
+        launched=content["launched"],
+        num_restarts=content["num_restarts"],
+    )
+
+
+def request_replacement(run_dir: Path, member: Member) -> None:
+    """Ask whoever started this incarnation of the engine to end it and start another."""
+    _request(run_dir, member.index, member.incarnation).touch()
+
+
+def take_request(run_dir: Path, index: int, incarnation: int) -> bool:
+    """Whether a replacement of this incarnation was asked for; the request is then gone."""
+    try:
+        _request(run_dir, index, incarnation).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def run_keys(run_dir: Path) -> EngineKeys:
+    """The keys of a run's engines, made by whichever node asks first; in a file that only this user can read."""
+    path = run_dir / "engines" / "keys.json"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        keys, own = new_keys(), path.with_name(f"keys-{secrets.token_hex(8)}")
+        handle = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            json.dump([keys.api_key, keys.admin_key], file)
+        with suppress(FileExistsError):
+            os.link(own, path)  # all or nothing, on network file systems too
+        own.unlink()
+    api_key, admin_key = json.loads(path.read_text())
+    return EngineKeys(api_key=api_key, admin_key=admin_key)
+
+
+def _request(run_dir: Path, index: int, incarnation: int) -> Path:
+    return run_dir / "engines" / f"replace-{index}-{incarnation}"

@@ -1,0 +1,123 @@
+"""A stock SGLang server as a child process: its command line, environment and files. Nothing of SGLang is imported.
+
+The keys go into a file of mode 0600 that ``--config`` names, since a command line is shown by ``ps`` to everybody.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlx.config.schema import Config
+from rlx.rollout.flags import flags
+from rlx.rollout.keys import EngineKeys
+
+RESERVED = frozenset(
+    {
+        "model",
+        "model_path",
+        "host",
+        "port",
+        "dtype",
+        "device",
+        "tp",
+        "tp_size",
+        "tensor_parallel_size",
+        "api_key",
+        "admin_api_key",
+        "config",
+    }
+)
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# Only token ids travel, so the server needs no tokenizer; at level "info" it would log its arguments, keys included.
+_DEFAULTS: Mapping[str, object] = {"skip_tokenizer_init": True, "log_level": "warning"}
+_CPU_DEFAULTS: Mapping[str, object] = {
+    "attention_backend": "torch_native",
+    "disable_overlap_schedule": True,
+    "disable_cuda_graph": True,
+    "skip_server_warmup": True,
+    "sleep_on_idle": True,
+    "mem_fraction_static": 0.3,
+}
+# SGLang's CPU path imports this name from vllm and never calls it on CPUs without AMX.
+_VLLM_STAND_IN = '''"""Stands in for vllm's kernels, which SGLang's CPU path imports and does not call."""
+
+
+def rotary_embedding(*arguments: object, **named: object) -> None:
+    raise NotImplementedError("vllm's kernels are not installed")
+'''
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SGLangSite:
+    """Where one server runs: its number, device, address, port and key file."""
+
+    index: int
+    device: str
+    host: str
+    port: int
+    key_file: Path
+    python: str
+
+
+def sglang_command(config: Config, site: SGLangSite) -> list[str]:
+    """The command line. ``rollout.server_args`` win over the defaults; ValueError for those that rlx sets itself."""
+    rollout = config.rollout
+    given = {name.replace("-", "_"): value for name, value in rollout.server_args.items()}
+    taken = sorted(RESERVED & given.keys())
+    if taken:
+        raise ValueError(f"rollout.server_args.{taken[0]} is set by rlx itself; remove it")
+    if str(given.get("log_level", "warning")).lower() in ("debug", "info"):
+        raise ValueError("rollout.server_args.log_level: below warning, SGLang writes its keys into its log; use warning")
+    dtype = config.model.dtype if rollout.dtype == "auto" else rollout.dtype
+    fixed: dict[str, object] = {
+        "model_path": config.model.path,
+        "host": site.host,
+        "port": site.port,
+        "tp_size": rollout.tp,
+        "dtype": _DTYPES[dtype],
+        "device": site.device,
+        "config": site.key_file,
+    }
+    # Engines that shared a seed would give the same draws to the same prompt.
+    defaults = {**_DEFAULTS, "random_seed": config.run.seed * 1009 + site.index}
+    if site.device == "cpu":
+        defaults |= _CPU_DEFAULTS
+    return [site.python, "-m", "sglang.launch_server", *flags(fixed | defaults | given)]
+
+
+def sglang_environment(
+    base: Mapping[str, str], site: SGLangSite, *, tp: int, cores: Sequence[int], modules: Path, devices: Sequence[str]
+) -> dict[str, str]:
+    """``base`` with what a server needs. On CPUs: the stand-in module in the folder ``modules``, cores split over the
+    ``tp`` ranks, and no NCCL, which SGLang would otherwise open. On GPUs: ``devices`` are the ones it sees."""
+    # Off unless asked for, yet SGLang refuses to start when its default, port + 10000, is no port.
+    env = {"SGLANG_GRPC_PORT": str(site.port), **base}
+    if site.device != "cpu":
+        return env | {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+    env["PYTHONPATH"] = os.pathsep.join([str(modules), *filter(None, [env.get("PYTHONPATH")])])
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    env["SGLANG_NCCL_SO_PATH"] = "/nonexistent"
+    if tp > 1:
+        shares = [cores[rank % len(cores) :: tp] for rank in range(tp)]
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
+    return env
+
+
+def write_stand_in(modules: Path) -> None:
+    """Make the package ``vllm`` in ``modules``, for the servers' PYTHONPATH."""
+    package = modules / "vllm"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").write_text("")
+    (package / "_custom_ops.py").write_text(_VLLM_STAND_IN)
+
+
+def write_key_file(path: Path, keys: EngineKeys) -> None:
+    """SGLang's arguments for its keys, in a file (YAML by name and content) that only this user can read."""
+    path.unlink(missing_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        json.dump({"api-key": keys.api_key, "admin-api-key": keys.admin_key}, file)

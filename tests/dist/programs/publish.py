@@ -1,0 +1,73 @@
+"""Ranks that load weights into Megatron models, publish them to running engines and export them.
+
+Arguments: ``cases``, a list of {layout, weights (folder), url, tp, api_key, admin_key, version, export (folder)}.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlx.config.schema import SyncConfig
+from rlx.models.build import BuildOptions, build_model
+from rlx.models.families import read_architecture
+from rlx.models.heads import token_head
+from rlx.models.hf_io import expected_shapes, export_hf, load_hf, stage_weights
+from rlx.parallel.context import ParallelContext
+from rlx.rollout.keys import EngineKeys
+from rlx.sync.canary import CanarySpec
+from rlx.sync.group import Endpoint
+from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget
+from rlx.trainer.scoring import score_sequences
+from tests.dist.programs.layouts import context_of, main
+
+
+def publish(case: dict[str, Any], context: ParallelContext) -> None:
+    arch = read_architecture(case["weights"])
+    chunks = build_model(arch, context, BuildOptions(dtype="fp32", layer_spec="torch", recompute="none", seed=1))
+    load_hf(chunks, arch, case["weights"], context)
+    speaks = not context.dp_rank and not context.cp_rank
+
+    def weights():
+        return stage_weights(chunks, arch, context) if speaks else iter(())
+
+    canary = CanarySpec(
+        vocab_size=arch.vocab_size,
+        seed=3,
+        dtype="fp32",
+        score_on_trainer=lambda rows: score_sequences(chunks, token_head(context, arch), rows, context, 256),
+        export=weights,
+    )
+    place = PublisherPlace(
+        stage=context.pp_rank,
+        num_stages=context.dims.pp,
+        is_sender=context.is_sender,
+        is_lead=context.rank == 0,
+        rank=context.rank,
+    )
+    target = PublisherTarget(
+        endpoints=(Endpoint(url=case["url"], tp=case["tp"]),),
+        expected=expected_shapes(arch),
+        backend="gloo",
+        device=torch.device("cpu"),
+        keys=EngineKeys(api_key=case["api_key"], admin_key=case["admin_key"]),
+    )
+    # Small enough that even these models go in several chunks of both kinds.
+    config = SyncConfig(bucket_bytes=40_000, flatten_below_bytes=10_000, timeout_s=90)
+    publisher = Publisher(place, target, config, context.gather_objects, canary)
+    publisher.publish(case["version"], weights())
+    publisher.close()
+    export_hf(chunks, arch, source=case["weights"], target=case["export"], context=context)
+
+
+def program(arguments: dict[str, Any], world_size: int) -> None:
+    for case in arguments["cases"]:
+        with context_of(case["layout"], world_size) as context:
+            publish(case, context)
+    Path(arguments["out"]).touch()
+
+
+if __name__ == "__main__":
+    main(program)

@@ -1,0 +1,84 @@
+"""Tiny random checkpoints of the families that SGLang serves on CPUs, and transformers' word on what they say."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 131
+
+_DENSE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_MOE = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, object]] = {
+    "qwen2": {},
+    "llama": {"rope_parameters": _LLAMA3_ROPE},
+    "qwen3": {"head_dim": 16},
+    "phi3": {"sliding_window": None},
+    "qwen3_moe": {**_MOE, "head_dim": 16, "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": []},
+    "mixtral": {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+}
+
+
+def make(family: str, seed: int) -> PreTrainedModel:
+    """Random weights in which biases and norms matter too."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **(_DENSE | FAMILIES[family]))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def save(family: str, seed: int, folder: Path) -> Path:
+    make(family, seed).save_pretrained(folder)
+    return folder
+
+
+def sequences(seed: int, lengths: Sequence[int]) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(VOCAB) for _ in range(length)] for length in lengths]
+
+
+@torch.no_grad()
+def scores(model: PreTrainedModel, tokens: Sequence[int]) -> list[float]:
+    """Log-probs of tokens 1..L-1."""
+    logits = model(torch.tensor([list(tokens)])).logits[0, :-1].double()
+    return logits.log_softmax(-1).gather(1, torch.tensor(list(tokens[1:]))[:, None])[:, 0].tolist()
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, tokens: Sequence[int], count: int) -> tuple[list[int], float]:
+    """The likeliest continuation and the smallest lead of a choice over the next best, in nats."""
+    ids, lead = list(tokens), float("inf")
+    for _ in range(count):
+        best = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1).topk(2)
+        lead = min(lead, float(best.values[0] - best.values[1]))
+        ids.append(int(best.indices[0]))
+    return ids[len(tokens) :], lead
