@@ -21,8 +21,14 @@ SP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}},
     2: {"ep2": {"ep": 2}, "tp2": SP, "tp2 ep2 etp1": SP | {"ep": 2, "etp": 1}, "pp2": {"pp": 2}, "cp2": {"cp": 2}},
-    4: {"tp2 ep2": SP | {"ep": 2}, "tp2 pp2": SP | {"pp": 2}, "pp2 ep2": {"pp": 2, "ep": 2}, "cp2 ep2": {"cp": 2, "ep": 2}},
 }
+FOUR_RANKS: dict[str, dict[str, Any]] = {
+    "tp2 ep2": SP | {"ep": 2},
+    "tp2 pp2": SP | {"pp": 2},
+    "pp2 ep2": {"pp": 2, "ep": 2},
+}
+QUICK = {"families": ["qwen2_moe", "deepseek_v3"]}
+LAYOUTS[4] = {name: layout | QUICK for name, layout in FOUR_RANKS.items()}
 BALANCED = {"family": "qwen3_moe", "aux": 0.3, "z": 0.05}
 BALANCING = {
     "families": [BALANCED["family"]],
@@ -38,7 +44,12 @@ BALANCED_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
     4: {},
 }
-CASES = [(name, family) for layouts in LAYOUTS.values() for name in layouts for family in FAMILIES]
+CASES = [
+    (name, family)
+    for layouts in LAYOUTS.values()
+    for name, layout in layouts.items()
+    for family in layout.get("families", FAMILIES)
+]
 
 
 def random_sequences(lengths: list[int]) -> list[list[int]]:
@@ -58,7 +69,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     reference = folder / "reference.pt"
     command = [sys.executable, "-m", "tests.dist.programs.moe_reference", json.dumps(arguments | {"out": str(reference)})]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
-    results: dict[str, Any] = {"reference": torch.load(reference, weights_only=True), "folder": folder}
+    results: dict[str, Any] = {"reference": torch.load(reference, weights_only=True), "folder": folder, "arguments": arguments}
     for world_size, layouts in LAYOUTS.items():
         out = folder / f"world{world_size}.pt"
         run_ranks("tests.dist.programs.moe", world_size, arguments | {"layouts": layouts | BALANCED_LAYOUTS[world_size]}, out)
@@ -94,6 +105,18 @@ def test_balancing_losses_follow_their_formulas(found: dict[str, Any], layout: s
     assert worst[0] <= 1e-4, worst
     routers = [name for name in reference["grads"] if name.endswith("mlp.gate.weight")]
     assert all(relative(reference["grads"][name], reference["balanced"][name]) > 0.05 for name in routers)
+
+
+@pytest.mark.slow
+def test_every_family_on_four_ranks(found: dict[str, Any]) -> None:
+    out = found["folder"] / "every.pt"
+    run_ranks("tests.dist.programs.moe", 4, found["arguments"] | {"layouts": FOUR_RANKS}, out, timeout_s=280)
+    results = found | torch.load(out, weights_only=True)
+    for layout in FOUR_RANKS:
+        for family in FAMILIES:
+            test_logprobs_equal_transformers(results, layout, family)
+            test_gradients_equal_transformers(results, layout, family)
+            test_export_is_bit_exact(results, layout, family)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
