@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from tests.dist.launch import ROOT, run_ranks
 
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for all ranks, on a busy machine too
+
 FAMILIES = ["qwen3_moe", "mixtral", "qwen2_moe", "deepseek", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3"]
 SP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
@@ -72,7 +74,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     results: dict[str, Any] = {"reference": torch.load(reference, weights_only=True), "folder": folder, "arguments": arguments}
     for world_size, layouts in LAYOUTS.items():
         out = folder / f"world{world_size}.pt"
-        run_ranks("tests.dist.programs.moe", world_size, arguments | {"layouts": layouts | BALANCED_LAYOUTS[world_size]}, out)
+        run_ranks("tests.dist.programs.moe", world_size, arguments | {"layouts": layouts | BALANCED_LAYOUTS[world_size]}, out, timeout_s=600)
         results |= torch.load(out, weights_only=True)
     return results
 
@@ -110,7 +112,7 @@ def test_balancing_losses_follow_their_formulas(found: dict[str, Any], layout: s
 @pytest.mark.slow
 def test_every_family_on_four_ranks(found: dict[str, Any]) -> None:
     out = found["folder"] / "every.pt"
-    run_ranks("tests.dist.programs.moe", 4, found["arguments"] | {"layouts": FOUR_RANKS}, out, timeout_s=280)
+    run_ranks("tests.dist.programs.moe", 4, found["arguments"] | {"layouts": FOUR_RANKS}, out, timeout_s=600)
     results = found | torch.load(out, weights_only=True)
     for layout in FOUR_RANKS:
         for family in FAMILIES:

@@ -14,6 +14,8 @@ import torch
 from tests.dist.launch import ROOT, run_ranks
 from tests.dist.test_invariance import random_samples, relative
 
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for all ranks, on a busy machine too
+
 SP = {"tp": 2, "sequence_parallel": True}
 BALANCED = {"model": {"moe_aux_loss_coefficient": 0.2, "moe_z_loss_coefficient": 0.03}}
 PLAIN_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {1: {"one": {}}, 2: {"dp2": {}, "ep2": {"ep": 2}, "tp2": SP}}
@@ -25,7 +27,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("moe_updates")
     for seed, name in enumerate(("model", "reference")):
         wanted = {"folder": str(folder / name), "families": ["qwen3_moe"], "sequences": [], "seed": seed}
-        command = [sys.executable, "-m", "tests.dist.programs.moe_reference", json.dumps(wanted | {"out": str(folder / "unused")})]
+        text = json.dumps(wanted | {"out": str(folder / "unused")})
+        command = [sys.executable, "-m", "tests.dist.programs.moe_reference", text]
         subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     arguments = {
         "model": str(folder / "model" / "qwen3_moe"),
@@ -39,7 +42,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         balanced = {f"{name} balanced": layout | BALANCED for name, layout in layouts.items()}
         resumed = {"resumed": RESUMED | BALANCED} if world_size == 2 else {}
         out = folder / f"world{world_size}.pt"
-        run_ranks("tests.dist.programs.updates", world_size, arguments | {"layouts": layouts | balanced | resumed}, out)
+        run_ranks("tests.dist.programs.updates", world_size, arguments | {"layouts": layouts | balanced | resumed}, out, timeout_s=600)
         found |= torch.load(out, weights_only=True)
     return found
 

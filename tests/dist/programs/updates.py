@@ -56,7 +56,8 @@ def collect(trained: Trained, worker: Worker, context: ParallelContext, what: st
 
 def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
     """``layout`` may also say ``distributed`` (optimizer), ``model`` (more of its keys) and ``resume`` (try a checkpoint)."""
-    distributed, model, resume = (layout.pop(key, default) for key, default in (("distributed", False), ("model", {}), ("resume", False)))
+    layout = dict(layout)
+    distributed, model, resume = layout.pop("distributed", False), layout.pop("model", {}), layout.pop("resume", False)
     config = config_of(arguments, layout, distributed, model)
     worker = Worker(config, context)
     samples = [TrainSample(**sample) for sample in arguments["samples"]]
@@ -102,7 +103,6 @@ def checkpoint_folder(arguments: dict[str, Any]) -> Path:
 def program(arguments: dict[str, Any], world_size: int) -> None:
     results = {}
     for name, layout in arguments["layouts"].items():
-        layout = dict(layout)
         dims = {key: value for key, value in layout.items() if key not in ("distributed", "model", "resume")}
         with context_of(dims, world_size) as context:
             results[name] = run_layout(arguments, layout, context)
