@@ -36,6 +36,7 @@ class ClusterConfig:
     nodes: int | None = option(None, "machines, all alike; none: one, or as many as the launcher has", minimum=1)
     gpus_per_node: int | None = option(None, "GPUs of each machine; none: not planned", minimum=1)
     nvlink_gpus: int | None = option(None, "GPUs of a machine that NVLink joins; none: all of them", minimum=1)
+    gpu_memory_gib: float = option(80.0, "memory of each GPU, for the estimate of `rlx check`", minimum=1)
     rollout_nodes: int = option(0, "of the machines, those for engines only; 0: engines sit beside trainers", minimum=0)
     threads_per_rank: int | None = option(None, "CPU threads of a trainer rank or engine; none: cores / processes", minimum=1)
 
@@ -44,7 +45,9 @@ class ClusterConfig:
 class ModelConfig:
     """The policy's body; reference and critic are built on the same architecture."""
 
-    path: str = required("Hugging Face folder or converted checkpoint of the policy (and of the reference and critic unless named)")
+    path: str = required(
+        "Hugging Face folder or converted checkpoint of the policy (and of the reference and critic unless named)"
+    )
     reference_path: str | None = option(None, "Hugging Face folder of the reference; none: model.path")
     critic_path: str | None = option(None, "Hugging Face folder of the critic's body; none: model.path")
     tokenizer_path: str | None = option(None, "tokenizer folder; none: model.path")
