@@ -40,7 +40,7 @@ class ClusterConfig:
 class ModelConfig:
     """The policy's body; reference and critic are built on the same architecture."""
 
-    path: str = required("Hugging Face folder or converted checkpoint of the policy (and of the reference and critic unless named)")
+    path: str = required("Hugging Face folder or converted checkpoint of the policy (and of the others unless named)")
     reference_path: str | None = option(None, "Hugging Face folder of the reference; none: model.path")
     critic_path: str | None = option(None, "Hugging Face folder of the critic's body; none: model.path")
     tokenizer_path: str | None = option(None, "tokenizer folder; none: model.path")
