@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from rlx.models.architecture import Architecture
 from rlx.models.families import weight_table
+from rlx.models.families.experts import layers_of
+from rlx.models.pipeline import layers_per_chunk
 from rlx.models.weights import QKV, Row, Shard, Vocab
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,21 +78,25 @@ def parameters(arch: Architecture) -> list[Parameter]:
     """Every parameter of the model, in the order of the table."""
     found = []
     for name, row in weight_table(arch).items():
-        layers: Iterable[int | None] = range(arch.num_layers) if "{layer}" in name else (None,)
-        for layer in layers:
+        experts: Iterable[int | None] = range(_num_experts(arch)) if "{expert}" in name else (None,)
+        for layer, expert in itertools.product(layers_of(name, arch), experts):
             found.append(
                 Parameter(
                     row=row,
-                    hf_names=tuple(hf_name.format(layer=layer) for hf_name in row.hf_names),
+                    hf_names=tuple(hf_name.format(layer=layer, expert=expert) for hf_name in row.hf_names),
                     hf_shapes=row.hf_shapes(arch),
-                    layer=layer,
-                    expert=None,
+                    layer=layer if "{layer}" in name else None,
+                    expert=expert,
                     is_first_stage=name.startswith("embedding."),
                 )
             )
     # Whatever comes before the layers first, then layer by layer: near to how the source files are ordered.
     order = {True: -1, False: arch.num_layers}
     return sorted(found, key=lambda p: (order[p.is_first_stage] if p.layer is None else p.layer, p.expert or -1))
+
+
+def _num_experts(arch: Architecture) -> int:
+    return 0 if arch.experts is None else arch.experts.num_experts
 
 
 def layout_problems(arch: Architecture, layout: Layout) -> Iterator[str]:
@@ -107,7 +114,7 @@ def layout_problems(arch: Architecture, layout: Layout) -> Iterator[str]:
         )
     if layout.pp > arch.num_layers:
         yield f"--pp {layout.pp} is more than the {arch.num_layers} layers of config.json (num_hidden_layers)"
-    num_experts = 0
+    num_experts = _num_experts(arch)
     if layout.ep > 1 and not num_experts:
         yield f"--ep {layout.ep} needs a mixture-of-experts model, but config.json describes a dense one; use --ep 1"
     elif num_experts % layout.ep:
@@ -176,11 +183,14 @@ def rank_of(part: Part, arch: Architecture, layout: Layout) -> int:
     """The rank of the target layout that holds the part, in Megatron's order: tensor, then expert, then pipeline."""
     parameter, inside = part.parameter, 0
     if parameter.layer is not None:
-        stage = parameter.layer * layout.pp // arch.num_layers
+        ends = itertools.accumulate(layers_per_chunk(arch.num_layers, layout.pp))
+        stage = next(stage for stage, end in enumerate(ends) if parameter.layer < end)
     else:
         stage = 0 if parameter.is_first_stage else layout.pp - 1
     if parameter.row.is_split:
         inside = part.shard.rank * (layout.tp if parameter.expert is None else layout.etp) // part.shard.size
+    if parameter.expert is not None:
+        inside += layout.etp * (parameter.expert * layout.ep // _num_experts(arch))
     return stage * layout.ranks_per_stage + inside
 
 

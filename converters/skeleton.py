@@ -53,7 +53,7 @@ def skeleton(arch: Architecture) -> Skeleton:
         names = {id(value): name for name, value in own.items() if torch.is_tensor(value)}
         pieces = {
             slot.hf_names: tuple(_pieces(state[names[id(slot.parameter)]]))
-            for slot in slots(chunks, arch)
+            for slot in slots(chunks, arch, context)
             if not slot.is_tied_copy
         }
         objects = {entry.unique_key: entry.data for entry in state.values() if isinstance(entry, ShardedObject)}
