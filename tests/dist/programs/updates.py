@@ -25,10 +25,12 @@ from rlx.types import TrainSample
 from tests.dist.programs.layouts import context_of, main
 
 
-def config_of(arguments: dict[str, Any], layout: dict[str, Any], distributed: bool, model: dict[str, Any]) -> Config:
+def config_of(
+    arguments: dict[str, Any], layout: dict[str, Any], distributed: bool, model: dict[str, Any] | None = None
+) -> Config:
     optimizer = OptimizerConfig(lr=2e-3, clip_grad=0.05, distributed=distributed, weight_decay=0.01)
     return Config(
-        model=ModelConfig(path=arguments["model"], reference_path=arguments["reference"], **model),
+        model=ModelConfig(path=arguments["model"], reference_path=arguments["reference"], **(model or {})),
         data=DataConfig(train=""),
         reward=RewardConfig(name="exact"),
         parallel=ParallelConfig(**layout),
