@@ -39,7 +39,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     data_files=[
-        ("share/rlx/launch", ["launch/torchrun.sh", "launch/constraints.txt"]),
+        ("share/rlx/launch", ["launch/torchrun.sh", "launch/constraints.txt", "launch/constraints-gpu.txt"]),
         ("share/rlx/launch/slurm", [str(path.relative_to(HERE)) for path in sorted((HERE / "launch/slurm").glob("*.j2"))]),
     ],
     packages=find_packages(include=["rlx", "rlx.*", "converters", "converters.*"]),

@@ -30,14 +30,14 @@ export PYTHONWARNINGS="${PYTHONWARNINGS:-$notices}"
 ) &
 torchrun=$!
 
-# The ranks are torchrun's children.
+# The ranks are torchrun's children. Of a process's stat, what follows the name in parentheses is: state, parent.
+# shellcheck disable=SC2329
 ask_ranks() {
-  local stat pid rest
+  local stat text fields
   for stat in /proc/[0-9]*/stat; do
-    read -r pid rest 2>/dev/null <"$stat" || continue
-    rest=${rest##*) }
-    set -- $rest
-    [[ $2 == "$torchrun" ]] && kill -USR1 "$pid" 2>/dev/null
+    read -r text 2>/dev/null <"$stat" || continue
+    read -ra fields <<<"${text##*) }"
+    [[ ${fields[1]} == "$torchrun" ]] && kill -USR1 "${text%% *}" 2>/dev/null
   done
 }
 trap ask_ranks USR1

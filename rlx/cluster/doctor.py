@@ -59,13 +59,14 @@ def examine(run_dir: Path) -> list[Finding]:
 
 
 def tested_versions() -> dict[str, str]:
-    """Package -> version of the constraints file; empty where an installation came without it."""
+    """Package -> version of the constraints files, a GPU installation's where SGLang is here; empty without the files."""
     places = [Path(rlx.__file__).resolve().parents[1] / "launch", Path(sys.prefix) / "share/rlx/launch"]
-    for place in places:
-        path = place / "constraints.txt"
-        if path.is_file():
-            return parse_constraints(path.read_text())
-    return {}
+    folder = next((place for place in places if (place / "constraints.txt").is_file()), None)
+    if folder is None:
+        return {}
+    base = parse_constraints((folder / "constraints.txt").read_text())
+    gpu = parse_constraints((folder / "constraints-gpu.txt").read_text())
+    return base | gpu if _version("sglang") else gpu | base
 
 
 def parse_constraints(text: str) -> dict[str, str]:
