@@ -36,6 +36,7 @@ class ClusterConfig:
     nodes: int | None = option(None, "machines, all alike; none: one, or as many as the launcher has", minimum=1)
     gpus_per_node: int | None = option(None, "GPUs of each machine; none: not planned", minimum=1)
     nvlink_gpus: int | None = option(None, "GPUs of a machine that NVLink joins; none: all of them", minimum=1)
+    gpu_memory_gib: float = option(80.0, "memory of each GPU, for the estimate of `rlx check`", minimum=1)
     rollout_nodes: int = option(0, "of the machines, those for engines only; 0: engines sit beside trainers", minimum=0)
     threads_per_rank: int | None = option(None, "CPU threads of a trainer rank or engine; none: cores / processes", minimum=1)
 
