@@ -34,7 +34,7 @@ def check(config: Config, *, on_paper: bool = False) -> list[str]:
     """Every cross-field problem, one line each; empty when the configuration can be started. ``on_paper``: the files
     of prompts and rewards need not be here."""
     files = () if on_paper else (_data, _replay, _reward)
-    groups = (_layout, _models, *files, _rollout, _algorithm, _optimizers, _device)
+    groups = (_layout, _models, *files, _rollout, _algorithm, _evaluation, _optimizers, _device)
     return [message for group in groups for message in group(config)]
 
 
@@ -204,6 +204,14 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield f"algorithm.mismatch_low: {algorithm.mismatch_low:g} exceeds algorithm.mismatch_high {algorithm.mismatch_high:g}"
     if algorithm.name == "prime" and algorithm.prime_beta <= 0:
         yield "algorithm.prime_beta: must be above 0 with algorithm.name prime"
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    if config.evaluation.samples_per_prompt > 1 and config.evaluation.temperature == 0:
+        yield (
+            f"evaluation.temperature: 0 (greedy) gives evaluation.samples_per_prompt = {config.evaluation.samples_per_prompt}"
+            " equal answers; set a temperature"
+        )
 
 
 def _optimizers(config: Config) -> Iterator[str]:

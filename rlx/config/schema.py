@@ -179,11 +179,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """Greedy evaluation on held-out prompts."""
+    """Evaluation on held-out prompts."""
 
     data: str | None = option(None, "prompts to evaluate on; none: no evaluation")
     every: int = option(0, "steps between evaluations; 0: only at the end", minimum=0)
     max_prompts: int = option(256, "prompts used", minimum=1)
+    samples_per_prompt: int = option(1, "answers to each; more than one: mean@k and pass@k", minimum=1)
+    temperature: float = option(0.0, "0 is greedy; several answers need more", minimum=0)
+    pass_reward: float = option(1.0, "an answer with at least this reward passes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

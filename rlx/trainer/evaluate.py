@@ -1,7 +1,13 @@
-"""Greedy evaluation on held-out prompts, through the same engines and the same verifier as training."""
+"""Evaluation on held-out prompts, through the same engines and the same verifier as training.
+
+Greedy, or with several sampled answers a prompt: then also ``mean@k`` and ``pass@k``, the chance that at least one of k
+answers is right (reward of ``evaluation.pass_reward`` or more), by the unbiased estimate of Chen et al. 2021.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -20,7 +26,9 @@ class Evaluation:
     def __init__(self, config: Config, roles: Roles, sampling: SamplingSpec, tokenizer: PreTrainedTokenizerBase) -> None:
         self._roles = roles
         self._every, self._last_step = config.evaluation.every, config.run.steps
-        self._sampling = replace(sampling, num_samples=1, temperature=0.0)
+        settings = config.evaluation
+        self._pass_reward = settings.pass_reward
+        self._sampling = replace(sampling, num_samples=settings.samples_per_prompt, temperature=settings.temperature)
         self._prompts: list[Prompt] = []
         if config.evaluation.data is not None:
             source = PromptSource(replace(config.data, train=config.evaluation.data), tokenizer, config.run.seed)
@@ -36,7 +44,29 @@ class Evaluation:
             return report
         with phase("evaluate", report.step):
             groups = list(self._roles.reward.score(self._roles.rollout.generate(self._prompts, self._sampling)))
-        rewards = [reward.value for group in groups for reward in group.rewards or () if reward.valid]
+        valid = [[reward.value for reward in group.rewards or () if reward.valid] for group in groups]
         lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+        rewards = [value for values in valid for value in values]
         added = {"eval/reward_mean": fmean(rewards), "eval/tokens_mean": fmean(lengths)}
+        if self._sampling.num_samples > 1:
+            added |= at_k(valid, self._sampling.num_samples, self._pass_reward)
         return replace(report, metrics={**report.metrics, **added})
+
+
+def at_k(rewards: Sequence[Sequence[float]], num_samples: int, pass_reward: float) -> dict[str, float]:
+    """``eval/mean@k`` of all answers, and ``eval/pass@k`` for k = 1, 2, 4, ... up to ``num_samples``.
+
+    A prompt with fewer than k valid answers has no part in pass@k; a k that no prompt reaches is left out.
+    """
+    found = {f"eval/mean@{num_samples}": fmean(fmean(values) for values in rewards if values)}
+    ks = [2**power for power in range(num_samples.bit_length()) if 2**power < num_samples] + [num_samples]
+    for k in ks:
+        chances = [pass_chance(len(values), sum(v >= pass_reward for v in values), k) for values in rewards if len(values) >= k]
+        if chances:
+            found[f"eval/pass@{k}"] = fmean(chances)
+    return found
+
+
+def pass_chance(num_samples: int, num_right: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): the chance that k of the n answers, drawn without replacement, hold a right one."""
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)

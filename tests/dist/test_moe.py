@@ -74,7 +74,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     results: dict[str, Any] = {"reference": torch.load(reference, weights_only=True), "folder": folder, "arguments": arguments}
     for world_size, layouts in LAYOUTS.items():
         out = folder / f"world{world_size}.pt"
-        run_ranks("tests.dist.programs.moe", world_size, arguments | {"layouts": layouts | BALANCED_LAYOUTS[world_size]}, out, timeout_s=600)
+        run_ranks(
+            "tests.dist.programs.moe",
+            world_size,
+            arguments | {"layouts": layouts | BALANCED_LAYOUTS[world_size]},
+            out,
+            timeout_s=600,
+        )
         results |= torch.load(out, weights_only=True)
     return results
 

@@ -42,7 +42,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         balanced = {f"{name} balanced": layout | BALANCED for name, layout in layouts.items()}
         resumed = {"resumed": RESUMED | BALANCED} if world_size == 2 else {}
         out = folder / f"world{world_size}.pt"
-        run_ranks("tests.dist.programs.updates", world_size, arguments | {"layouts": layouts | balanced | resumed}, out, timeout_s=600)
+        run_ranks(
+            "tests.dist.programs.updates", world_size, arguments | {"layouts": layouts | balanced | resumed}, out, timeout_s=600
+        )
         found |= torch.load(out, weights_only=True)
     return found
 

@@ -23,7 +23,7 @@ def shift_old_logprobs(worker: Worker) -> None:
 
 
 def run_algorithm(arguments: dict[str, Any], layout: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
-    worker = Worker(config_of(arguments, layout, distributed=False), context)
+    worker = Worker(config_of(arguments, layout, False, {}), context)
     samples = [TrainSample(**sample) for sample in arguments["samples"]]
     plan = plan_batch(
         [len(sample.token_ids) for sample in samples],

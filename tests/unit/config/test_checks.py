@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rlx.algos.registry import ALGORITHMS, make_algorithm
+from rlx.config.algorithm import PRESETS, WITH_CRITIC, AlgorithmConfig
 from rlx.config.checks import SUPPORTED_MODEL_TYPES
 from rlx.models.families import FAMILIES
 from rlx.rewards.registry import VERIFIERS
@@ -165,4 +167,7 @@ def test_layout_agrees_with_parallel_dims(problems: Problems, seed: int) -> None
 
 def test_names_that_config_may_not_import_agree_with_their_homes() -> None:
     assert set(SUPPORTED_MODEL_TYPES) == set(FAMILIES)
-    assert set(VERIFIERS) == {"exact", "regex", "numeric"}
+    assert set(PRESETS) == set(ALGORITHMS)
+    assert all(make_algorithm(AlgorithmConfig(name=name)).needs_critic == (name in WITH_CRITIC) for name in ALGORITHMS)
+    page = (Path(__file__).resolve().parents[3] / "docs" / "rewards.md").read_text()
+    assert all(f"| `{name}` |" in page for name in VERIFIERS)
