@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow test-slurm test-sglang lint bench bench-sync
+.PHONY: help setup demo demo-smollm2 test test-slow test-slurm test-sglang lint bench bench-rewards
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -76,5 +76,5 @@ lint: $(STAMP)  ## ruff and mypy
 bench: $(STAMP)  ## the measurements of tests/benchmarks
 	$(PY) -m pytest -m 'not gpu and not sglang' -s tests/benchmarks $(ARGS)
 
-bench-sync: $(STAMP)  ## what each part of the weight sync buys, as ratios
-	$(PY) -m pytest -s tests/benchmarks/bench_sync.py $(ARGS)
+bench-rewards: $(STAMP)  ## answers a second of the reward pool, and what endless verifiers cost
+	$(PY) -m tests.benchmarks.bench_rewards $(ARGS)

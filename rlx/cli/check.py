@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from rlx.config.load import dump_config, load_config
+from rlx.cluster.seating import seats_of
+from rlx.cluster.seats import PlacementError, picture
+from rlx.config.load import ConfigError, dump_config, load_config, load_on_paper
+from rlx.config.memory import describe, estimate, memory_problems, sizes_of
 from rlx.config.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file's")
+    parser.add_argument(
+        "--on-paper",
+        type=Path,
+        metavar="DIR",
+        help="the files need not be here: take the model's shape from DIR/MODEL/config.json, as in configs/architectures",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the resolved YAML, then the summary as YAML comments, so that the whole output is a configuration file."""
-    config = load_config(args.config, args.overrides)
+    if args.on_paper is None:
+        config = load_config(args.config, args.overrides)
+    else:
+        config = load_on_paper(args.config, args.overrides, args.on_paper)
+    lines = [*summary(config), *plan(config)]
     print(dump_config(config), end="")
-    for line in summary(config):
+    for line in lines:
         print(f"# {line}")
     return 0
+
+
+def plan(config: Config) -> list[str]:
+    """Who sits where and what memory that takes; ConfigError when it does not fit on the GPUs that the file names."""
+    try:
+        seats = seats_of(config)
+    except PlacementError as error:
+        raise ConfigError([str(error)]) from error
+    try:
+        sizes = sizes_of(config.model.path)
+    except KeyError as error:
+        return [*picture(seats), f"memory: not estimated, config.json lacks {error}"]
+    found = estimate(config, sizes)
+    if config.cluster.gpus_per_node is not None and (problems := memory_problems(found, config)):
+        raise ConfigError(problems)
+    return [*picture(seats), *describe(found, sizes)]
 
 
 def summary(config: Config) -> list[str]:

@@ -29,6 +29,7 @@ from rlx.cluster.environment import RankEnvironment, Rendezvous, default_interfa
 from rlx.cluster.fleet import write_fleet
 from rlx.cluster.node_engines import Assembly, Node, NodeEngines
 from rlx.cluster.placement import attached_fleet
+from rlx.cluster.preflight import preflight
 from rlx.cluster.progress import Progress
 from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir
 from rlx.cluster.seating import machines_of, seats_of
@@ -110,7 +111,8 @@ def _agree(
         return agreed_run(store, meeting)
     try:
         config = _load(path, overrides, place)
-        seats_of(config, _machines(config, place, meeting))
+        preflight(config)
+        _check_engines(seats_of(config, _machines(config, place, meeting)))
         run_dir = stack.enter_context(open_run_dir(config))
     except (ConfigError, PlacementError) as error:
         problems = list(error.problems) if isinstance(error, ConfigError) else [str(error)]
@@ -133,6 +135,15 @@ def agreed_run(store: TCPStore, meeting: Rendezvous) -> Path:
     run_dir = Path(found["run_dir"])
     _wait_for(run_dir / "config.yaml")
     return run_dir
+
+
+def _check_engines(seats: Seats) -> None:
+    spanning = [index for index, seat in enumerate(seats.engines) if len(seat.nodes) > 1]
+    if spanning:
+        raise PlacementError(
+            f"rollout.tp: engine {spanning[0]} would span {len(seats.engines[spanning[0]].nodes)} nodes, which no launcher here"
+            " starts: start such servers yourself and name them in rollout.endpoints"
+        )
 
 
 def _wait_until_told(store: TCPStore, num_ranks: int) -> None:

@@ -20,8 +20,7 @@ from rlx.data.tokenizer import load_tokenizer
 from rlx.obs.log import logger, phase
 from rlx.obs.metrics import MetricsWriter
 from rlx.obs.trackers import make_trackers
-from rlx.rewards.registry import make_verifier
-from rlx.rewards.service import RewardPool
+from rlx.rewards.pools import make_reward_service
 from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
 from rlx.rollout.router import EngineCare
@@ -77,8 +76,7 @@ def _make_trainer(
     algorithm = make_algorithm(config.algorithm)
     publisher, rollout = _make_rollout(config, ranks, engines, stack)
     stack.callback(rollout.close)
-    verifier = make_verifier(config.reward)
-    pool = RewardPool(verifier, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)), config.reward)
+    pool = make_reward_service(config.reward, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
     stack.callback(pool.close)
     roles = Roles(
         policy=RankedPolicy(ranks, None if publisher is None else publisher.publish),

@@ -30,9 +30,11 @@ SUPPORTED_MODEL_TYPES = (
 DATA_ENDINGS = (".jsonl", ".parquet")
 
 
-def check(config: Config) -> list[str]:
-    """Every cross-field problem, one line each; empty when the configuration can be started."""
-    groups = (_layout, _models, _data, _rollout, _replay, _reward, _algorithm, _optimizers, _device)
+def check(config: Config, *, on_paper: bool = False) -> list[str]:
+    """Every cross-field problem, one line each; empty when the configuration can be started. ``on_paper``: the files
+    of prompts and rewards need not be here."""
+    files = () if on_paper else (_data, _replay, _reward)
+    groups = (_layout, _models, *files, _rollout, _algorithm, _optimizers, _device)
     return [message for group in groups for message in group(config)]
 
 

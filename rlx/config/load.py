@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     config, problems = to_config(read_tree(path, overrides))
     messages = problems.messages + _trusted(check(config), problems)
+    if messages:
+        raise ConfigError(messages)
+    return config
+
+
+def load_on_paper(path: str | os.PathLike[str], overrides: Sequence[str], architectures: Path) -> Config:
+    """As ``load_config``, for a machine without the model and the prompts: the model's shape comes from the folder of
+    ``architectures`` that is called like the last part of ``model.path``, which the result names as its model."""
+    config, problems = to_config(read_tree(path, overrides))
+    config = replace(config, model=replace(config.model, path=str(architectures / Path(config.model.path).name)))
+    messages = problems.messages + _trusted(check(config, on_paper=True), problems)
     if messages:
         raise ConfigError(messages)
     return config

@@ -36,6 +36,7 @@ class ClusterConfig:
     nodes: int | None = option(None, "machines, all alike; none: one, or as many as the launcher has", minimum=1)
     gpus_per_node: int | None = option(None, "GPUs of each machine; none: not planned", minimum=1)
     nvlink_gpus: int | None = option(None, "GPUs of a machine that NVLink joins; none: all of them", minimum=1)
+    gpu_memory_gib: float = option(80.0, "memory of each GPU, for the estimate of `rlx check`", minimum=1)
     rollout_nodes: int = option(0, "of the machines, those for engines only; 0: engines sit beside trainers", minimum=0)
     threads_per_rank: int | None = option(None, "CPU threads of a trainer rank or engine; none: cores / processes", minimum=1)
 
@@ -116,10 +117,11 @@ class RolloutConfig:
 class RewardConfig:
     """The verifier."""
 
-    name: str = required("exact, regex, numeric, or path/to/file.py:function")
+    name: str = required("a verifier of docs/rewards.md, or path/to/file.py:function")
     args: Mapping[str, Any] = option({}, "arguments of the verifier, by name")
-    num_workers: int = option(1, "verifier threads", minimum=1)
+    num_workers: int = option(1, "verifier processes (threads for remote verifiers)", minimum=1)
     timeout_s: float = option(30.0, "limit of one verdict", minimum=0.01)
+    memory_mb: int = option(2048, "memory that one verdict may take beside what its process holds at its start", minimum=16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

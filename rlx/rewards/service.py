@@ -1,12 +1,12 @@
-"""Scoring rollout groups while later ones are still being written.
+"""Scoring rollout groups while later ones are still being written, in threads of this process.
 
-Who waits for whom: one feeder thread consumes the incoming groups and hands every answer to the verdict threads; the
-caller's thread takes the groups in the order they came in, waits for their verdicts, and ends those that run for longer
-than ``reward.timeout_s``. The feeder ends with its input, or at the next group once the caller has stopped early.
+Who waits for whom: one feeder thread consumes the incoming groups and hands every answer to those who judge; the
+caller's thread takes the groups in the order they came in and waits for their verdicts. The feeder ends with its input, or
+at the next group once the caller has stopped early.
 
-A Python thread cannot be killed: a verdict that runs out of time is counted as invalid and its thread goes on until the
-verifier returns, replaced meanwhile by a new one. A verifier that hangs often, or that is heavy on Python's lock, wants
-processes instead of threads: that pool would be a second implementation of ``RewardService``.
+Threads suit verifiers that wait for a server. A Python thread cannot be killed: a verdict that runs out of time is counted
+as invalid and its thread goes on until the verifier returns, replaced meanwhile by a new one. Verifiers that compute run in
+processes instead (``rlx.rewards.processes``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AllVerdictsInvalidError(RuntimeError):
 
 
 @dataclass(slots=True, eq=False)
-class _Verdict:
+class Verdict:
     """One answer on its way to a reward. The first of worker and clock to settle it wins."""
 
     prompt: Prompt
@@ -53,24 +53,28 @@ class _Verdict:
             return self.changed.wait_for(lambda: self.reward is not None, timeout_s)
 
 
-class RewardPool:
-    """Implements ``RewardService`` with ``config.num_workers`` threads.
+class ScoringService:
+    """Implements ``RewardService`` over ``submit``, which takes an answer to whoever judges it.
 
-    ``decode`` turns response token ids into text (without special tokens) and is called on the verdict threads.
-    ``num_timeouts`` counts the verdicts that ran out of time.
+    ``decode`` turns response token ids into text (without special tokens). ``num_timeouts`` counts the verdicts that ran out
+    of time.
     """
 
-    def __init__(self, verifier: Verifier, decode: Callable[[Sequence[int]], str], config: RewardConfig) -> None:
-        self._verifier, self._decode, self._timeout_s = verifier, decode, config.timeout_s
-        # Running verdicts and when each began.
-        self._running: dict[_Verdict, float] = {}
-        self._running_lock = threading.Lock()
-        self._work: queue.SimpleQueue[_Verdict | None] = queue.SimpleQueue()
+    def __init__(self, decode: Callable[[Sequence[int]], str], config: RewardConfig) -> None:
+        self._decode, self._timeout_s = decode, config.timeout_s
         self._closed = False
-        self._num_workers = config.num_workers
         self.num_timeouts = 0
-        for _ in range(config.num_workers):
-            self._add_worker()
+
+    def submit(self, verdict: Verdict) -> None:
+        """Have ``verdict`` settled some time; called on the feeder thread."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End whoever judges."""
+        self._closed = True
+
+    def tick(self) -> None:
+        """Called now and then on the caller's thread while a verdict is awaited."""
 
     def score(self, groups: Iterable[RolloutGroup]) -> Iterator[RolloutGroup]:
         """Yield the groups with rewards, in the order they came. An error of ``groups`` is raised here.
@@ -79,7 +83,7 @@ class RewardPool:
         """
         if self._closed:
             raise RuntimeError("the reward pool is closed")
-        ready: queue.SimpleQueue[tuple[RolloutGroup, list[_Verdict]] | BaseException | None] = queue.SimpleQueue()
+        ready: queue.SimpleQueue[tuple[RolloutGroup, list[Verdict]] | BaseException | None] = queue.SimpleQueue()
         stopped = threading.Event()
         threading.Thread(target=self._feed, args=(groups, ready, stopped), name="reward-feeder", daemon=True).start()
         num_verdicts, num_valid, first_cause = 0, 0, ""
@@ -98,29 +102,54 @@ class RewardPool:
         if num_verdicts and not num_valid:
             raise AllVerdictsInvalidError(f"all {num_verdicts} verdicts of the batch are invalid; the first: {first_cause}")
 
-    def close(self) -> None:
-        """Let the threads end after the verdicts they are at; returns at once."""
-        self._closed = True
-        for _ in range(self._num_workers):
-            self._work.put(None)
-
     def _feed(
         self,
         groups: Iterable[RolloutGroup],
-        ready: queue.SimpleQueue[tuple[RolloutGroup, list[_Verdict]] | BaseException | None],
+        ready: queue.SimpleQueue[tuple[RolloutGroup, list[Verdict]] | BaseException | None],
         stopped: threading.Event,
     ) -> None:
         try:
             for group in groups:
                 if stopped.is_set():
                     return
-                verdicts = [_Verdict(group.prompt, completion) for completion in group.completions]
+                verdicts = [Verdict(group.prompt, completion) for completion in group.completions]
                 for verdict in verdicts:
-                    self._work.put(verdict)
+                    self.submit(verdict)
                 ready.put((group, verdicts))
             ready.put(None)
         except BaseException as error:  # it crosses to the caller's thread, which raises it
             ready.put(error)
+
+    def _wait(self, verdict: Verdict) -> Reward:
+        """Any verdict may be what keeps the threads busy, so the clock is read for all of them while waiting for one."""
+        while not verdict.wait(min(self._timeout_s, MAX_TICK_S)):
+            self.tick()
+        assert verdict.reward is not None
+        return verdict.reward
+
+
+class RewardPool(ScoringService):
+    """Judges with ``config.num_workers`` threads, on which ``decode`` is called too."""
+
+    def __init__(self, verifier: Verifier, decode: Callable[[Sequence[int]], str], config: RewardConfig) -> None:
+        super().__init__(decode, config)
+        self._verifier = verifier
+        # Running verdicts and when each began.
+        self._running: dict[Verdict, float] = {}
+        self._running_lock = threading.Lock()
+        self._work: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
+        self._num_workers = config.num_workers
+        for _ in range(config.num_workers):
+            self._add_worker()
+
+    def submit(self, verdict: Verdict) -> None:
+        self._work.put(verdict)
+
+    def close(self) -> None:
+        """Let the threads end after the verdicts they are at; returns at once."""
+        self._closed = True
+        for _ in range(self._num_workers):
+            self._work.put(None)
 
     def _add_worker(self) -> None:
         threading.Thread(target=self._run, name="reward-verdict", daemon=True).start()
@@ -137,7 +166,7 @@ class RewardPool:
             if not in_time:
                 return  # another thread took this one's place
 
-    def _judge(self, verdict: _Verdict) -> Reward:
+    def _judge(self, verdict: Verdict) -> Reward:
         try:
             text = self._decode(verdict.completion.token_ids)
             reward = self._verifier(verdict.prompt, text, verdict.completion)
@@ -148,14 +177,7 @@ class RewardPool:
             # Verifiers are users' code: whatever they raise makes this sample invalid, never the run fail.
             return invalid(f"{type(error).__name__}: {error}")
 
-    def _wait(self, verdict: _Verdict) -> Reward:
-        """Any verdict may be what keeps the threads busy, so the clock is read for all of them while waiting for one."""
-        while not verdict.wait(min(self._timeout_s, MAX_TICK_S)):
-            self._end_overdue()
-        assert verdict.reward is not None
-        return verdict.reward
-
-    def _end_overdue(self) -> None:
+    def tick(self) -> None:
         with self._running_lock:
             overdue = [verdict for verdict, start_s in self._running.items() if time.monotonic() - start_s >= self._timeout_s]
             for verdict in overdue:

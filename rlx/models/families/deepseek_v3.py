@@ -14,9 +14,12 @@ from rlx.models.fields import words
 
 FIELDS = latent.LATENT_FIELDS | words("num_nextn_predict_layers")
 table = latent.table
+# transformers' own, where config.json says nothing
+_DEFAULTS = {"routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "norm_topk_prob": True}
 
 
 def architecture(config: ConfigJson) -> Architecture:
+    config = {**_DEFAULTS, **config}
     refuse(config, "scoring_func", "sigmoid", None)
     refuse(config, "topk_method", "noaux_tc", None)
     experts = Experts(
@@ -25,10 +28,10 @@ def architecture(config: ConfigJson) -> Architecture:
         hidden_size=int(require(config, "moe_intermediate_size")),
         layers=replaced_layers(config),
         score="sigmoid",
-        normalise=bool(config.get("norm_topk_prob", True)),
-        scale=float(config.get("routed_scaling_factor", 1.0)),
-        num_groups=int(config.get("n_group") or 1),
-        top_groups=int(config.get("topk_group") or 1),
+        normalise=bool(config["norm_topk_prob"]),
+        scale=float(config["routed_scaling_factor"]),
+        num_groups=int(config["n_group"] or 1),
+        top_groups=int(config["topk_group"] or 1),
         group_rating=2,
         score_bias=True,
         shared_hidden_size=shared_size(config),

@@ -79,11 +79,11 @@ def program(arguments: dict[str, Any], world_size: int) -> None:
     results: dict[str, Any] = {}
     for name, layout in arguments["layouts"].items():
         layout = dict(layout)
-        options = layout.pop("options", {})
+        options, families = layout.pop("options", {}), layout.pop("families", arguments["families"])
         with context_of(layout, world_size) as context:
             results[name] = {
                 family: run_family(Path(arguments["folder"]) / family, arguments["sequences"], context, options)
-                for family in arguments["families"]
+                for family in families
             }
             if context.rank == 0:
                 torch.save(results, arguments["out"])

@@ -180,14 +180,37 @@ def on_disk(family: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return split
 
 
+def balanced_grads(model: nn.Module, sequences: list[list[int]], aux: float, z: float) -> dict[str, Tensor]:
+    """Gradients of the next-token loss and the balancing losses, written out sequence by sequence in float64."""
+    model.zero_grad()
+    num_tokens = sum(len(tokens) - 1 for tokens in sequences)
+    total = torch.zeros((), dtype=torch.float64)
+    for tokens in sequences:
+        ids = torch.tensor([tokens])
+        output = model(ids, output_router_logits=True)
+        logprobs = F.log_softmax(output.logits[0, :-1].double(), dim=-1).gather(1, ids[0, 1:, None])
+        total = total - logprobs.sum()
+        for logits in output.router_logits:
+            logits = logits.double()
+            num_experts, top_k = logits.shape[1], model.config.num_experts_per_tok
+            probs = logits.softmax(dim=-1)
+            shares = F.one_hot(probs.topk(top_k).indices, num_experts).sum(dim=1).double().mean(dim=0) / top_k
+            loss = aux * num_experts * (shares * probs.mean(dim=0)).sum() + z * (logits.logsumexp(dim=-1) ** 2).mean()
+            total = total + (len(tokens) - 1) * loss
+    (total / num_tokens).backward()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
 def main(arguments: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     results = {}
-    for seed, family in enumerate(arguments["families"]):
-        torch.manual_seed(seed)
+    for number, family in enumerate(arguments["families"]):
+        torch.manual_seed(number + arguments.get("seed", 0))
         model = FAMILIES[family]()
         disturb(model)
         save(family, model, Path(arguments["folder"]) / family)
+        if not arguments["sequences"]:
+            continue
         logprobs = []
         for tokens in arguments["sequences"]:
             ids = torch.tensor([tokens])
@@ -196,8 +219,11 @@ def main(arguments: dict[str, Any]) -> None:
         loss = -torch.cat(logprobs).mean()
         loss.backward()
         assert math.isfinite(float(loss))
-        grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+        grads = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
         results[family] = {"logprobs": [row.detach() for row in logprobs], "grads": on_disk(family, grads)}
+        if family == arguments["balanced"]["family"]:
+            balanced = balanced_grads(model, arguments["sequences"], arguments["balanced"]["aux"], arguments["balanced"]["z"])
+            results[family]["balanced"] = on_disk(family, balanced)
     torch.save(results, arguments["out"])
 
 

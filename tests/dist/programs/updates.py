@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +25,10 @@ from rlx.types import TrainSample
 from tests.dist.programs.layouts import context_of, main
 
 
-def config_of(arguments: dict[str, Any], layout: dict[str, Any], distributed: bool) -> Config:
+def config_of(arguments: dict[str, Any], layout: dict[str, Any], distributed: bool, model: dict[str, Any]) -> Config:
     optimizer = OptimizerConfig(lr=2e-3, clip_grad=0.05, distributed=distributed, weight_decay=0.01)
     return Config(
-        model=ModelConfig(
-            path=arguments["model"], reference_path=arguments["reference"], recompute=arguments.get("recompute", "none")
-        ),
+        model=ModelConfig(path=arguments["model"], reference_path=arguments["reference"], **model),
         data=DataConfig(train=""),
         reward=RewardConfig(name="exact"),
         parallel=ParallelConfig(**layout),
@@ -55,8 +54,12 @@ def collect(trained: Trained, worker: Worker, context: ParallelContext, what: st
     return {name: tensor for part in context.gather_objects(found) for name, tensor in part.items()}
 
 
-def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: ParallelContext, distributed: bool) -> dict[str, Any]:
-    worker = Worker(config_of(arguments, layout, distributed), context)
+def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
+    """``layout`` may also say ``distributed`` (optimizer), ``model`` (more of its keys) and ``resume`` (try a checkpoint)."""
+    layout = dict(layout)
+    distributed, model, resume = layout.pop("distributed", False), layout.pop("model", {}), layout.pop("resume", False)
+    config = config_of(arguments, layout, distributed, model)
+    worker = Worker(config, context)
     samples = [TrainSample(**sample) for sample in arguments["samples"]]
     plan = plan_batch(
         [len(sample.token_ids) for sample in samples],
@@ -72,6 +75,8 @@ def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: Paral
     result: dict[str, Any] = {"scores": scores, "steps": [], "grads": {}, "weights": {}}
     roles = {"policy": (worker.policy, worker.update_policy), "critic": (worker.critic, worker.update_critic)}
     for step in range(3):
+        if step == 2 and resume:
+            worker.save(str(checkpoint_folder(arguments)))
         row = {}
         for role, (trained, update) in roles.items():
             stats = next(answer for answer in context.gather_objects(update(0)) if answer is not None)
@@ -81,16 +86,26 @@ def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: Paral
         result["steps"].append(row)
     for role, (trained, _) in roles.items():
         result["weights"][role] = collect(trained, worker, context, "weight")
+    if resume:
+        again = Worker(config, context)
+        again.load(str(checkpoint_folder(arguments)))
+        again.load_batch(samples, plan)
+        again.batch.columns |= worker.batch.columns
+        again.update_policy(0)
+        result["resumed"] = collect(again.policy, again, context, "weight")
     return result
+
+
+def checkpoint_folder(arguments: dict[str, Any]) -> Path:
+    return Path(arguments["out"]).with_suffix(".checkpoint")
 
 
 def program(arguments: dict[str, Any], world_size: int) -> None:
     results = {}
     for name, layout in arguments["layouts"].items():
-        layout = dict(layout)
-        distributed = layout.pop("distributed", False)
-        with context_of(layout, world_size) as context:
-            results[name] = run_layout(arguments, layout, context, distributed)
+        dims = {key: value for key, value in layout.items() if key not in ("distributed", "model", "resume")}
+        with context_of(dims, world_size) as context:
+            results[name] = run_layout(arguments, layout, context)
             if context.rank == 0:
                 torch.save(results, arguments["out"])
 

@@ -121,6 +121,23 @@ def test_reference_of_another_shape_is_refused(problems: Problems, tmp_path: Pat
     assert "model.reference_path" in problem and "model.path" in problem
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.ep=4", "cluster.num_trainer_ranks=4"], ["parallel.ep", "4", "6 experts"]),
+        (["parallel.tp=2"], ["parallel.sequence_parallel", "mixture of experts"]),
+        (["parallel.etp=3", "cluster.num_trainer_ranks=3"], ["parallel.etp", "3", "20 hidden units"]),
+    ],
+)
+def test_layout_of_experts(problems: Problems, tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    experts = {"model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 20, "intermediate_size": 90}
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | experts))
+    assert problems("parallel.ep=2", "cluster.num_trainer_ranks=2") == ()
+    (problem,) = problems(*overrides)
+    assert all(word in problem for word in words), problem
+
+
 def test_layout_agrees_with_parallel_dims(problems: Problems, seed: int) -> None:
     """The check repeats ParallelDims' arithmetic because it may not import it; both must say the same."""
     draw = random.Random(seed)

@@ -1,0 +1,129 @@
+"""Programs judged by running them against tests, each in a process of its own.
+
+The program runs with ``python -I`` in an empty folder, without the run's environment, with limits on processor time, memory,
+file size and open files, and without network: in a network namespace of its own where the kernel lets us make one
+(``network`` "deny" refuses to run where it does not; "try" goes on). This keeps accidents in; it is no jail against an
+attacker: run untrusted models on a machine that holds nothing of value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlx.rewards.base import MissingLabelError
+from rlx.types import Completion, Prompt, Reward
+
+_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+MAX_OUTPUT_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeTests:
+    """The share of tests passed by the last fenced block of the response (``partial`` false: 1 if all pass, else 0).
+
+    Tests stand in the row's column ``tests`` (or in the label as JSON): a list of ``{"input": ..., "output": ...}`` (standard
+    input and expected output, outer whitespace of lines ignored) or of Python texts run after the program, which pass
+    unless they raise. ``timeout_s`` is for one test: reward.timeout_s must exceed all of them together.
+    """
+
+    tests_key: str = "tests"
+    timeout_s: float = 5.0
+    memory_mb: int = 512
+    partial: bool = False
+    network: str = "try"
+
+    def __post_init__(self) -> None:
+        if self.network not in ("try", "deny"):
+            raise ValueError(f"reward.args.network must be try or deny, got {self.network!r}")
+
+    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
+        tests = self._tests_of(prompt)
+        blocks = _BLOCK.findall(response_text)
+        if not blocks:
+            return Reward(value=0.0)
+        passed = 0
+        for test in tests:
+            if self._passes(blocks[-1], test):
+                passed += 1
+            elif not self.partial:
+                return Reward(value=0.0)
+        return Reward(value=passed / len(tests))
+
+    def _tests_of(self, prompt: Prompt) -> Sequence[object]:
+        found = prompt.extra.get(self.tests_key, prompt.label)
+        if found is None:
+            raise MissingLabelError(f"prompt {prompt.prompt_id} has neither a column {self.tests_key!r} nor a label")
+        tests = json.loads(found) if isinstance(found, str) else found
+        if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
+            raise ValueError(f"prompt {prompt.prompt_id}: tests must be a list with at least one, got {tests!r}")
+        return tests
+
+    def _passes(self, program: str, test: object) -> bool:
+        if isinstance(test, str):
+            return self._run(f"{program}\n\n{test}\n", "") is not None
+        if not isinstance(test, Mapping) or "output" not in test:
+            raise ValueError(f"a test must be Python text or have input and output, got {test!r}")
+        output = self._run(program, str(test.get("input", "")))
+        return output is not None and _lines(output) == _lines(str(test["output"]))
+
+    def _run(self, program: str, text_in: str) -> str | None:
+        """What the program printed; None if it failed, took too long or printed too much."""
+        with tempfile.TemporaryDirectory(prefix="rlx-code-") as folder:
+            file, output = Path(folder) / "program.py", Path(folder) / "output"
+            file.write_text(program)
+            with output.open("wb") as stream:
+                process = subprocess.Popen(
+                    [sys.executable, "-I", file.name],
+                    cwd=folder,
+                    env={"PATH": "/usr/bin:/bin", "HOME": folder, "LANG": "C.UTF-8"},
+                    stdin=subprocess.PIPE,
+                    stdout=stream,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                    preexec_fn=self._confine,
+                )
+                try:
+                    process.communicate(text_in.encode(), timeout=self.timeout_s)
+                except subprocess.TimeoutExpired:
+                    return None
+                finally:
+                    _kill_session(process)
+            if process.returncode or output.stat().st_size > MAX_OUTPUT_BYTES:
+                return None
+            return output.read_text(errors="replace")
+
+    def _confine(self) -> None:
+        """In the child, between fork and exec."""
+        try:
+            os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNET)
+        except OSError:
+            if self.network == "deny":
+                raise
+        seconds = int(self.timeout_s) + 1
+        memory = self.memory_mb * 2**20
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MAX_OUTPUT_BYTES, 2 * MAX_OUTPUT_BYTES))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _kill_session(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.strip().splitlines()]

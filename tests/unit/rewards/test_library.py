@@ -1,0 +1,228 @@
+"""math, format, length, code, sums, and the verifiers that ask a server (a real one, on this machine)."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import math_verify
+import pytest
+
+from rlx.config.schema import RewardConfig
+from rlx.rewards.pools import make_reward_service
+from rlx.rewards.registry import make_verifier
+from rlx.rewards.remote import RemoteError
+from rlx.types import Completion, Prompt, Reward, RolloutGroup
+
+
+def ask(name: str, args: dict[str, Any], response: str, label: str | None = None, num_tokens: int = 4, **extra: object) -> Reward:
+    prompt = Prompt(prompt_id=0, token_ids=(1, 2), text="question?", label=label, extra=extra)
+    completion = Completion(token_ids=(5,) * num_tokens, rollout_logprobs=(), finish_reason="stop", weight_versions=())
+    return make_verifier(RewardConfig(name=name, args=args))(prompt, response, completion)
+
+
+MATH = [
+    ("42", r"so \boxed{42}"),
+    ("42", r"so \boxed{42.0}"),
+    ("1,234", r"so \boxed{1234}"),
+    ("42", r"so \boxed{43}"),
+    ("0.5", r"\boxed{\frac{1}{2}}"),
+    (r"\frac{3}{7}", r"\boxed{\frac{6}{14}}"),
+    (r"\frac{3}{7}", r"\boxed{\frac{6}{15}}"),
+    (r"\sqrt{8}", r"\boxed{2\sqrt{2}}"),
+    (r"x^2+2x+1", r"\boxed{(x+1)^2}"),
+    (r"x^2+2x+1", r"\boxed{(x-1)^2}"),
+    (r"(1,2)", r"\boxed{(1, 2)}"),
+    (r"\{1,2\}", r"\boxed{\{2,1\}}"),
+    ("12", "the answer is 12"),
+    ("12", "the answer is $13$"),
+    ("3", "nothing"),
+    (r"\boxed{9}", r"it is \boxed{9}"),
+    ("5", r"unclosed \boxed{5"),
+]
+
+
+@pytest.mark.parametrize(("label", "response"), MATH)
+def test_math_says_what_math_verify_says(label: str, response: str) -> None:
+    gold = math_verify.parse(label if "boxed" in label else f"\\boxed{{{label}}}")
+    wanted = float(math_verify.verify(gold, math_verify.parse(response)))
+    assert ask("math", {}, response, label).value == wanted
+    if "boxed{" not in response:
+        assert ask("math", {"boxed_only": True}, response, label).value == 0.0
+
+
+def test_the_last_box_is_the_answer() -> None:
+    assert ask("math", {}, r"first \boxed{7}, no: \boxed{-7}", "-7").value == 1.0
+    assert ask("math", {}, r"first \boxed{-7}, no: \boxed{7}", "-7").value == 0.0
+
+
+def test_format_wants_one_thought_and_one_answer() -> None:
+    right = "<think>a\nb</think>\n<answer>4</answer>\n"
+    wrong = ["4", right + "more", "<think>a</think>", right + right, "<think><think></think><answer></answer>"]
+    assert ask("format", {}, right).value == 1.0
+    assert [ask("format", {}, text).value for text in wrong] == [0.0] * 5
+    assert ask("format", {"pattern": r"\d+"}, "12").value == 1.0
+    with pytest.raises(ValueError, match=r"reward\.args\.pattern"):
+        ask("format", {"pattern": "("}, "")
+
+
+def test_length_falls_linearly() -> None:
+    args = {"free": 10, "limit": 20, "minimum": 4}
+    assert [ask("length", args, "", num_tokens=n).value for n in (1, 4, 10, 15, 20, 30)] == [-0.75, 0, 0, -0.5, -1, -1]
+    with pytest.raises(ValueError, match="free < limit"):
+        ask("length", {"free": 3, "limit": 3}, "")
+
+
+def fenced(program: str) -> str:
+    return f"Here:\n```python\n{program}\n```\n"
+
+
+ADD = [{"input": "1 2\n", "output": "3"}, {"input": "5 6\n", "output": "11\n"}]
+
+
+@pytest.mark.parametrize(
+    ("program", "wanted"),
+    [
+        ("a, b = map(int, input().split())\nprint(a + b)", 1.0),
+        ("a, b = map(int, input().split())\nprint(3)", 0.5),
+        ("raise SystemExit(1)", 0.0),
+        ("while True: pass", 0.0),
+        ("x = [bytearray(2**24) for _ in range(1000)]", 0.0),
+        ("while True: print('x' * 100000)", 0.0),
+        ("import socket\nsocket.create_connection(('127.0.0.1', PORT), 1)\nprint(3)", 0.0),
+    ],
+)
+def test_code_is_run_within_its_limits(program: str, wanted: float, server: Any) -> None:
+    program = program.replace("PORT", str(server.server_port))
+    args = {"partial": True, "timeout_s": 2.0, "memory_mb": 256}
+    start_s = time.monotonic()
+    assert ask("code", args, fenced(program), tests=ADD).value == wanted
+    assert time.monotonic() - start_s < 15
+
+
+def test_code_takes_assertions_and_refuses_nonsense() -> None:
+    tests = json.dumps(["assert f(2) == 4", "assert f(3) == 9"])
+    assert ask("code", {}, fenced("def f(x): return x * x"), tests).value == 1.0
+    assert ask("code", {}, fenced("def f(x): return x + x"), tests).value == 0.0
+    assert ask("code", {}, "no program", tests).value == 0.0
+    with pytest.raises(ValueError, match="at least one"):
+        ask("code", {}, fenced("x"), "[]")
+    with pytest.raises(ValueError, match="neither a column 'tests' nor a label"):
+        ask("code", {}, fenced("x"))
+
+
+def test_sums_weigh_their_parts_and_report_each() -> None:
+    parts = [
+        {"name": "math", "weight": 2.0},
+        {"name": "format", "args": {"pattern": ".*boxed.*"}, "weight": 0.5},
+        {"name": "length", "args": {"free": 2, "limit": 6}, "weight": 0.25, "called": "short"},
+    ]
+    found = ask("sum", {"parts": parts}, r"\boxed{3}", "3")
+    assert found.value == pytest.approx(2.0 + 0.5 - 0.125)
+    assert found.parts == {"math": 1.0, "format": 1.0, "short": -0.5}
+    with pytest.raises(ValueError, match="must differ"):
+        ask("sum", {"parts": [{"name": "exact"}, {"name": "exact"}]}, "")
+    with pytest.raises(ValueError, match="parts"):
+        ask("sum", {"parts": [{"nmae": "exact"}]}, "")
+
+
+class Scorer(BaseHTTPRequestHandler):
+    """/score answers the response's length, /classify the sum of ids, /v1/chat/completions a score out of ten."""
+
+    requests: list[Any]
+    failures: list[int]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.requests.append(body)
+        if self.failures:
+            self.send_error(self.failures.pop())
+            return
+        if self.path == "/score":
+            answer: Any = {"scores": [len(item["response"]) for item in body["items"]]}
+        elif self.path == "/classify":
+            answer = [{"embedding": [sum(ids)]} for ids in body["input_ids"]]
+        else:
+            text = body["messages"][0]["content"]
+            answer = {"choices": [{"message": {"content": "fine. Score: 7" if "good" in text else "no idea"}}]}
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    Scorer.requests, Scorer.failures = [], []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Scorer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def group(*answers: str) -> RolloutGroup:
+    completions = tuple(
+        Completion(token_ids=tuple(map(ord, text)), rollout_logprobs=(), finish_reason="stop", weight_versions=())
+        for text in answers
+    )
+    return RolloutGroup(prompt=Prompt(prompt_id=3, token_ids=(1,), text="q", label="ab"), completions=completions)
+
+
+def decode(ids: Sequence[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+def test_http_gathers_answers_into_requests(server: Any) -> None:
+    config = RewardConfig(
+        name="http",
+        num_workers=8,
+        args={"url": f"http://127.0.0.1:{server.server_port}/score", "batch_size": 4, "max_wait_s": 0.3},
+    )
+    service = make_reward_service(config, decode)
+    (scored,) = service.score([group(*("x" * n for n in range(1, 9)))])
+    assert [reward.value for reward in scored.rewards or ()] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert len(Scorer.requests) < 8 and max(len(body["items"]) for body in Scorer.requests) == 4
+    service.close()
+
+
+def test_http_retries_what_may_pass_and_nothing_else(server: Any) -> None:
+    args = {"url": f"http://127.0.0.1:{server.server_port}/score", "pause_s": 0.01, "max_retries": 2}
+    Scorer.failures[:] = [503, 500]
+    assert ask("http", args, "abc").value == 3 and len(Scorer.requests) == 3
+    Scorer.failures[:] = [400, 400]
+    with pytest.raises(RemoteError, match="HTTP 400"):
+        ask("http", args, "abc")
+    assert len(Scorer.requests) == 4
+    with pytest.raises(ValueError, match=r"reward\.args\.url"):
+        ask("http", {"url": "host:80"}, "")
+
+
+def test_model_and_judge_read_their_servers(server: Any) -> None:
+    url = f"http://127.0.0.1:{server.server_port}"
+    assert ask("model", {"url": url}, "r", num_tokens=3).value == 1 + 2 + 15
+    assert ask("judge", {"url": f"{url}/v1", "model": "m"}, "good").value == pytest.approx(0.7)
+    lost = ask("judge", {"url": f"{url}/v1", "model": "m"}, "bad")
+    assert not lost.valid and "no score" in (lost.error or "")
+    with pytest.raises(ValueError, match=r"reward\.args\.template"):
+        ask("judge", {"url": url, "model": "m", "template": "{question}"}, "")
+
+
+def test_a_sum_of_both_kinds_is_a_chain(server: Any) -> None:
+    parts = [
+        {"name": "exact", "weight": 10.0},
+        {"name": "http", "args": {"url": f"http://127.0.0.1:{server.server_port}/score"}, "weight": 0.5},
+    ]
+    service = make_reward_service(RewardConfig(name="sum", args={"parts": parts}), decode)
+    found = list(service.score([group("ab", "abc"), group("x")]))
+    service.close()
+    assert [[reward.value for reward in one.rewards or ()] for one in found] == [[11.0, 1.5], [0.5]]
+    assert (found[0].rewards or ())[0].parts == {"exact": 1.0, "http": 2.0}

@@ -1,0 +1,121 @@
+"""Judging in processes: whatever a verifier does costs its own sample alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlx.config.schema import RewardConfig
+from rlx.rewards.processes import ProcessPool
+from rlx.rewards.service import AllVerdictsInvalidError
+from rlx.types import Completion, Prompt, RolloutGroup
+
+VERIFIER = f"{Path(__file__).with_name('bad_verifier.py')}:judge"
+LIMIT_S = 1.0
+
+
+def groups_of(*rows: Sequence[str]) -> list[RolloutGroup]:
+    """Answers travel as the token ids of their characters."""
+    found = []
+    for index, row in enumerate(rows):
+        answers = tuple(
+            Completion(token_ids=tuple(map(ord, text)), rollout_logprobs=(), finish_reason="stop", weight_versions=())
+            for text in row
+        )
+        found.append(RolloutGroup(prompt=Prompt(prompt_id=index, token_ids=(1,), text="q", label="1"), completions=answers))
+    return found
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    return "".join(map(chr, token_ids))
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPool]:
+    config = RewardConfig(name=VERIFIER, num_workers=2, timeout_s=LIMIT_S, memory_mb=64)
+    pool = ProcessPool(decode, config)
+    yield pool
+    below = psutil.Process().children(recursive=True)
+    pool.close()
+    assert not [process for process in below if process.is_running() and "zygote" in " ".join(process.cmdline())]
+
+
+def verdicts(pool: ProcessPool, *rows: Sequence[str]) -> list[list[float | str]]:
+    scored = pool.score(groups_of(*rows))
+    return [[r.value if r.valid else (r.error or "") for r in group.rewards or ()] for group in scored]
+
+
+def test_verdicts_stand_beside_their_answers(pool: ProcessPool) -> None:
+    rows = [[f"{row}.{column}" for column in range(1, row % 5 + 1)] for row in range(30)]
+    assert verdicts(pool, *rows) == [[float(text) for text in row] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("loop", "no verdict within reward.timeout_s = 1 s"),
+        ("sleep", "no verdict within"),
+        ("fork", "no verdict within"),
+        ("allocate", "MemoryError"),
+        ("crash", "process died"),
+        ("exit", "process died"),
+        ("raise", "KeyError: 'no such thing'"),
+        ("nan", "not a finite number"),
+        ("word", "ValueError"),
+    ],
+)
+def test_misbehaviour_costs_its_own_sample_alone(pool: ProcessPool, answer: str, message: str) -> None:
+    before = (pool.num_timeouts, pool.num_deaths)
+    (found,) = verdicts(pool, ["0.5", "1", answer, "2", "3", "4", "5"])
+    assert message in str(found.pop(2))
+    assert found == [0.5, 1.0, 2.0, 3.0, 4.0, 5.0]
+    counted = (pool.num_timeouts - before[0], pool.num_deaths - before[1])
+    assert counted == (int("within" in message), int("died" in message))
+
+
+def test_nothing_that_a_verifier_started_stays(pool: ProcessPool) -> None:
+    verdicts(pool, ["fork", "leave", "leave", "1"])
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        judges = {judge.pid for judge in pool._judges}
+        others = [
+            p for p in psutil.Process(pool._zygote.pid).children(recursive=True) if p.pid not in judges and p.status() != "zombie"
+        ]
+        if not others:
+            return
+        time.sleep(0.05)
+    raise AssertionError(others)
+
+
+def test_a_changed_directory_is_changed_back(pool: ProcessPool) -> None:
+    assert verdicts(pool, ["wander", "where"] * 6) == [[0.5, 1.0] * 6]
+
+
+def test_hanging_answers_take_the_sum_of_their_limits_over_the_workers(pool: ProcessPool) -> None:
+    start_s = time.monotonic()
+    rows = [["loop" if column == row % 8 and row < 6 else "1" for column in range(8)] for row in range(20)]
+    found = verdicts(pool, *rows)
+    assert sum(value == 1.0 for row in found for value in row) == 154
+    assert time.monotonic() - start_s < 1.5 * 6 * LIMIT_S / 2 + 1
+
+
+def test_a_batch_without_any_valid_verdict_is_an_error(pool: ProcessPool) -> None:
+    with pytest.raises(AllVerdictsInvalidError, match="no such thing"):
+        verdicts(pool, ["raise", "raise"])
+
+
+def test_a_decoder_that_fails_is_counted_like_a_verifier() -> None:
+    def refuse(token_ids: Sequence[int]) -> str:
+        if len(token_ids) == 3:
+            raise OverflowError("odd ids")
+        return decode(token_ids)
+
+    pool = ProcessPool(refuse, RewardConfig(name=VERIFIER, num_workers=1))
+    assert verdicts(pool, ["1", "1.5"]) == [[1.0, "OverflowError: odd ids"]]
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(pool.score(groups_of(["1"])))
