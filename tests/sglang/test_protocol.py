@@ -27,6 +27,8 @@ from rlx.types import Prompt, SamplingSpec
 from tests.sglang.engines import RunningEngine
 from tests.sglang.models import VOCAB, greedy, make, save, scores, sequences
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the engine
+
 TOLERANCE = 1e-5
 
 
