@@ -132,6 +132,17 @@ def test_published_weights_serve_and_refusals_name_the_tensor(engine: RunningEng
         publisher.close()
 
 
+@pytest.mark.parametrize(("shape", "says"), [((VOCAB + 1, 48), "vocab_size is 131"), ((VOCAB, 40), "hidden_size is 48")])
+def test_another_model_is_refused_before_anything_is_sent(engine: RunningEngine, shape: tuple[int, int], says: str) -> None:
+    tensors = {"model.embed_tokens.weight": torch.zeros(shape)}
+    publisher = publisher_of(engine, type("Other", (), {"state_dict": lambda self: tensors})())
+    with pytest.raises(SyncError, match=rf"phase model: .*engine {engine.url} serves another model .*: its {says}") as caught:
+        publisher.publish(1, iter(tensors.items()))
+    assert not caught.value.engines
+    publisher.close()
+    assert engine.control().weight_version() == "default"
+
+
 def test_weights_from_a_folder(engine: RunningEngine, tmp_path: Path) -> None:
     folder = save("llama", 31, tmp_path / "new")
     control = engine.control()
