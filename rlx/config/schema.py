@@ -156,10 +156,6 @@ class SyncConfig:
 
     bucket_bytes: int = option(512 * 2**20, "bytes a request; small tensors are flattened together", minimum=1)
     flatten_below_bytes: int = option(16 * 2**20, "tensors smaller than this travel flattened", minimum=0)
-    transport: str = option(
-        "broadcast", "broadcast: a group over NCCL or gloo; disk: a folder both sides see", choices=("broadcast", "disk")
-    )
-    disk_dir: str | None = option(None, "folder of transport disk, seen by trainer and engines; none: RUN_DIR/sync")
     timeout_s: float = option(300.0, "limit of one request or broadcast", minimum=1)
     canary_first: int = option(3, "verify after each of the first N syncs", minimum=0)
     canary_every: int = option(10, "then after every N-th; 0: never", minimum=0)

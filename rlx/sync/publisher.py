@@ -27,6 +27,7 @@ from rlx.sync.fanout import call_all
 from rlx.sync.group import GRACE_S, Endpoint, Engine, StageGroup, close_group, open_group
 from rlx.sync.ledger import Ledger
 from rlx.sync.sender import StageSender
+from rlx.sync.suits import check_model
 from rlx.types import TensorInfo, WeightManifest
 
 Share = Callable[[str | None], list[str | None]]
@@ -131,6 +132,8 @@ class Publisher:
         """Create the groups, in pipeline order, before the first publication."""
         if self._connected:
             return
+        expected = self._target.expected
+        self._together(version, "model", lambda: self._lead_calls(lambda control: check_model(control, expected)))
         for stage in range(self._place.num_stages):
             self._together(version, "group", partial(self._open, stage))
         self._connected = True

@@ -208,7 +208,7 @@ def test_an_engine_killed_during_the_broadcast_is_named_in_time(urls):
         began = time.monotonic()
         publisher.close()
         assert time.monotonic() - began < 12
-        with pytest.raises(SyncError, match=f"phase group: .*{urls[1]}.*ConnectError"):
+        with pytest.raises(SyncError, match=f"phase model: .*{urls[1]}.*ConnectError"):
             make_publisher(urls, model).publish(2, iter(named(model)))
     finally:
         publisher.close()

@@ -1,4 +1,4 @@
-"""Engines are dear to start: one of a kind serves a whole session. Stock SGLang comes in with ``-m sglang``."""
+"""Engines are dear to start: one of a kind serves a whole file. Stock SGLang comes in with ``-m sglang``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def first_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save("llama", 1, tmp_path_factory.mktemp("weights") / "llama")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RunningEngine]]:
     running: list[RunningEngine] = []
 
@@ -32,7 +32,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ru
         engine.stop()
 
 
-@pytest.fixture(scope="session", params=KINDS)
+@pytest.fixture(scope="module", params=KINDS)
 def shared(request: pytest.FixtureRequest, start: Callable[..., RunningEngine], first_weights: Path) -> RunningEngine:
     return start(request.param, first_weights).wait()
 

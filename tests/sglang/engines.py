@@ -16,26 +16,26 @@ from rlx.rollout.server import parse_ready_port, wait_until_healthy
 
 # SGLang's checksums call torch.cuda.synchronize, which has no CPU build to fall back on: tests only.
 CHECKSUM_SHIM = """
-import sys
-if any("sglang" in word for word in sys.argv) or True:
-    import importlib.abc, importlib.util
+import importlib.abc, importlib.util, sys
 
-    class _Finder(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name != "torch.cuda":
-                return None
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(name)
-            execute = spec.loader.exec_module
 
-            def exec_module(module):
-                execute(module)
-                module.synchronize = lambda *arguments, **named: None
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "torch.cuda":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
 
-            spec.loader.exec_module = exec_module
-            return spec
+        def exec_module(module):
+            execute(module)
+            module.synchronize = lambda *arguments, **named: None
 
-    sys.meta_path.insert(0, _Finder())
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, _Finder())
 """
 
 
@@ -87,7 +87,7 @@ class RunningEngine:
     def log(self) -> str:
         return self.child.log_text()
 
-    def wait(self, limit_s: float = 280) -> RunningEngine:
+    def wait(self, limit_s: float = 600) -> RunningEngine:
         def alive() -> bool:
             return self.child.poll() is None
 

@@ -42,12 +42,12 @@ def compare(engine: RunningEngine, folder: Path) -> dict[str, float]:
 
 
 def check(cases: list[tuple[str, dict, int]], start: Callable[..., RunningEngine], tmp_path: Path) -> None:
-    engines, published = [], []
+    engines: list[RunningEngine] = []
+    published: list[dict] = []
     for number, (family, _, tp) in enumerate(cases):
         first = save(family, 50 + number, tmp_path / f"first-{number}")
-        engines.append(start("sglang", first, tp=tp))
+        engines.append(start("sglang", first, tp=tp).wait())  # one after the other: each is three processes
     for number, ((family, layout, tp), engine) in enumerate(zip(cases, engines, strict=True)):
-        engine.wait()
         weights = save(family, 90 + number, tmp_path / f"new-{number}")
         where = {"url": engine.url, "tp": tp, "api_key": engine.keys.api_key, "admin_key": engine.keys.admin_key}
         what = {"layout": layout, "weights": str(weights), "export": str(tmp_path / f"export-{number}"), "version": 3}
@@ -71,6 +71,13 @@ def test_llama_and_an_engine_on_two_ranks(start, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_other_families(start, tmp_path: Path) -> None:
-    dense = [(family, DENSE, 1) for family in ("qwen2", "qwen3", "phi3")]
-    check([*dense, ("qwen3_moe", EXPERTS, 1), ("mixtral", EXPERTS, 1)], start, tmp_path)
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [("qwen2", DENSE, 1), ("qwen3", DENSE, 1), ("phi3", DENSE, 1)],
+        [("qwen3_moe", EXPERTS, 1), ("mixtral", EXPERTS, 1)],
+    ],
+    ids=["dense", "experts"],
+)
+def test_the_other_families(start, tmp_path: Path, cases: list[tuple[str, dict, int]]) -> None:
+    check(cases, start, tmp_path)

@@ -27,6 +27,8 @@ from rlx.types import Prompt, SamplingSpec
 from tests.sglang.engines import RunningEngine
 from tests.sglang.models import VOCAB, greedy, make, save, scores, sequences
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the engine
+
 TOLERANCE = 1e-5
 
 
@@ -128,6 +130,17 @@ def test_published_weights_serve_and_refusals_name_the_tensor(engine: RunningEng
         assert not caught.value.engines, "the engine is well; starting it again would not help"
     finally:
         publisher.close()
+
+
+@pytest.mark.parametrize(("shape", "says"), [((VOCAB + 1, 48), "vocab_size is 131"), ((VOCAB, 40), "hidden_size is 48")])
+def test_another_model_is_refused_before_anything_is_sent(engine: RunningEngine, shape: tuple[int, int], says: str) -> None:
+    tensors = {"model.embed_tokens.weight": torch.zeros(shape)}
+    publisher = publisher_of(engine, type("Other", (), {"state_dict": lambda self: tensors})())
+    with pytest.raises(SyncError, match=rf"phase model: .*engine {engine.url} serves another model .*: its {says}") as caught:
+        publisher.publish(1, iter(tensors.items()))
+    assert not caught.value.engines
+    publisher.close()
+    assert engine.control().weight_version() == "default"
 
 
 def test_weights_from_a_folder(engine: RunningEngine, tmp_path: Path) -> None:
