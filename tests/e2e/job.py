@@ -10,8 +10,8 @@ from pathlib import Path
 from rlx.obs.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-# The clock's numbers, and the engine's rounding: how requests fall into its batches depends on timing.
-NOT_REPEATED = ("perf/", "sync/seconds", "mismatch/")
+# The clock's numbers, the engine's rounding (how requests fall into its batches depends on timing), its request counts.
+NOT_REPEATED = ("perf/", "sync/seconds", "mismatch/", "rollout/")
 
 
 def rlx(*arguments: str, timeout_s: float = 240, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.job import demo_overrides, make_demo, numbers, rlx
+
+pytestmark = pytest.mark.slow
 from tests.e2e.torchrun_job import Nodes
 
 
