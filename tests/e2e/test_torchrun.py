@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.job import demo_overrides, make_demo, numbers, rlx
+from tests.e2e.torchrun_job import Nodes
 
 pytestmark = pytest.mark.slow
-from tests.e2e.torchrun_job import Nodes
 
 
 @pytest.fixture(scope="module")
