@@ -54,10 +54,10 @@ def adapt_layer(layer: ModuleSpec, arch: Architecture, config: TransformerConfig
     if attention.core_attention is CoreAttention or needs_own_attention(arch, config):
         attention.core_attention = partial(CoreAttention, softcap=arch.attention_softcap)
     if arch.projection_bias:
-        attention.linear_proj = _with_bias(attention.linear_proj)
+        attention.linear_proj = _with_own_bias(attention.linear_proj)
     if arch.mlp_bias:
         mlp: MLPSubmodules = layer.submodules.mlp.keywords["submodules"]
-        mlp.linear_fc1, mlp.linear_fc2 = _with_bias(mlp.linear_fc1), _with_bias(mlp.linear_fc2)
+        mlp.linear_fc1, mlp.linear_fc2 = _with_bias(mlp.linear_fc1), _with_own_bias(mlp.linear_fc2)
     if arch.post_norms:
         layer.submodules.self_attn_bda = ModuleSpec(module=NormThenAdd, params={"config": config})
         layer.submodules.mlp_bda = ModuleSpec(module=NormThenAdd, params={"config": config})
@@ -69,13 +69,18 @@ def needs_own_attention(arch: Architecture, config: TransformerConfig) -> bool:
     return arch.attention_softcap is not None or (arch.window is not None and config.context_parallel_size > 1)
 
 
-def _with_bias(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def _with_bias(builder: Callable[..., nn.Module], **more: Any) -> Callable[..., nn.Module]:
     """Megatron's configuration gives all linear layers biases or none; this one gets one."""
 
     def build(*args: Any, **kwargs: Any) -> nn.Module:
-        return builder(*args, **kwargs | {"bias": True})
+        return builder(*args, **kwargs | more | {"bias": True})
 
     return build
+
+
+# The layer adds its bias itself. Handed on for a later addition, as Megatron does, the parameter would become an output of
+# the recomputed block, and its gradient would run through that block again without end.
+_with_own_bias = partial(_with_bias, skip_bias_add=False)
 
 
 def scale_embeddings(embedding: nn.Module, scale: float, dtype: torch.dtype) -> None:
