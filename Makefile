@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-rewards bench-convert test-sglang bench-sync
+.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-rewards bench-convert test-sglang
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -81,6 +81,3 @@ bench-rewards: $(STAMP)  ## answers a second of the reward pool, and what endles
 
 bench-convert: $(STAMP)  ## the converter against a plain copy and against transformers (10 GB of temporary space)
 	$(PY) tests/benchmarks/bench_convert.py $(ARGS)
-
-bench-sync: $(STAMP)  ## what each part of the weight sync buys, as ratios
-	$(PY) -m pytest -s tests/benchmarks/bench_sync.py $(ARGS)
