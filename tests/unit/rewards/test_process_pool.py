@@ -60,8 +60,7 @@ def test_verdicts_stand_beside_their_answers(pool: ProcessPool) -> None:
         ("loop", "no verdict within reward.timeout_s = 1 s"),
         ("sleep", "no verdict within"),
         ("fork", "no verdict within"),
-        # Filling memory up to the limit may take longer than the time limit on a busy machine.
-        pytest.param("allocate", "MemoryError", marks=pytest.mark.slow),
+        ("allocate", "MemoryError"),
         ("crash", "process died"),
         ("exit", "process died"),
         ("raise", "KeyError: 'no such thing'"),
