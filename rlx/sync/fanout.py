@@ -51,8 +51,15 @@ def failures[T](futures: Mapping[str, Future[T]], limit_s: float) -> dict[str, B
 
 
 def unwell(found: Mapping[str, BaseException]) -> list[str]:
-    """Of those that failed, the ones that are in a bad way themselves and did not merely refuse what was asked."""
-    return [who for who, error in found.items() if not (isinstance(error, EngineControlError) and error.refused)]
+    """Of those that failed, the ones that are in a bad way themselves: they did not merely refuse what was asked, and were
+    not merely found to be unfit (a SyncError says of itself which engines are to be replaced)."""
+    return [who for who, error in found.items() if not _is_well(who, error)]
+
+
+def _is_well(who: str, error: BaseException) -> bool:
+    if isinstance(error, SyncError):
+        return who not in error.engines
+    return isinstance(error, EngineControlError) and error.refused
 
 
 def describe(found: Mapping[str, BaseException]) -> str:
