@@ -53,7 +53,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{type(row).__name__}-{'-'.join(row.hf_names)}")
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_every_split_gives_the_tensors_back(row: Row, tp: int) -> None:
     source = tensors(row)
