@@ -17,7 +17,7 @@ from rlx.config.schema import Config
 from rlx.data.prompts import PromptSource
 from rlx.obs.log import phase
 from rlx.trainer.roles import Roles
-from rlx.types import Prompt, SamplingSpec, StepReport
+from rlx.types import Prompt, RolloutGroup, SamplingSpec, StepReport
 
 
 class Evaluation:
@@ -39,18 +39,25 @@ class Evaluation:
         return bool(self._prompts) and (step == self._last_step or (self._every > 0 and step % self._every == 0))
 
     def add_to(self, report: StepReport) -> StepReport:
-        """The report, with ``eval/reward_mean`` and ``eval/tokens_mean`` when due."""
+        """The report, with the metrics of ``summarise`` when due."""
         if not self.is_due(report.step):
             return report
         with phase("evaluate", report.step):
             groups = list(self._roles.reward.score(self._roles.rollout.generate(self._prompts, self._sampling)))
-        valid = [[reward.value for reward in group.rewards or () if reward.valid] for group in groups]
-        lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
-        rewards = [value for values in valid for value in values]
-        added = {"eval/reward_mean": fmean(rewards), "eval/tokens_mean": fmean(lengths)}
-        if self._sampling.num_samples > 1:
-            added |= at_k(valid, self._sampling.num_samples, self._pass_reward)
-        return replace(report, metrics={**report.metrics, **added})
+        return replace(report, metrics={**report.metrics, **summarise(groups, self._sampling.num_samples, self._pass_reward)})
+
+
+def summarise(groups: Sequence[RolloutGroup], num_samples: int, pass_reward: float) -> dict[str, float]:
+    """``eval/...`` metrics of scored groups. Answers that could not be judged are counted and have no part in the means."""
+    valid = [[reward.value for reward in group.rewards or () if reward.valid] for group in groups]
+    lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+    rewards = [value for values in valid for value in values]
+    found = {"eval/tokens_mean": fmean(lengths), "eval/invalid": float(len(lengths) - len(rewards))}
+    if rewards:
+        found["eval/reward_mean"] = fmean(rewards)
+        if num_samples > 1:
+            found |= at_k(valid, num_samples, pass_reward)
+    return found
 
 
 def at_k(rewards: Sequence[Sequence[float]], num_samples: int, pass_reward: float) -> dict[str, float]:
