@@ -120,11 +120,7 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         gradient_accumulation_fusion=False,
         **_window(arch),
         **({} if arch.latent is None else latent_config(arch.latent, arch)),
-        **expert_fields(
-            arch,
-            dims,
-            grouped=resolve_layer_spec(options.layer_spec, context.device, DTYPES[options.dtype]) == "transformer_engine",
-        ),
+        **expert_fields(arch, dims, grouped=with_engine),
         **_recompute(options),
     )
 

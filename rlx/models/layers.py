@@ -107,9 +107,8 @@ class CoreAttention(nn.Module):
         window = (-1 if self.reach is None else self.reach, 0)
         heads = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(heads, dim=1) for x in (key, value))
-        attended: Tensor = varlen_attn(
-            query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=self.scale, window_size=window
-        )
+        attended = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=self.scale, window_size=window)
+        assert isinstance(attended, Tensor)  # a pair only when it is asked for
         return attended
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

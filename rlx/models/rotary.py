@@ -6,7 +6,7 @@ It also takes angles for every token of a pack, and that pack as a single sequen
 
 from __future__ import annotations
 
-from dataclasses import replace
+from copy import copy
 from typing import Any
 
 import torch
@@ -45,5 +45,6 @@ def rotated_as_one(chunk: nn.Module, packed: PackedSequences) -> PackedSequences
     (model,) = unwrap_model([chunk])
     if not isinstance(model.rotary_pos_emb, PackRotary) or model.config.context_parallel_size > 1:
         return packed
-    whole = packed.cu_seqlens_q[[0, -1]]
-    return replace(packed, cu_seqlens_q_padded=whole, cu_seqlens_kv_padded=whole)
+    rotated = copy(packed)
+    rotated.cu_seqlens_q_padded = rotated.cu_seqlens_kv_padded = packed.cu_seqlens_q[[0, -1]]
+    return rotated
