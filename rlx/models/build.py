@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -31,6 +31,7 @@ from rlx.models.longrope import LongRope, LongRotary
 from rlx.models.mla import attend_latently, latent_config
 from rlx.models.moe import expert_fields, route
 from rlx.models.pipeline import megatron_layout
+from rlx.models.rotary import PackRotary
 from rlx.models.variants import ACTIVATION_FUNCTIONS, adapt_layer, scale_embeddings
 from rlx.models.weights import padded_vocab_size
 from rlx.parallel.context import ParallelContext, stage_of_chunk
@@ -51,13 +52,17 @@ class BuildOptions:
     moe_z_loss_coefficient: float = 0.0
 
 
-def resolve_layer_spec(setting: str, device: torch.device) -> str:
-    """``auto`` takes Transformer Engine on a GPU that has it. ValueError when it was asked for and is missing."""
-    installed = find_spec("transformer_engine") is not None
+def resolve_layer_spec(setting: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``auto`` takes Transformer Engine for bf16 on a GPU that has it. ValueError when it was asked for and cannot be used."""
+    usable = device.type == "cuda" and dtype == torch.bfloat16 and HAVE_TE
     if setting == "auto":
-        return "transformer_engine" if device.type == "cuda" and installed else "torch"
-    if setting == "transformer_engine" and not (installed and device.type == "cuda"):
-        raise ValueError("model.layer_spec=transformer_engine needs a GPU and the package transformer-engine")
+        return "transformer_engine" if usable else "torch"
+    if setting == "transformer_engine" and not usable:
+        # Its attention over packed sequences has no fp32 kernel.
+        raise ValueError(
+            "model.layer_spec=transformer_engine needs a GPU, model.dtype=bf16 and the packages transformer-engine and"
+            " transformer-engine-torch"
+        )
     return setting
 
 
@@ -67,6 +72,7 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
     dims, dtype = context.dims, DTYPES[options.dtype]
     on_gpu = context.device.type == "cuda"
     _check_heads(arch, dims.tp)
+    with_engine = resolve_layer_spec(options.layer_spec, context.device, dtype) == "transformer_engine"
     config_class = TransformerConfig if arch.latent is None else MLATransformerConfig
     return config_class(
         num_layers=arch.num_layers,
@@ -107,16 +113,14 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         overlap_p2p_comm=dims.vpp > 1,
         batch_p2p_comm=dims.vpp == 1,
         # The fused kernel knows one set of frequencies for all sequences, and no interleaved pairs.
-        apply_rope_fusion=not isinstance(arch.rope, LongRope)
-        and arch.latent is None
-        and resolve_layer_spec(options.layer_spec, context.device) == "transformer_engine",
+        apply_rope_fusion=with_engine and arch.latent is None and not isinstance(arch.rope, LongRope),
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         **_window(arch),
         **({} if arch.latent is None else latent_config(arch.latent, arch)),
-        **expert_fields(arch, dims, grouped=resolve_layer_spec(options.layer_spec, context.device) == "transformer_engine"),
+        **expert_fields(arch, dims, grouped=with_engine),
         **_recompute(options),
     )
 
@@ -196,7 +200,7 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
     """This rank's chunks (one, or one a virtual stage), weights unset but for the value head."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # its deprecation notice
     config = megatron_config(arch, context, options)
-    spec_name = resolve_layer_spec(options.layer_spec, context.device)
+    spec_name = resolve_layer_spec(options.layer_spec, context.device, DTYPES[options.dtype])
     inverse_frequencies = arch.inverse_frequencies().to(context.device)
     chunks: list[nn.Module] = []
     for stage in range(context.dims.vpp):
@@ -217,8 +221,10 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
         )
         if isinstance(arch.rope, LongRope):
             model.rotary_pos_emb = LongRotary(arch.rope, inverse_frequencies)
-        elif arch.latent is None:  # latent attention has its own in each layer
+        elif arch.latent is None and config.apply_rope_fusion:  # latent attention has its own in each layer
             model.rotary_pos_emb.inv_freq = inverse_frequencies
+        elif arch.latent is None:
+            model.rotary_pos_emb = PackRotary(inverse_frequencies)
         if has_embedding and arch.embedding_scale != 1.0:
             scale_embeddings(model.embedding, arch.embedding_scale, config.params_dtype)
         if head == "value" and has_output:

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from rlx.models.architecture import Architecture
+from rlx.models.rotary import rotated_as_one
 from rlx.models.weights import padded_vocab_size
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.packing import LocalBatch
@@ -26,9 +27,8 @@ Processor = Callable[..., Tensor]
 
 
 def _run(chunk: nn.Module, batch: LocalBatch, processor: Processor | None) -> Tensor:
-    output: Tensor = chunk(
-        batch.tokens_1t, batch.positions_1t, None, packed_seq_params=batch.packed_seq_params, output_processor=processor
-    )
+    packed = rotated_as_one(chunk, batch.packed_seq_params)
+    output: Tensor = chunk(batch.tokens_1t, batch.positions_1t, None, packed_seq_params=packed, output_processor=processor)
     return output
 
 

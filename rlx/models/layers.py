@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from rlx.parallel.context_parallel import gather_pack_with_grad, local_index
@@ -77,11 +78,19 @@ class CoreAttention(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """query [t, H, K], key and value [t, G, K] -> [t, H x K]."""
-        cu_seqlens = packed_seq_params.cu_seqlens_q_padded
+        cu_seqlens = packed_seq_params.cu_seqlens_q
         key = gather_pack_with_grad(key, cu_seqlens, self.group)
         value = gather_pack_with_grad(value, cu_seqlens, self.group)
         lengths = cu_seqlens[1:] - cu_seqlens[:-1]
         cp = self.group.size()
+        if (
+            cp == 1
+            and self.softcap is None
+            and query.is_cuda
+            and query.dtype != torch.float32
+            and query.shape[-1] == value.shape[-1]
+        ):
+            return self._attend_flash(query, key, value, cu_seqlens, int(packed_seq_params.max_seqlen_q)).flatten(1)
         query_starts = (cu_seqlens[:-1] // cp).long()
         output = torch.zeros_like(query)
         for length in lengths.unique().tolist():
@@ -92,6 +101,15 @@ class CoreAttention(nn.Module):
             query_rows = query_starts[chosen][:, None] + torch.arange(length // cp, device=query.device)
             output = output.index_put((query_rows,), self._attend(query[query_rows], key[rows], value[rows]))
         return output.flatten(1)
+
+    def _attend_flash(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """The whole pack in one kernel, [t, H, K] (Dao 2023)."""
+        window = (-1 if self.reach is None else self.reach, 0)
+        heads = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(heads, dim=1) for x in (key, value))
+        attended = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=self.scale, window_size=window)
+        assert isinstance(attended, Tensor)  # a pair only when it is asked for
+        return attended
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[n, length / cp, H, K] against [n, length, G, K]: n sequences of one length."""

@@ -35,6 +35,11 @@ class Shard:
         return self.rank * part, (self.rank + 1) * part
 
 
+def _join(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """One tensor of all ranks' slices; of a single rank the slice itself, without a copy."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
+
+
 class Row(Protocol):
     """One line of a table. ``{layer}`` in names stands for the layer number, ``{expert}`` for the expert's."""
 
@@ -88,7 +93,7 @@ class Copy:
         return read(names[0], self.dim, *shard.cut(shape[self.dim]))
 
     def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        return (shards[0],) if self.dim is None else (torch.cat(list(shards), dim=self.dim),)
+        return (shards[0],) if self.dim is None else (_join(shards, self.dim),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,7 @@ class Vocab:
         return torch.cat([real, real.new_zeros(rows - (stop - start), arch.hidden_size)])
 
     def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards))[: arch.vocab_size],)
+        return (_join(shards)[: arch.vocab_size],)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +172,7 @@ class QKV:
         return torch.cat(pieces)
 
     def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        fused = torch.cat(list(shards))
+        fused = _join(shards)
         fused = fused.reshape(arch.num_kv_heads, -1, *fused.shape[1:])
         query_rows = arch.num_heads // arch.num_kv_heads * arch.head_dim
         parts = fused.split([query_rows, arch.head_dim, arch.head_dim], dim=1)
@@ -204,7 +209,7 @@ class Gated:
 
     def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
-        return tuple(torch.cat([half[i] for half in halves]) for i in (0, 1))
+        return tuple(_join([half[i] for half in halves]) for i in (0, 1))
 
 
 @dataclass(frozen=True, slots=True)

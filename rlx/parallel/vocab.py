@@ -7,7 +7,8 @@ Legend: T tokens, D hidden size, v vocabulary rows of this rank (padding include
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-CHUNK_BYTES = 256 * 2**20  # of fp32 logits: about 450 tokens of a 152k vocabulary on one rank
+# Of fp32 logits. On a CPU about 450 tokens of a 152k vocabulary on one rank; a GPU wants fewer, larger products.
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,18 +75,56 @@ def logprobs_and_entropy(
     return logprobs_T, entropy_T
 
 
-def _chunks(num_tokens: int, num_rows: int) -> Iterator[slice]:
-    """Runs of tokens whose fp32 logits fit ``CHUNK_BYTES``."""
-    size = max(1, CHUNK_BYTES // (4 * max(1, num_rows)))
+def _chunks(num_tokens: int, weight: Tensor) -> Iterator[slice]:
+    """Runs of tokens whose fp32 logits fit ``CHUNK_BYTES`` of the weight's device."""
+    size = max(1, CHUNK_BYTES[weight.device.type] // (4 * max(1, weight.shape[0])))
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
 
 
-def _logits(hidden: Tensor, weight: Tensor, shard: VocabShard, scaling: LogitScaling) -> Tensor:
-    logits = scaling.apply(torch.matmul(hidden, weight.t()).float())
-    if shard.num_real < weight.shape[0]:
-        logits[:, shard.num_real :] = -torch.inf
+def _logits(products: Tensor, num_real: int, scaling: LogitScaling) -> Tensor:
+    logits = scaling.apply(products.float())
+    if num_real < products.shape[1]:
+        logits[:, num_real:] = -torch.inf
     return logits
+
+
+def _sums(products: Tensor, num_real: int, scaling: LogitScaling) -> tuple[Tensor, Tensor, Tensor]:
+    """Per token, over this rank's rows z: top = max z, sum e^(z - top) and sum e^(z - top) (z - top)."""
+    logits = _logits(products, num_real, scaling)
+    # A rank of padding rows alone has maximum -inf; a finite stand-in keeps exp(-inf - x) = 0 instead of nan.
+    top = logits.max(dim=-1).values.clamp_min(torch.finfo(torch.float32).min)
+    shifted = logits.sub_(top[:, None])
+    exp = shifted.exp()
+    return top, exp.sum(-1), (exp * shifted.masked_fill_(exp == 0, 0)).sum(-1)
+
+
+def _slopes(
+    products: Tensor, num_real: int, scaling: LogitScaling, per_token: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+) -> Tensor:
+    """The gradient at ``products``, in their type. ``per_token``: the label's row (-1: on another rank), logsumexp,
+    entropy, and the gradients of log-prob and entropy."""
+    label, logsumexp, entropy, grad_logprob, grad_entropy = (column[:, None] for column in per_token)
+    logits = _logits(products, num_real, scaling)
+    logprobs = logits - logsumexp
+    probs = logprobs.exp()
+    # d entropy / d logit = -p (log p + H); d logprob(label) / d logit = [label] - p
+    slope = grad_logprob + grad_entropy * (logprobs.masked_fill_(probs == 0, 0) + entropy)
+    grad = probs.mul_(slope).neg_()
+    grad += torch.where(torch.arange(products.shape[1], device=products.device) == label, grad_logprob, 0.0)
+    # Without the padding: its gradient is 0 already, and at its logit of -inf there is no slope.
+    scaling.apply_backward(grad[:, :num_real], logits[:, :num_real])
+    return grad.to(products.dtype)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+def _for_device[F: Callable[..., Any]](function: F, device: torch.device) -> F:
+    """On a GPU compiled: eager, each line of these functions is a pass over the logits, fused they are one or two."""
+    return _compiled(function) if device.type == "cuda" else function  # type: ignore[return-value]
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -92,30 +132,25 @@ class _VocabParallel(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, scaling: LogitScaling
     ) -> tuple[Tensor, Tensor]:
-        # Per token, over this rank's rows z: top = max z, sum_exp = sum e^(z - top), sum_shifted = sum e^(z - top) (z - top).
-        # Shifted sums keep their digits where raw logits are large.
         top, sum_exp, sum_shifted, label_logit = (hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for _ in range(4))
         local_label = labels - shard.first
         is_here = (local_label >= 0) & (local_label < shard.num_real)
         safe_label = torch.where(is_here, local_label, 0)
-        for rows in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = _logits(hidden[rows], weight, shard, scaling)
-            label_logit[rows] = torch.where(is_here[rows], logits.gather(1, safe_label[rows, None]).squeeze(1), 0.0)
-            # A rank of padding rows alone has maximum -inf; a finite stand-in keeps exp(-inf - x) = 0 instead of nan.
-            top[rows] = logits.max(dim=-1).values.clamp_min(torch.finfo(torch.float32).min)
-            shifted = logits.sub_(top[rows, None])
-            exp = shifted.exp()
-            sum_exp[rows] = exp.sum(-1)
-            sum_shifted[rows] = (exp * shifted.masked_fill_(exp == 0, 0)).sum(-1)
+        sums = _for_device(_sums, hidden.device)
+        for rows in _chunks(hidden.shape[0], weight):
+            products = torch.matmul(hidden[rows], weight.t())
+            found = scaling.apply(products.gather(1, safe_label[rows, None]).squeeze(1).float())
+            label_logit[rows] = torch.where(is_here[rows], found, 0.0)
+            top[rows], sum_exp[rows], sum_shifted[rows] = sums(products, shard.num_real, scaling)
         if shard.group.size() > 1:
             own_top = top.clone()
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
             # Only a rank without real rows is so far below that the difference overflows; its sums are 0 anyway.
             down = (own_top - top).clamp_min(-1e4)
             scale = down.exp()
-            sums = torch.stack([sum_exp * scale, (sum_shifted + down * sum_exp) * scale, label_logit])
-            dist.all_reduce(sums, group=shard.group)
-            sum_exp, sum_shifted, label_logit = sums.unbind()
+            totals = torch.stack([sum_exp * scale, (sum_shifted + down * sum_exp) * scale, label_logit])
+            dist.all_reduce(totals, group=shard.group)
+            sum_exp, sum_shifted, label_logit = totals.unbind()
         log_sum = sum_exp.log()
         entropy = log_sum - sum_shifted / sum_exp
         logsumexp = top + log_sum
@@ -130,19 +165,12 @@ class _VocabParallel(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         # Accumulated in fp32: a sum over many chunks would lose small gradients in bf16.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = _logits(hidden[rows], weight, ctx.shard, ctx.scaling)
-            logprobs = logits - logsumexp[rows, None]
-            probs = logprobs.exp()
-            # d entropy / d logit = -p (log p + H); d logprob(label) / d logit = [label] - p
-            slope = grad_logprob[rows, None] + grad_entropy[rows, None] * (
-                logprobs.masked_fill_(probs == 0, 0) + entropy[rows, None]
-            )
-            grad = probs.mul_(slope).neg_()
-            grad.scatter_add_(1, safe_label[rows, None], (grad_logprob[rows] * is_here[rows])[:, None])
-            # Without the padding: its gradient is 0 already, and at its logit of -inf there is no slope.
-            ctx.scaling.apply_backward(grad[:, : ctx.shard.num_real], logits[:, : ctx.shard.num_real])
-            grad = grad.to(weight.dtype)
+        label = torch.where(is_here, safe_label, -1)
+        slopes = _for_device(_slopes, hidden.device)
+        for rows in _chunks(hidden.shape[0], weight):
+            products = torch.matmul(hidden[rows], weight.t())
+            per_token = (label[rows], logsumexp[rows], entropy[rows], grad_logprob[rows], grad_entropy[rows])
+            grad = slopes(products, ctx.shard.num_real, ctx.scaling, per_token)
             grad_hidden[rows] = torch.matmul(grad, weight)
             grad_weight += torch.matmul(grad.t(), hidden[rows])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None

@@ -24,7 +24,7 @@ def run_case(case: dict[str, Any], context: ParallelContext) -> dict[str, torch.
     shard = vocab.vocab_shard(context.groups.tp, rows * size, data["weight"].shape[0])
     hidden = data["hidden"].clone().requires_grad_()
     weight = padded[shard.first : shard.first + rows].clone().requires_grad_()
-    vocab.CHUNK_BYTES = case["chunk_bytes"]
+    vocab.CHUNK_BYTES["cpu"] = case["chunk_bytes"]
     logprobs, entropy = vocab.logprobs_and_entropy(hidden, weight, data["labels"], shard, vocab.LogitScaling(**case["scaling"]))
     (logprobs * data["logprob_slope"] + entropy * data["entropy_slope"]).sum().backward()
     assert hidden.grad is not None and weight.grad is not None

@@ -1,0 +1,50 @@
+"""Rotary position embedding of a whole pack at once, without Transformer Engine's fused kernel.
+
+Megatron's unfused one rotates a pack sequence by sequence: tens of thousands of small kernels a pass over short answers.
+It also takes angles for every token of a pack, and that pack as a single sequence. Legend: T tokens, K head size.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import torch
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+
+from rlx.parallel.packing import PackedSequences
+
+
+class PackRotary(nn.Module):
+    """Stands where Megatron's rotary embedding stood. The model hands what ``get_rotary_seq_len`` gave to ``forward``."""
+
+    def __init__(self, inverse_frequencies: Tensor) -> None:
+        super().__init__()
+        self.inverse_frequencies = inverse_frequencies
+
+    def get_rotary_seq_len(self, *args: Any) -> Any:
+        """The packing parameters, Megatron's last argument."""
+        return args[-1]
+
+    def forward(self, packed: Any, **kwargs: Any) -> Tensor:
+        """Angles of every token of the pack, float32 [T, 1, 1, K]."""
+        borders = packed.cu_seqlens_q.long()
+        starts = borders[:-1].repeat_interleave(borders[1:] - borders[:-1])
+        positions = torch.arange(starts.shape[0], device=borders.device) - starts
+        angles = positions[:, None].float() * self.inverse_frequencies
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def rotated_as_one(chunk: nn.Module, packed: PackedSequences) -> PackedSequences:
+    """``packed`` with the borders that ``PackRotary`` wants Megatron to rotate by: those of the whole pack.
+
+    Attention keeps to ``cu_seqlens_q``. Under context parallelism nothing changes: a rank's part is cut out sequence by
+    sequence.
+    """
+    (model,) = unwrap_model([chunk])
+    if not isinstance(model.rotary_pos_emb, PackRotary) or model.config.context_parallel_size > 1:
+        return packed
+    rotated = copy(packed)
+    rotated.cu_seqlens_q_padded = rotated.cu_seqlens_kv_padded = packed.cu_seqlens_q[[0, -1]]
+    return rotated

@@ -1,0 +1,196 @@
+"""Everything that wants GPUs, measured in one run and printed as one table; needs two GPUs and stock SGLang.
+
+    python -m tests.benchmarks.bench_gpu --out OUT [--parts raw,scores,update,sync,rollout]
+
+Every part is a process of its own with a time limit; results go to OUT/bench.json, logs to OUT/bench-PART.log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rlx.rollout.flags import flags
+from tests.benchmarks.gpu.models import SHAPES, write_config
+
+PARTS = ("raw", "scores", "update", "sync", "rollout")
+# Unequal settings on trainer and server break the first broadcast; SGLang sets these for itself.
+NCCL = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+SERVER: dict[str, object] = {
+    "attention-backend": "triton",
+    "sampling-backend": "pytorch",
+    "grammar-backend": "none",
+    "cuda-graph-backend-prefill": "disabled",
+    "cuda-graph-max-bs": 256,
+    "skip-tokenizer-init": True,
+    "log-level": "warning",
+    "load-format": "dummy",
+    "dtype": "bfloat16",
+}
+
+
+class Bench:
+    def __init__(self, out: Path, work: Path) -> None:
+        self.out, self.work = out, work
+        self.results: dict[str, object] = {}
+        self.servers: dict[str, str] = {}
+
+    def run(self, part: str, argv: Sequence[str], limit_s: float, **env: str) -> bool:
+        """Run a part; take the results it prints. A part that fails or is late is reported and does not end the rest."""
+        began, log = time.monotonic(), self.out / f"bench-{part}.log"
+        print(f"-- {part}: {' '.join(argv)[:150]}", flush=True)
+        with log.open("a") as file:
+            child = subprocess.Popen(
+                argv, stdout=file, stderr=subprocess.STDOUT, env=os.environ | NCCL | env, start_new_session=True
+            )
+            try:
+                code: int | str = child.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+                code = f"no end within {limit_s:.0f} s"
+        lines = log.read_text(errors="replace").splitlines()
+        for line in lines:
+            if line.startswith("RESULT "):
+                self.results |= json.loads(line.removeprefix("RESULT "))
+        if code:
+            print(f"   FAILED ({code}):\n   " + "\n   ".join(lines[-25:]), flush=True)
+        print(f"   {time.monotonic() - began:.0f} s", flush=True)
+        (self.out / "bench.json").write_text(json.dumps(self.results, indent=1))
+        return code == 0
+
+    def raw(self) -> None:
+        """Two ranks, a GPU each."""
+        code = "import sys; from rlx.cluster.local_ranks import run_local_ranks, this_module;"
+        code += "sys.exit(run_local_ranks(this_module('tests.benchmarks.gpu.raw'), 2))"
+        self.run("raw", [sys.executable, "-c", code], 60)
+
+    def scores(self) -> None:
+        """Log-probs of the Megatron policy against transformers on a small random model."""
+        folder = write_config("tiny", self.work / "tiny")
+        write = "import sys, torch; from pathlib import Path; from tests.benchmarks.gpu.models import write_weights;"
+        write += "write_weights(Path(sys.argv[1]), torch.float32, 0.05)"
+        self.run("scores", [sys.executable, "-c", write, str(folder)], 60)
+        module = [sys.executable, "-m", "tests.benchmarks.gpu.reference", str(folder), str(self.work)]
+        if not self.run("scores", module, 90):
+            return
+        for name, options in {
+            "fp32 TP2": ["--dtype=fp32", "--tp=2"],
+            "bf16 TP2": ["--dtype=bf16", "--tp=2"],
+            "bf16": ["--dtype=bf16"],
+            "fp32 CP2": ["--dtype=fp32", "--cp=2"],
+            "fp32 PP2": ["--dtype=fp32", "--pp=2"],
+        }.items():
+            target = self.work / "scored.jsonl"
+            argv = [sys.executable, "-m", "rlx.cli.main", "score", f"--model={folder}", f"--tokens={self.work / 'tokens.jsonl'}"]
+            if self.run("scores", [*argv, f"--out={target}", *options], 120):
+                for reference in ("fp32", "bf16"):
+                    found = difference(target, self.work / f"reference-{reference}.jsonl")
+                    self.results[f"scores/{name} against transformers {reference}"] = found
+
+    def update(self) -> None:
+        """The RL update of the 1.5B shape against plain Megatron."""
+        folder = write_config("1.5B", self.work / "1.5B-weights")
+        write = "import sys, torch; from pathlib import Path; from tests.benchmarks.gpu.models import write_weights;"
+        write += "write_weights(Path(sys.argv[1]), torch.bfloat16)"
+        self.run("update", [sys.executable, "-c", write, str(folder)], 90)
+        self.run("update", [sys.executable, "-m", "tests.benchmarks.gpu.update", str(folder)], 200, CUDA_VISIBLE_DEVICES="0")
+
+    def sync(self) -> None:
+        for shape, url in self.servers.items():
+            folder = self.work / shape
+            argv = [sys.executable, "-m", "tests.benchmarks.gpu.sync", shape, str(folder), url]
+            if wait_healthy(url, 150):
+                self.run("sync", argv, 150, CUDA_VISIBLE_DEVICES="0")
+            else:
+                print(f"   FAILED: the {shape} server is not healthy", flush=True)
+
+    def rollout(self) -> None:
+        url = self.servers["1.5B"]
+        if wait_healthy(url, 60):
+            argv = [sys.executable, "-m", "tests.benchmarks.gpu.rollout", str(self.work / "1.5B"), url]
+            self.run("rollout", argv, 120, CUDA_VISIBLE_DEVICES="0")
+
+
+def difference(found: Path, reference: Path) -> dict[str, float]:
+    pairs = [
+        (ours, theirs)
+        for a, b in zip(found.read_text().splitlines(), reference.read_text().splitlines(), strict=True)
+        for ours, theirs in zip(json.loads(a)["logprobs"], json.loads(b)["logprobs"], strict=True)
+    ]
+    gaps = [abs(ours - theirs) for ours, theirs in pairs]
+    return {"mean": sum(gaps) / len(gaps), "max": max(gaps)}
+
+
+@contextmanager
+def server(shape: str, folder: Path, log: Path, fraction: float) -> Iterator[str]:
+    """A stock SGLang server on GPU 1, with weights of its own making; may not be healthy yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port), *flags(SERVER)]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "1", "SGLANG_GRPC_PORT": str(port)}
+    with log.open("w") as file:
+        argv += ["--mem-fraction-static", str(fraction)]
+        child = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def wait_healthy(url: str, limit_s: float) -> bool:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return True
+        except OSError:
+            time.sleep(0.5)
+    return False
+
+
+def table(results: dict[str, object]) -> str:
+    lines = ["| what | measured |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {json.dumps(value)} |" for name, value in results.items())])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--shapes", default="1.5B,7B", help=f"of the sync, among {', '.join(SHAPES)}")
+    args = parser.parse_args()
+    parts = args.parts.split(",")
+    args.out.mkdir(parents=True, exist_ok=True)
+    work = Path("/tmp/rlx-bench-gpu")
+    shutil.rmtree(work, ignore_errors=True)
+    bench = Bench(args.out, work)
+    with ExitStack() as stack:
+        for shape, fraction in (("1.5B", 0.25), ("7B", 0.4)):
+            if {"sync", "rollout"} & set(parts) and shape in args.shapes.split(","):
+                folder = write_config(shape, work / shape)
+                log = args.out / f"server-{shape}.log"
+                bench.servers[shape] = stack.enter_context(server(shape, folder, log, fraction))
+        for part in PARTS:
+            if part in parts:
+                getattr(bench, part)()
+    print(table(bench.results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Model folders of the benchmark: configurations of public models' shapes, random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from rlx.models.families import read_architecture
+from rlx.models.hf_io import expected_shapes
+
+_QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "use_sliding_window": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 1003,
+        "tie_word_embeddings": False,
+    },
+    "1.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def write_config(shape: str, folder: Path) -> Path:
+    """The folder of a model without weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(_QWEN | SHAPES[shape]))
+    return folder
+
+
+def write_weights(folder: Path, dtype: torch.dtype, std: float = 0.02) -> None:
+    """Random weights beside the configuration; norms are 1."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, extents in expected_shapes(read_architecture(folder)).items():
+        drawn = torch.randn(extents, generator=generator) * std
+        tensors[name] = (drawn + 1.0 if name.endswith("norm.weight") else drawn).to(dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
