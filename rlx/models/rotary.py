@@ -43,7 +43,8 @@ def rotated_as_one(chunk: nn.Module, packed: PackedSequences) -> PackedSequences
     sequence.
     """
     (model,) = unwrap_model([chunk])
-    if not isinstance(model.rotary_pos_emb, PackRotary) or model.config.context_parallel_size > 1:
+    rotary = getattr(model, "rotary_pos_emb", None)  # latent attention has its own in each layer
+    if not isinstance(rotary, PackRotary) or model.config.context_parallel_size > 1:
         return packed
     rotated = copy(packed)
     rotated.cu_seqlens_q_padded = rotated.cu_seqlens_kv_padded = packed.cu_seqlens_q[[0, -1]]
