@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.dist.checkpoints import make_llama, make_qwen2
-from tests.dist.launch import run_ranks
+from tests.dist.launch import ROOT, run_ranks
 
 LAYOUT = ["--tp", "2", "--pp", "3"]  # four layers over three stages
+MIXTURES = ["qwen3_moe", "mixtral", "qwen2_moe", "deepseek", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3"]
+MIXTURE_LAYOUT = ["--tp", "2", "--pp", "2", "--ep", "2", "--etp", "1"]
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -121,12 +126,22 @@ def bad_sources(folder: Path, good: Path, sharded: Path) -> dict[str, tuple[Path
     return found
 
 
+def make_families(folder: Path) -> dict[str, Path]:
+    """One checkpoint of each case of each family."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "tests.dist.programs.convert_sources", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {path.name: path for path in sorted(folder.iterdir())}
+
+
 class Bench:
     """The folders of one test session and what every command said."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.sources = make_sources(folder)
+        self.families = make_families(folder / "families")
         self.derived = variant(self.sources["qwen2"], folder / "derived", add_derived)
         self.bad = bad_sources(folder / "bad", self.sources["qwen2"], self.sources["sharded"])
         self.before = {name: digest(path) for name, path in self.sources.items()}
@@ -151,6 +166,10 @@ class Bench:
         for name, path in self.sources.items():
             found[f"there {name}"] = {"argv": self.forward(path, name, *LAYOUT, "--verify")}
             found[f"back {name}"] = {"argv": self.backward(name, "--verify-against", str(path))}
+        for name, path in self.families.items():
+            layout = MIXTURE_LAYOUT if name in MIXTURES else LAYOUT
+            found[f"there {name}"] = {"argv": self.forward(path, name, *layout, "--verify", "--tokenizer", "none")}
+            found[f"back {name}"] = {"argv": self.backward(name, "--verify-against", str(path), "--tokenizer", "none")}
         qwen2 = self.sources["qwen2"]
         found["there derived"] = {"argv": self.forward(self.derived, "derived", "--verify")}
         found["back derived"] = {"argv": self.backward("derived", "--verify-against", str(self.derived))}
@@ -190,6 +209,14 @@ def test_there_and_back_is_bit_exact(bench: Bench, name: str) -> None:
     for file in ("config.json", "tokenizer.json"):
         assert (bench.back(name) / file).read_bytes() == (bench.sources[name] / file).read_bytes()
     assert digest(bench.sources[name]) == bench.before[name], "the source was touched"
+
+
+def test_every_family_there_and_back(bench: Bench) -> None:
+    assert set(MIXTURES) < bench.families.keys() and len(bench.families) >= len(MIXTURES) + 12
+    for name, source in bench.families.items():
+        for way in ("there", "back"):
+            assert bench.outcomes[f"{way} {name}"]["code"] == 0, (name, bench.outcomes[f"{way} {name}"]["err"][-2000:])
+        assert_same_bits(tensors_of(bench.back(name)), tensors_of(source))
 
 
 def test_verification_prints_a_manifest(bench: Bench) -> None:
@@ -265,7 +292,7 @@ def test_bad_usage_is_named(bench: Bench, name: str, words: list[str]) -> None:
 
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    2: {"dp2": {}, "tp2 sp": {"tp": 2, "sequence_parallel": True}, "pp2": {"pp": 2}, "pp2 vpp2": {"pp": 2, "vpp": 2}},
+    2: {"tp2 sp": {"tp": 2, "sequence_parallel": True}, "pp2 vpp2": {"pp": 2, "vpp": 2}},
     4: {"tp2 pp2": {"tp": 2, "pp": 2}},
 }
 
@@ -290,6 +317,27 @@ def test_any_layout_loads_it(bench: Bench, world_size: int) -> None:
             assert "config.json implies" in results[f"other config {layout}"]
     if world_size == 2:
         check_stock_checkpoint(bench)
+
+
+MIXTURE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "ep2": {"ep": 2},
+    "tp2": {"tp": 2, "sequence_parallel": True},
+    "tp2 ep2 etp1": {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+}
+
+
+def test_any_layout_loads_mixtures(bench: Bench) -> None:
+    """Dense layers between those with experts, shared experts, latent attention, a bias of the router's scores."""
+    names = ("qwen3_moe", "qwen2_moe", "deepseek_v3")
+    cases = {name: {"hf": str(bench.families[name]), "megatron": str(bench.there(name))} for name in names}
+    out = bench.folder / "loads of mixtures.pt"
+    run_ranks("tests.dist.programs.convert_loads", 2, {"cases": cases, "layouts": MIXTURE_LAYOUTS}, out)
+    results = torch.load(out, weights_only=True)
+    for layout in MIXTURE_LAYOUTS:
+        for case in cases:
+            expected = {"ours": True, "stock": True, "critic": True, "missing": [], "unexpected": []}
+            assert results[f"{case} {layout}"] == expected, (case, layout, results[f"{case} {layout}"])
 
 
 def cut_short(bench: Bench) -> Path:
