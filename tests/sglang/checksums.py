@@ -1,4 +1,7 @@
-"""SGLang's checksums of its parameters, computed from a Hugging Face folder: sha256 of the raw bytes, first 8 of them."""
+"""SGLang's checksums of its parameters, computed from a Hugging Face folder: sha256 of the raw bytes, first 8 of them.
+
+SGLang holds vocabularies padded with zeros to a multiple of 64 rows.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+VOCAB_MULTIPLE = 64
 _FUSED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2)} | {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
@@ -20,7 +24,13 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|
 def folder_checksums(folder: Path, prefix: str = "") -> dict[str, str]:
     """By SGLang's parameter name, for an engine of one rank."""
     tensors = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    return {name: _digest(tensor) for name, tensor in _fused(tensors).items()}
+    return {name: _digest(_padded(name, tensor)) for name, tensor in _fused(tensors).items()}
+
+
+def _padded(name: str, tensor: Tensor) -> Tensor:
+    if not name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % VOCAB_MULTIPLE))
 
 
 def _fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

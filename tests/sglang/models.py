@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 131
 
+# SGLang pads hidden units to a multiple of 32 on CPUs, and then cannot read fused or experts' weights that are not.
 _DENSE = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
-    "intermediate_size": 88,
+    "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -39,7 +40,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "llama": {"rope_parameters": _LLAMA3_ROPE},
     "qwen3": {"head_dim": 16},
     "phi3": {"sliding_window": None},
-    "qwen3_moe": {**_MOE, "head_dim": 16, "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": []},
+    "qwen3_moe": {**_MOE, "head_dim": 16, "moe_intermediate_size": 32, "norm_topk_prob": True, "mlp_only_layers": []},
     "mixtral": {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }
 
