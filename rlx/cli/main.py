@@ -30,6 +30,7 @@ COMMANDS = {
     "train": Command("rlx.cli.train", "train a model (the main job)"),
     "check": Command("rlx.cli.check", "validate a configuration and print it resolved; start nothing"),
     "score": Command("rlx.cli.score", "log-probs of given tokens under a model"),
+    "report": Command("rlx.cli.report", "an HTML page with plots of one run, or of several together"),
     "doctor": Command("rlx.cli.doctor", "what is installed here, what fits together, what is missing"),
     "launch": Command("rlx.cli.launch", "a job for a scheduler: rlx launch slurm CONFIG ..."),
     "serve": Command("rlx.cli.serve", "the embedded engine, speaking SGLang's HTTP protocol"),

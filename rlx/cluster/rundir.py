@@ -13,7 +13,7 @@ from rlx.config.load import ConfigError
 from rlx.config.schema import Config
 
 ENDPOINTS = "engines.json"
-_OURS = ("metrics.jsonl", "checkpoints", "hf", "tensorboard", "logs", "config.yaml", "sync", "engines", ENDPOINTS)
+_OURS = ("metrics.jsonl", "checkpoints", "hf", "tensorboard", "logs", "config.yaml", "sync", "engines", "report.html", ENDPOINTS)
 
 
 def log_path(run_dir: Path, role: str, rank: int) -> Path:
