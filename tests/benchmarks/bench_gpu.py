@@ -1,6 +1,8 @@
-"""Everything that wants GPUs, measured in one run and printed as one table; needs two GPUs and stock SGLang.
+"""Everything that wants GPUs, measured in one run and printed as one table; needs stock SGLang.
 
-    python -m tests.benchmarks.bench_gpu --out OUT [--parts raw,scores,update,sync,rollout]
+    python -m tests.benchmarks.bench_gpu --out OUT [--parts raw,scores,update,sync,rollout] [--gpus 1]
+
+The trainer has the first GPU, servers the last. With one GPU the parts raw, scores and sync, which need two, are left out.
 
 Every part is a process of its own with a time limit; results go to OUT/bench.json, logs to OUT/bench-PART.log.
 """
@@ -105,7 +107,9 @@ class Bench:
         write = "import sys, torch; from pathlib import Path; from tests.benchmarks.gpu.models import write_weights;"
         write += "write_weights(Path(sys.argv[1]), torch.bfloat16)"
         self.run("update", [sys.executable, "-c", write, str(folder)], 90)
-        self.run("update", [sys.executable, "-m", "tests.benchmarks.gpu.update", str(folder)], 200, CUDA_VISIBLE_DEVICES="0")
+        for spec in ("transformer_engine", "torch"):
+            argv = [sys.executable, "-m", "tests.benchmarks.gpu.update", str(folder), spec]
+            self.run(f"update-{spec}", argv, 150, CUDA_VISIBLE_DEVICES="0")
 
     def sync(self) -> None:
         for shape, url in self.servers.items():
@@ -134,13 +138,13 @@ def difference(found: Path, reference: Path) -> dict[str, float]:
 
 
 @contextmanager
-def server(shape: str, folder: Path, log: Path, fraction: float) -> Iterator[str]:
-    """A stock SGLang server on GPU 1, with weights of its own making; may not be healthy yet."""
+def server(folder: Path, log: Path, fraction: float, gpu: int) -> Iterator[str]:
+    """A stock SGLang server with weights of its own making; may not be healthy yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port), *flags(SERVER)]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "1", "SGLANG_GRPC_PORT": str(port)}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "SGLANG_GRPC_PORT": str(port)}
     with log.open("w") as file:
         argv += ["--mem-fraction-static", str(fraction)]
         child = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
@@ -173,18 +177,23 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--shapes", default="1.5B,7B", help=f"of the sync, among {', '.join(SHAPES)}")
+    parser.add_argument("--gpus", type=int, choices=(1, 2), default=2, help="GPUs to use (%(default)s)")
     args = parser.parse_args()
-    parts = args.parts.split(",")
+    parts = [part for part in args.parts.split(",") if args.gpus == 2 or part in ("update", "rollout")]
     args.out.mkdir(parents=True, exist_ok=True)
     work = Path("/tmp/rlx-bench-gpu")
     shutil.rmtree(work, ignore_errors=True)
     bench = Bench(args.out, work)
+    if args.gpus == 1 and "update" in parts:  # before any server takes its share of the only GPU
+        bench.update()
+        parts.remove("update")
     with ExitStack() as stack:
         for shape, fraction in (("1.5B", 0.25), ("7B", 0.4)):
-            if {"sync", "rollout"} & set(parts) and shape in args.shapes.split(","):
+            wanted = "sync" in parts or ("rollout" in parts and shape == "1.5B")
+            if wanted and shape in args.shapes.split(","):
                 folder = write_config(shape, work / shape)
                 log = args.out / f"server-{shape}.log"
-                bench.servers[shape] = stack.enter_context(server(shape, folder, log, fraction))
+                bench.servers[shape] = stack.enter_context(server(folder, log, fraction, args.gpus - 1))
         for part in PARTS:
             if part in parts:
                 getattr(bench, part)()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rlx.config.schema import AlgorithmConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, SyncConfig
+from rlx.config.schema import AlgorithmConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
 from rlx.models.build import BuildOptions, build_model, freeze
 from rlx.models.families import read_architecture
 from rlx.parallel.context import ParallelContext, build_context, choose_device, connect
@@ -26,14 +26,13 @@ def one_rank() -> ParallelContext:
     return build_context(ParallelDims(world_size=1), device, seed=0, timeout_s=LIMIT_S)
 
 
-def config_of(model_dir: Path, sync: SyncConfig | None = None, max_concurrent: int = 512) -> Config:
+def config_of(model_dir: Path, layer_spec: str = "auto", max_concurrent: int = 512) -> Config:
     return Config(
-        model=ModelConfig(path=str(model_dir), dtype="bf16"),
+        model=ModelConfig(path=str(model_dir), dtype="bf16", layer_spec=layer_spec),
         data=DataConfig(train="none"),
         reward=RewardConfig(name="numeric"),
         algorithm=AlgorithmConfig(name="grpo"),
         rollout=RolloutConfig(dtype="bf16", max_concurrent_requests=max_concurrent),
-        sync=sync or SyncConfig(),
     )
 
 

@@ -1,7 +1,7 @@
 """Times rlx's RL update and scoring pass against plain Megatron's training step and forward pass on the same model,
 tokens and optimizer. Run by ``bench_gpu``.
 
-    python -m tests.benchmarks.gpu.update MODEL_DIR
+    python -m tests.benchmarks.gpu.update MODEL_DIR LAYER_SPEC
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from rlx.data.plan import plan_batch
-from rlx.models.build import resolve_layer_spec
 from rlx.models.rotary import rotated_as_one
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import forward_backward, forward_only
@@ -69,9 +68,9 @@ def make_samples(vocab_size: int) -> list[TrainSample]:
     ]
 
 
-def main(model_dir: Path) -> None:
+def main(model_dir: Path, spec: str) -> None:
     context = one_rank()
-    config = config_of(model_dir)
+    config = config_of(model_dir, spec)
     worker = Worker(config, context)
     samples = make_samples(worker.arch.vocab_size)
     lengths = [LENGTH] * NUM_SEQUENCES
@@ -95,7 +94,6 @@ def main(model_dir: Path) -> None:
     found["score/rlx_ms"] = median_ms(worker.score_policy)
     for module in worker.policy.model.chunks:
         module.config.cross_entropy_loss_fusion = True  # type: ignore[union-attr]
-        spec = resolve_layer_spec("auto", context.device, torch.bfloat16)
         impl = "te" if spec == "transformer_engine" else "native"
         module.config.cross_entropy_fusion_impl = impl  # type: ignore[union-attr]
     torch.cuda.reset_peak_memory_stats()
@@ -111,7 +109,7 @@ def main(model_dir: Path) -> None:
         found[f"score/{name}_mfu"] = round(flops / 3 / (found[f"score/{name}_ms"] / 1e3) / PEAK_FLOPS, 3)
     found["update/ratio"] = round(found["update/rlx_ms"] / found["update/plain_ms"], 3)
     found["score/ratio"] = round(found["score/rlx_ms"] / found["score/plain_ms"], 3)
-    print("RESULT", json.dumps(found | {"update/layer_spec": spec}), flush=True)
+    print("RESULT", json.dumps({f"{spec}: {name}": value for name, value in found.items()}), flush=True)
     profile(lambda: worker.update_policy(0))
 
 
@@ -127,4 +125,4 @@ def profile(work: Callable[[], Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
