@@ -110,8 +110,7 @@ def _agree(
     if place.rank:
         return agreed_run(store, meeting)
     try:
-        config = _load(path, overrides, place)
-        preflight(config)
+        config = preflight(_load(path, overrides, place))
         _check_engines(seats_of(config, _machines(config, place, meeting)))
         run_dir = stack.enter_context(open_run_dir(config))
     except (ConfigError, PlacementError) as error:

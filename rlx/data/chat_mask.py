@@ -72,8 +72,11 @@ def encode_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
 
 
 def _encode_marked(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, last_only: bool) -> MaskedTokens:
-    encoded = tokenizer.apply_chat_template(
-        cast(Any, list(messages)), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    encoded = cast(
+        Mapping[str, list[int]],
+        tokenizer.apply_chat_template(
+            cast(Any, list(messages)), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        ),
     )
     mask = list(encoded["assistant_masks"])
     if last_only and 1 in mask:
@@ -84,7 +87,7 @@ def _encode_marked(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBa
 
 
 def _answer_mask(piece: Sequence[int], end: int | None) -> list[int]:
-    if end not in piece:
+    if end is None or end not in piece:
         return [1] * len(piece)
     last = len(piece) - 1 - list(reversed(piece)).index(end)
     return [int(at <= last) for at in range(len(piece))]

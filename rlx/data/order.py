@@ -31,9 +31,7 @@ class EpochOrder:
     def load_state(self, state: Mapping[str, int]) -> None:
         """Go on where ``state`` was taken; ValueError when there is another number of rows now."""
         if state["num_rows"] != self._num_rows:
-            raise ValueError(
-                f"{self._num_rows} usable rows, but {state['num_rows']} when the state was saved"
-            )
+            raise ValueError(f"{self._num_rows} usable rows, but {state['num_rows']} when the state was saved")
         self._epoch, self._offset = state["epoch"], state["offset"]
         self._order = self._order_of_epoch()
 
