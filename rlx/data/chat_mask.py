@@ -1,8 +1,8 @@
 """Chats to token ids and a mask of what the assistant wrote, by the tokenizer's own chat template.
 
 A template that marks the assistant's words itself (``{% generation %}``) is followed. With any other, the answer of a turn
-is what the rendering up to it has beyond the rendering before it with the assistant's opening; the pieces are tokenised one
-by one, so that the tokens before an answer are those that an engine is given when it writes one.
+is what the rendering up to it has beyond the rendering before it with the assistant's opening. The tokens before an answer
+are those that an engine is given when it writes one, whatever the answer begins with.
 """
 
 from __future__ import annotations
@@ -37,6 +37,20 @@ def masked_tokens(token_ids: Sequence[int], loss_mask: Sequence[int]) -> MaskedT
     return MaskedTokens(token_ids=array("i", token_ids[:end]), loss_mask=bytes(loss_mask[:end]))
 
 
+def continuation(
+    token_ids: list[int], before: str, text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
+) -> list[int]:
+    """The tokens of ``text`` after those of ``before``.
+
+    Those that the whole has further, if it begins with ``token_ids``: alone, some tokenizers would put a space before the
+    text. Where the border falls inside a token of the whole, ``text`` is tokenised alone, for the border is kept.
+    """
+    whole = list(tokenizer.encode(before + text, add_special_tokens=add_special_tokens))
+    if whole[: len(token_ids)] == token_ids:
+        return whole[len(token_ids) :]
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
 def checked_chat(value: object, column: str) -> list[Message]:
     """``value`` as a chat; ValueError when it is none."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
@@ -64,9 +78,11 @@ def encode_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
         return _encode_marked(messages, tokenizer, last_only)
     token_ids: list[int] = []
     loss_mask: list[int] = []
+    done = ""
     for text, is_answer in _pieces(messages, tokenizer, last_only):
-        piece = list(tokenizer.encode(text, add_special_tokens=False))
-        token_ids += piece
+        # The template writes its own special tokens.
+        piece = continuation(token_ids, done, text, tokenizer, add_special_tokens=False)
+        token_ids, done = token_ids + piece, done + text
         loss_mask += _answer_mask(piece, tokenizer.eos_token_id) if is_answer else [0] * len(piece)
     return masked_tokens(token_ids, loss_mask)
 

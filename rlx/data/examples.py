@@ -14,7 +14,7 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from rlx.config.schema import Config
-from rlx.data.chat_mask import MaskedTokens, Message, checked_chat, encode_chat, masked_tokens
+from rlx.data.chat_mask import MaskedTokens, Message, checked_chat, continuation, encode_chat, masked_tokens
 from rlx.data.order import EpochOrder
 from rlx.data.plan import plan_batch, round_up
 from rlx.data.rows import Row, read_rows
@@ -179,7 +179,7 @@ def _encode(dialogue: _Dialogue, tokenizer: PreTrainedTokenizerBase, last_only: 
     prompt = list(tokenizer.encode(dialogue.prompt))
     if not prompt:
         raise ValueError("the prompt has no tokens")
-    answer = list(tokenizer.encode(dialogue.answer, add_special_tokens=False))
+    answer = continuation(prompt, dialogue.prompt, dialogue.answer, tokenizer, add_special_tokens=True)
     end = tokenizer.eos_token_id
     if end is not None and answer[-1:] != [end]:
         answer.append(end)

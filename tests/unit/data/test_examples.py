@@ -12,11 +12,11 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlx.config.schema import Config, DataConfig, FinetuneConfig, ModelConfig, RunConfig
-from rlx.data.chat_mask import MaskedTokens, masked_tokens
+from rlx.data.chat_mask import MaskedTokens, continuation, masked_tokens
 from rlx.data.examples import Example, ExampleSource, check_examples, plan_examples, to_train_samples
 from rlx.data.order import EpochOrder
 from rlx.types import ParallelDims
@@ -121,6 +121,16 @@ def test_a_prompt_is_tokenised_as_an_engine_gets_it(tmp_path: Path) -> None:
     opening = tokenizer.apply_chat_template(TWO_TURNS[:-1], tokenize=False, add_generation_prompt=True)
     ((sequence,),) = source.first(1)
     assert list(sequence.token_ids)[: -sum(sequence.loss_mask)] == tokenizer.encode(opening, add_special_tokens=False)
+
+
+def test_tokenizers_that_begin_texts_with_a_space_do_not_put_one_into_the_middle() -> None:
+    """As Llama 2's: alone, " b" is two spaces and b. A border inside a token of the whole is kept all the same."""
+    backend = Tokenizer(models.BPE(vocab={"▁": 0, "a": 1, "b": 2, "▁b": 3}, merges=[("▁", "b")]))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokenizer.encode("a") == [0, 1] and tokenizer.encode(" b") == [0, 3]
+    assert continuation([0, 1], "a", " b", tokenizer, add_special_tokens=False) == [3]
+    assert continuation([0, 1, 0], "a ", "b", tokenizer, add_special_tokens=False) == [3]
 
 
 def test_a_template_that_rewrites_turns_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:

@@ -92,5 +92,5 @@ def test_resume_deals_what_would_have_come(tmp_path: Path) -> None:
     assert second.num_steps_done == 3
     second.step()
     assert model.batches[0] == expected.batches[4]
-    with pytest.raises(ValueError, match="run.seed=1"):
+    with pytest.raises(ValueError, match=r"run\.seed=1"):
         make_trainer(tmp_path, seed=1)[0].load_state(first.state())
