@@ -5,8 +5,9 @@ else 0. An untrained model scores about 0.1, one that ignores the question canno
 
     python launch/demo/make_assets.py --out .demo
 
-writes OUT/model (Hugging Face folder, fp32), OUT/train.jsonl and OUT/eval.jsonl. It does nothing when OUT was written by
-this same file before.
+writes OUT/model (Hugging Face folder, fp32), OUT/train.jsonl and OUT/eval.jsonl; for fine-tuning OUT/answers.jsonl (chats),
+OUT/preferences.jsonl (a right and a wrong answer to each question) and OUT/held-out-*.jsonl of both. It does nothing when
+OUT was written by this same file before.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,7 +28,11 @@ END, PADDING = "<eos>", "<pad>"
 # Qwen2's tokenizer is byte-level BPE, and transformers builds no other kind for a Qwen2 folder. "\u0120" is its space.
 SYMBOLS = [*"0123456789", *"next", "\u0120", "="]
 MERGES = [("n", "e"), ("x", "t"), ("ne", "xt"), ("\u0120", "=")]
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %} ={% endif %}"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %} ={{ message['content'] }}"
+    + END
+    + "{% else %}{{ message['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %} ={% endif %}"
+)
 
 
 def main() -> None:
@@ -43,9 +48,12 @@ def main() -> None:
     write_model(out / "model")
     write_rows(out / "train.jsonl", NUM_TRAIN, random.Random(SEED))
     write_rows(out / "eval.jsonl", NUM_EVAL, random.Random(SEED + 1))
+    for name, num, seed in (("", NUM_TRAIN, SEED + 2), ("held-out-", NUM_EVAL, SEED + 3)):
+        write_answers(out / f"{name}answers.jsonl", num, random.Random(seed))
+        write_preferences(out / f"{name}preferences.jsonl", num, random.Random(seed))
     # Last, so that an interrupted run is not taken for a whole one.
     stamp.write_text(fingerprint)
-    print(f"wrote {out}: model, train.jsonl, eval.jsonl")
+    print(f"wrote {out}: model, train.jsonl, eval.jsonl, answers.jsonl, preferences.jsonl")
 
 
 def write_model(folder: Path) -> None:
@@ -90,7 +98,25 @@ def questions(num: int, draw: random.Random) -> Iterator[dict[str, str]]:
 
 def write_rows(path: Path, num: int, draw: random.Random) -> None:
     """One JSON object a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in questions(num, draw)), encoding="utf-8")
+    write_lines(path, questions(num, draw))
+
+
+def write_answers(path: Path, num: int, draw: random.Random) -> None:
+    """Chats of a question and its right answer."""
+    rows = ((row["prompt"].removesuffix(" ="), row["label"]) for row in questions(num, draw))
+    chats = ([{"role": "user", "content": asked}, {"role": "assistant", "content": told}] for asked, told in rows)
+    write_lines(path, ({"messages": chat} for chat in chats))
+
+
+def write_preferences(path: Path, num: int, draw: random.Random) -> None:
+    """Questions with the right answer and a wrong one."""
+    for_each = ((row, draw.choice([digit for digit in "0123456789" if digit != row["label"]])) for row in questions(num, draw))
+    write_lines(path, ({"prompt": row["prompt"], "chosen": row["label"], "rejected": wrong} for row, wrong in for_each))
+
+
+def write_lines(path: Path, rows: Iterable[object]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

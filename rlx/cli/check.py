@@ -54,14 +54,33 @@ def plan(config: Config) -> list[str]:
 
 def summary(config: Config) -> list[str]:
     """World, layout and batch sizes in words."""
-    parallel, rollout, algorithm = config.parallel, config.rollout, config.algorithm
+    parallel = config.parallel
     ranks = config.num_trainer_ranks
     dp = ranks // (parallel.tp * parallel.pp * parallel.cp)
-    samples = config.data.prompts_per_step * rollout.samples_per_prompt
     layout = f"tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {dp}, vpp {parallel.vpp}, ep {parallel.ep}"
     return [
         f"world: {ranks} trainer ranks + {_engines(config)} ({config.cluster.launcher}, device {config.cluster.device})",
         f"layout: {layout}, sequence parallel {'on' if parallel.sequence_parallel else 'off'}",
+        *(_finetuning(config) if config.is_finetuning else _reinforcement(config)),
+    ]
+
+
+def _finetuning(config: Config) -> list[str]:
+    finetune = config.finetune
+    what = "pairs" if finetune.is_paired else "examples"
+    length = f"{config.run.steps} steps" if finetune.epochs is None else f"{finetune.epochs:g} epochs of {config.data.train}"
+    reference = f", reference {config.model.reference_path or config.model.path}" if config.has_reference else ""
+    fate = {"drop": "dropped", "truncate": "cut"}[finetune.overlong]
+    return [
+        f"batch: {finetune.examples_per_step} {what} a step, sequences over {finetune.max_tokens} tokens are {fate}",
+        f"update: {finetune.objective} (rlx {finetune.command}), {length}{reference}",
+    ]
+
+
+def _reinforcement(config: Config) -> list[str]:
+    rollout, algorithm = config.rollout, config.algorithm
+    samples = config.data.prompts_per_step * rollout.samples_per_prompt
+    return [
         f"batch: {config.data.prompts_per_step} prompts x {rollout.samples_per_prompt} answers = {samples} samples a step",
         f"update: {algorithm.name}, {algorithm.epochs} x {algorithm.num_mini_batches} optimizer steps a step,"
         f" {config.run.steps} steps",
@@ -69,6 +88,8 @@ def summary(config: Config) -> list[str]:
 
 
 def _engines(config: Config) -> str:
+    if config.is_finetuning:
+        return "no engines"
     if config.rollout.replay is not None:
         return f"rollouts replayed from {config.rollout.replay}"
     if config.rollout.endpoints:

@@ -28,6 +28,9 @@ class Command:
 
 COMMANDS = {
     "train": Command("rlx.cli.train", "train a model (the main job)"),
+    "sft": Command("rlx.cli.finetune", "supervised fine-tuning on given answers"),
+    "dpo": Command("rlx.cli.finetune", "direct preference optimisation (DPO, IPO) on pairs of answers"),
+    "rm": Command("rlx.cli.finetune", "train a reward model on pairs of answers"),
     "check": Command("rlx.cli.check", "validate a configuration and print it resolved; start nothing"),
     "score": Command("rlx.cli.score", "log-probs of given tokens under a model"),
     "report": Command("rlx.cli.report", "an HTML page with plots of one run, or of several together"),
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlx", description="Reinforcement-learning post-training for language models.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(name, help=command.help, description=command.help)
         if name == chosen and module is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from rlx.cluster.local import run_local
 from rlx.cluster.preflight import preflight
@@ -21,11 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Exit status: 0 done, 1 failed, 2 wrong configuration (nothing started), 128 + N stopped by signal N."""
+    return start(args.config, args.overrides, "train")
+
+
+def start(path: str, overrides: Sequence[str], command: str) -> int:
+    """What ``rlx train``, ``sft``, ``dpo`` and ``rm`` have in common: the job of a configuration that is ``command``'s."""
     try:
-        config = load_config(args.config, args.overrides)
-        preflight(config)
+        config = load_config(path, overrides)
+        if config.finetune.command != command:
+            raise ConfigError(
+                [f"finetune.objective: {config.finetune.objective} is not for rlx {command}; use rlx {config.finetune.command}"]
+            )
+        config = preflight(config)
         if config.cluster.launcher != "local":
-            raise ConfigError([f"cluster.launcher: {config.cluster.launcher} is not started by rlx train; see {_STARTS}"])
+            raise ConfigError([f"cluster.launcher: {config.cluster.launcher} is not started by rlx {command}; see {_STARTS}"])
         check_run_dir(config)
         return run_local(config)
     except ConfigError as error:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from rlx.cluster.environment import RankEnvironment, leave_launcher_store, rank_environment, report_requeue
+from rlx.cluster.finetuning import drive_finetuning
 from rlx.cluster.fleet import Fleet, read_fleet
 from rlx.cluster.parent import watch_parent
 from rlx.cluster.ranks import Ranks
@@ -27,6 +28,7 @@ from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
 from rlx.obs.log import log_failure, logger, phase, start_log
 from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
+from rlx.trainer.finetune_worker import FinetuneWorker
 from rlx.trainer.worker import Worker
 from rlx.types import ParallelDims
 
@@ -74,13 +76,14 @@ def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path, stop:
     """Join the world, build the models, then drive (rank 0) or serve. False on rank 0 when asked to stop early."""
     with phase("connect"):
         context = _join(config, where)
-    worker = Worker(config, context)
-    with phase("wait for engines"):
-        worker.use_keys(_wait_for_engines(endpoints_file, config.rollout.start_timeout_s + 60).keys)
+    worker = FinetuneWorker(config, context) if config.is_finetuning else _with_engines(config, context, endpoints_file)
     ranks = Ranks(worker)
     done = True
     if where.rank == 0:
-        done = drive(config, ranks, endpoints_file, stop_asked=stop.is_set)
+        if config.is_finetuning:
+            done = drive_finetuning(config, ranks, stop_asked=stop.is_set)
+        else:
+            done = drive(config, ranks, endpoints_file, stop_asked=stop.is_set)
         ranks.stop()
     else:
         ranks.serve()
@@ -89,6 +92,13 @@ def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path, stop:
     shut_down()
     logger.info("done" if done else "saved and left, as SIGUSR1 asked")
     return done
+
+
+def _with_engines(config: Config, context: ParallelContext, endpoints_file: Path) -> Worker:
+    worker = Worker(config, context)
+    with phase("wait for engines"):
+        worker.use_keys(_wait_for_engines(endpoints_file, config.rollout.start_timeout_s + 60).keys)
+    return worker
 
 
 def _join(config: Config, where: RankEnvironment) -> ParallelContext:

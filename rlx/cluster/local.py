@@ -86,7 +86,7 @@ class Launch:
         self._progress = progress
         self._interrupts = interrupts
         self._id = uuid.uuid4().hex
-        self._num_engines = 0 if config.rollout.endpoints or config.rollout.replay else config.rollout.num_engines
+        self._num_engines = config.rollout.num_engines if config.starts_engines else 0
         self._env = child_environment(config, self._id, num_engines=self._num_engines)
         self._open = ExitStack()
         self._trainers: list[Child] = []

@@ -1,19 +1,28 @@
-"""What a launcher looks at before it starts anything: prompts, tokenizer, verifier."""
+"""What a launcher looks at before it starts anything: prompts or examples, tokenizer, verifier."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import ceil
+
+from transformers import PreTrainedTokenizerBase
 
 from rlx.config.load import ConfigError
+from rlx.config.model_facts import ModelFacts, read_model_facts
 from rlx.config.schema import Config
+from rlx.data.examples import ExampleSource, check_examples
 from rlx.data.prompts import check_prompts
 from rlx.data.tokenizer import load_tokenizer
+from rlx.models.auto_classes import classifier_class
 from rlx.rewards.registry import make_verifier
 
 
-def preflight(config: Config) -> None:
-    """Raise ConfigError with everything found wrong that the configuration alone does not show."""
+def preflight(config: Config) -> Config:
+    """The configuration to run, with what only the data says filled in (the steps of ``finetune.epochs``).
+
+    Raises ConfigError with everything found wrong that the configuration alone does not show.
+    """
     problems: list[str] = []
 
     def attempt(check: Callable[[], object]) -> None:
@@ -22,14 +31,46 @@ def preflight(config: Config) -> None:
         except ValueError as error:
             problems.append(str(error))
 
-    attempt(lambda: make_verifier(config.reward))
-    attempt(lambda: _check_data(config))
+    if config.is_finetuning:
+        attempt(lambda: _check_model(config))
+        attempt(lambda: _check_examples(config))
+    else:
+        attempt(lambda: make_verifier(config.reward))
+        attempt(lambda: _check_data(config))
     if problems:
         raise ConfigError(problems)
+    return config if config.finetune.epochs is None or not config.is_finetuning else _in_steps(config, config.finetune.epochs)
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    return load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
 
 
 def _check_data(config: Config) -> None:
-    tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
+    tokenizer = _tokenizer(config)
     check_prompts(config.data, tokenizer)
     if config.evaluation.data is not None:
         check_prompts(replace(config.data, train=config.evaluation.data), tokenizer)
+
+
+def _check_model(config: Config) -> None:
+    facts = read_model_facts("model.path", config.model.path)
+    if config.finetune.objective == "rm" and isinstance(facts, ModelFacts) and classifier_class(facts.model_type) is None:
+        raise ValueError(f"model.path: transformers has no sequence classification for {facts.model_type!r} to export to")
+
+
+def _check_examples(config: Config) -> None:
+    tokenizer = _tokenizer(config)
+    for key, path in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
+        if path is not None:
+            try:
+                check_examples(path, config, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+
+
+def _in_steps(config: Config, epochs: float) -> Config:
+    """With as many steps as deal every example ``epochs`` times."""
+    num_examples = len(ExampleSource(config.data.train, config, _tokenizer(config)))
+    steps = max(1, ceil(epochs * num_examples / config.finetune.examples_per_step))
+    return replace(config, run=replace(config.run, steps=steps))

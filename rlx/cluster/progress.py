@@ -18,10 +18,14 @@ _COLUMNS = (
     ("reward", "reward/mean", "{:+.4f}"),
     ("kl", "kl/ref", "{:.5f}"),
     ("loss", "loss/policy", "{:+.4f}"),
+    ("loss", "loss/train", "{:.4f}"),
+    ("accuracy", "rewards/accuracy", "{:.3f}"),
+    ("held-out loss", "eval/loss", "{:.4f}"),
     ("mismatch", "mismatch/logprob_abs_mean", "{:.1e}"),
     ("s/step", "perf/step_s", "{:.2f}"),
     ("tokens/s", "perf/tokens_per_s", "{:.0f}"),
 )
+_SUMMED_UP = (("mean reward", "reward/mean"), ("loss", "loss/train"), ("accuracy", "rewards/accuracy"))
 
 Row = Mapping[str, float]
 
@@ -84,15 +88,16 @@ class Progress:
             self._status = None
 
     def summary(self) -> str:
-        """The run in a few lines: reward at both ends, time, tokens, where the model is."""
+        """The run in a few lines: reward (or loss) at both ends, time, tokens, where the model is."""
         seconds = time.monotonic() - self._began
         tokens = sum(row.get("perf/tokens_per_s", 0.0) * row.get("perf/step_s", 0.0) for row in self._rows)
-        rewards = [row["reward/mean"] for row in self._rows if "reward/mean" in row]
         lines = [f"rlx: done: {len(self._rows)} steps in {_duration(seconds)}, {tokens:.0f} tokens"]
-        if rewards:
-            count = min(5, len(rewards))
-            first, last = sum(rewards[:count]) / count, sum(rewards[-count:]) / count
-            lines.append(f"rlx: mean reward: {first:+.4f} over the first {count} steps, {last:+.4f} over the last {count}")
+        for label, key in _SUMMED_UP:
+            values = [row[key] for row in self._rows if key in row]
+            if values:
+                count = min(5, len(values))
+                first, last = sum(values[:count]) / count, sum(values[-count:]) / count
+                lines.append(f"rlx: {label}: {first:+.4f} over the first {count} steps, {last:+.4f} over the last {count}")
         if (self._run_dir / "hf").is_dir():
             lines.append(f"rlx: model: {self._run_dir / 'hf'}")
         lines.append(f"rlx: run folder: {self._run_dir}")

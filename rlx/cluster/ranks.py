@@ -1,6 +1,6 @@
 """Trainer ranks that rank 0 drives: the Protocols of ``trainer.roles`` over a command loop.
 
-Rank 0 calls; every rank, rank 0 included, runs the same method of its ``Worker``. The others wait in ``serve``:
+Rank 0 calls; every rank, rank 0 included, runs the same method of its worker. The others wait in ``serve``:
 they consume (method, arguments), produce their answer, wait for rank 0 only, and stop at the stop command. A rank that
 fails logs its cause and ends its process; whoever supervises the ranks then stops the rest.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from rlx.obs.log import Phase, current_phase, enter_phase
-from rlx.trainer.worker import Worker
+from rlx.trainer.rank_worker import RankWorker
 from rlx.types import BatchPlan, TrainSample, UpdateStats, WeightManifest
 
 # How long a rank waits for the next command. Rollouts may take hours; a rank 0 that dies closes the connection, which
@@ -25,7 +25,7 @@ COMMAND_WAIT_S = 24 * 3600.0
 class Ranks:
     """The worker of this rank and its peers."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: RankWorker) -> None:
         self.worker = worker
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=COMMAND_WAIT_S))
 

@@ -9,11 +9,10 @@ from rlx.config.schema import Config
 def demand_of(config: Config) -> Demand:
     """What the configuration asks to be seated; engines only where it starts some itself."""
     rollout = config.rollout
-    own = not (rollout.endpoints or rollout.replay)
     return Demand(
         trainer_ranks=config.num_trainer_ranks,
         tp=config.parallel.tp,
-        num_engines=rollout.num_engines if own else 0,
+        num_engines=rollout.num_engines if config.starts_engines else 0,
         engine_gpus=rollout.tp,
     )
 

@@ -110,8 +110,7 @@ def _agree(
     if place.rank:
         return agreed_run(store, meeting)
     try:
-        config = _load(path, overrides, place)
-        preflight(config)
+        config = preflight(_load(path, overrides, place))
         _check_engines(seats_of(config, _machines(config, place, meeting)))
         run_dir = stack.enter_context(open_run_dir(config))
     except (ConfigError, PlacementError) as error:
@@ -218,8 +217,7 @@ class _Duty(threading.Thread):
         """Start what this rank is to start, and the thread; SIGTERM and SIGINT now end the process whatever the main
         thread is in."""
         end_on_signals(self.end)
-        rollout, node = self._config.rollout, self._meeting.node
-        own = not (rollout.endpoints or rollout.replay)
+        node, own = self._meeting.node, self._config.starts_engines
         if self._place.rank == 0:
             self._begin_rank_0(seats if own else None)
         gpus_of = seats.engines_of(node) if own and self._place.local_rank == 0 else {}

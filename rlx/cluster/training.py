@@ -12,19 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.registry import make_algorithm
 from rlx.cluster.fleet import read_fleet
+from rlx.cluster.keeping import resume, save
 from rlx.cluster.publishing import EnginePublisher
 from rlx.cluster.ranks import RankedCritic, RankedPolicy, RankedReference, Ranks
 from rlx.config.schema import Config
 from rlx.data.prompts import PromptSource
 from rlx.data.tokenizer import load_tokenizer
-from rlx.obs.log import logger, phase
 from rlx.obs.metrics import MetricsWriter
 from rlx.obs.trackers import make_trackers
 from rlx.rewards.pools import make_reward_service
 from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
 from rlx.rollout.router import EngineCare
-from rlx.trainer.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
 from rlx.trainer.evaluate import Evaluation
 from rlx.trainer.ppo import PPOTrainer, run
 from rlx.trainer.roles import Roles, RolloutService
@@ -44,7 +43,7 @@ def drive(config: Config, ranks: Ranks, engines: Path, *, stop_asked: Callable[[
         trackers = make_trackers(config, run_dir)
         for tracker in trackers:
             stack.callback(tracker.close)
-        _resume(config, trainer, writer)
+        resume(config, trainer, trainer.roles.policy.load, writer)
         evaluation = Evaluation(config, trainer.roles, trainer.sampling, tokenizer)
 
         counts = trainer.roles.rollout.counts
@@ -60,7 +59,7 @@ def drive(config: Config, ranks: Ranks, engines: Path, *, stop_asked: Callable[[
             trainer,
             num_steps=config.run.steps,
             report=report,
-            save=lambda: _save(config, trainer),
+            save=lambda: save(config, trainer, trainer.roles.policy.save),
             checkpoint=config.checkpoint,
             stop_asked=stop_asked,
         )
@@ -125,24 +124,3 @@ def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> SamplingS
         stop_token_ids=tuple(stops),
         seed=config.run.seed,
     )
-
-
-def _checkpoints(config: Config) -> Path:
-    return Path(config.run.dir) / "checkpoints"
-
-
-def _resume(config: Config, trainer: PPOTrainer, writer: MetricsWriter) -> None:
-    found = whole_checkpoints(_checkpoints(config)) if config.run.resume == "auto" else []
-    if found:
-        step, folder = found[-1]
-        with phase("resume", step):
-            trainer.roles.policy.load(str(folder))
-            trainer.load_state(read_driver_state(folder))
-        logger.info("resumed from %s", folder)
-    writer.truncate_after(trainer.num_steps_done)
-
-
-def _save(config: Config, trainer: PPOTrainer) -> None:
-    with phase("save", trainer.num_steps_done):
-        root, step = _checkpoints(config), trainer.num_steps_done
-        write_checkpoint(root, step, trainer.state(), trainer.roles.policy.save, config.checkpoint.keep)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlx.config.algorithm import KL_IN_REWARD, NEEDS_GROUPS
+from rlx.config.finetune import WITH_REFERENCE
 from rlx.config.model_facts import ModelFacts, read_model_facts
 from rlx.config.schema import Config, OptimizerConfig
 
@@ -33,8 +34,11 @@ DATA_ENDINGS = (".jsonl", ".parquet")
 def check(config: Config, *, on_paper: bool = False) -> list[str]:
     """Every cross-field problem, one line each; empty when the configuration can be started. ``on_paper``: the files
     of prompts and rewards need not be here."""
-    files = () if on_paper else (_data, _replay, _reward)
-    groups = (_layout, _models, *files, _rollout, _algorithm, _evaluation, _optimizers, _device)
+    if config.is_finetuning:
+        own = (_finetuning,) if on_paper else (_data, _finetuning)
+    else:
+        own = (*(() if on_paper else (_data, _replay, _reward)), _rollout, _algorithm, _evaluation)
+    groups = (_layout, _models, *own, _optimizers, _device)
     return [message for group in groups for message in group(config)]
 
 
@@ -108,6 +112,13 @@ def _model_fits(config: Config, facts: ModelFacts) -> Iterator[str]:
             f"parallel.etp: {expert_tp} (parallel.tp unless set) does not divide the experts' {facts.expert_size} hidden"
             " units of model.path"
         )
+    if config.is_finetuning:
+        if facts.max_positions is not None and config.finetune.max_tokens > facts.max_positions:
+            yield (
+                f"finetune.max_tokens: {config.finetune.max_tokens} exceeds the {facts.max_positions} positions"
+                " (max_position_embeddings) of model.path"
+            )
+        return
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if facts.max_positions is not None and longest > facts.max_positions:
         yield (
@@ -167,6 +178,8 @@ def _replay(config: Config) -> Iterator[str]:
 
 
 def _reward(config: Config) -> Iterator[str]:
+    if not config.reward.name:
+        yield "reward.name: required but missing (a verifier of docs/rewards.md, or path/to/file.py:function)"
     path, colon, function = config.reward.name.rpartition(":")
     if not colon:
         return
@@ -204,6 +217,27 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield f"algorithm.mismatch_low: {algorithm.mismatch_low:g} exceeds algorithm.mismatch_high {algorithm.mismatch_high:g}"
     if algorithm.name == "prime" and algorithm.prime_beta <= 0:
         yield "algorithm.prime_beta: must be above 0 with algorithm.name prime"
+
+
+def _finetuning(config: Config) -> Iterator[str]:
+    finetune, parallel = config.finetune, config.parallel
+    multiple = 2 * parallel.cp if parallel.cp > 1 else 1
+    sides = 2 if finetune.is_paired else 1
+    needed = sides * -(-finetune.max_tokens // multiple) * multiple
+    if needed > config.batching.max_tokens_per_micro_batch:
+        what = "both sides of a pair" if finetune.is_paired else "one example"
+        yield (
+            f"batching.max_tokens_per_micro_batch: {config.batching.max_tokens_per_micro_batch} does not hold {what} of"
+            f" finetune.max_tokens = {finetune.max_tokens}; it takes {needed}"
+        )
+    if finetune.epochs == 0:
+        yield "finetune.epochs: must be above 0, or null for run.steps optimizer steps"
+    if finetune.objective in WITH_REFERENCE and finetune.beta == 0:
+        yield f"finetune.beta: must be above 0 with finetune.objective {finetune.objective}"
+    if finetune.label_smoothing >= 0.5:
+        yield f"finetune.label_smoothing: must be below 0.5, got {finetune.label_smoothing:g}"
+    if config.cluster.rollout_nodes:
+        yield f"cluster.rollout_nodes: {config.cluster.rollout_nodes}, but fine-tuning starts no engines; set it to 0"
 
 
 def _evaluation(config: Config) -> Iterator[str]:

@@ -119,9 +119,10 @@ def estimate(config: Config, sizes: Sizes) -> Estimate:
     expert_copies = ranks // (etp * layout.ep * layout.pp) if config.optimizer.distributed else 1
     optimizer = state * (dense / dense_copies + experts / max(1, expert_copies))
     weights, gradients = width * (dense + experts), 4 * (dense + experts)
-    others = weights if config.algorithm.needs_reference else 0
-    if config.algorithm.needs_critic:
+    others = weights if config.has_reference else 0
+    if config.trains_critic:
         others += weights + gradients + optimizer
+    engine_width = 0 if config.is_finetuning else 2 if config.rollout.dtype == "bf16" else width
     tokens = config.batching.max_tokens_per_micro_batch / layout.cp
     return Estimate(
         weights=int(weights),
@@ -129,8 +130,8 @@ def estimate(config: Config, sizes: Sizes) -> Estimate:
         optimizer=int(optimizer),
         other_models=int(others),
         activations=int(_activations(config, sizes, tokens, width)),
-        logits=int(tokens * sizes.vocab / layout.tp * (width + 2 * 4)),
-        engine_weights=int((2 if config.rollout.dtype == "bf16" else width) * sizes.total / config.rollout.tp),
+        logits=0 if config.finetune.objective == "rm" else int(tokens * sizes.vocab / layout.tp * (width + 2 * 4)),
+        engine_weights=int(engine_width * sizes.total / config.rollout.tp),
     )
 
 
@@ -168,11 +169,11 @@ def describe(found: Estimate, sizes: Sizes) -> list[str]:
         "logits": found.logits,
     }
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-    return [
+    lines = [
         f"model: {sizes.total / 1e9:.2f} billion parameters",
         f"memory of the fullest trainer rank, GiB: about {found.trainer / GIB:.1f} ({listed}, reserve {RESERVE_BYTES / GIB:.0f})",
-        f"weights on each engine GPU, GiB: {found.engine_weights / GIB:.1f}",
     ]
+    return [*lines, f"weights on each engine GPU, GiB: {found.engine_weights / GIB:.1f}"] if found.engine_weights else lines
 
 
 def memory_problems(found: Estimate, config: Config) -> list[str]:
@@ -185,8 +186,7 @@ def memory_problems(found: Estimate, config: Config) -> list[str]:
             f" {config.cluster.gpu_memory_gib:g}; raise parallel.tp, pp or ep or cluster.num_trainer_ranks,"
             " lower batching.max_tokens_per_micro_batch, or set model.recompute=full"
         )
-    starts = not (config.rollout.endpoints or config.rollout.replay)
-    if starts and found.engine_weights > ENGINE_WEIGHT_SHARE * limit:
+    if config.starts_engines and found.engine_weights > ENGINE_WEIGHT_SHARE * limit:
         needed = -(-found.engine_weights * config.rollout.tp // int(ENGINE_WEIGHT_SHARE * limit))
         problems.append(
             f"rollout.tp: {found.engine_weights / GIB:.0f} GiB of weights on an engine GPU leave no room for keys and values;"

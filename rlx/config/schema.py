@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlx.config.algorithm import AlgorithmConfig as AlgorithmConfig
+from rlx.config.finetune import WITH_REFERENCE
+from rlx.config.finetune import FinetuneConfig as FinetuneConfig
 from rlx.config.options import option, required
 
 
@@ -19,7 +21,7 @@ class RunConfig:
 
     dir: str = option("runs/default", "run folder: metrics, logs, checkpoints, export")
     seed: int = option(0, "seed of data order, initialisation of the value head and sampling", minimum=0)
-    steps: int = option(100, "rollout-and-update iterations", minimum=1)
+    steps: int = option(100, "rollout-and-update iterations; fine-tuning: optimizer steps", minimum=1)
     resume: str = option("never", "auto: go on from the newest whole checkpoint of run.dir", choices=("auto", "never"))
     overwrite: bool = option(False, "remove the run that run.dir already holds (metrics, checkpoints, export, logs)")
     export_hf: bool = option(True, "write the final policy to RUN_DIR/hf")
@@ -77,9 +79,9 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Prompts."""
+    """Prompts, or the examples of fine-tuning."""
 
-    train: str = required("prompts to train on: .jsonl or .parquet")
+    train: str = required("prompts (or examples) to train on: .jsonl or .parquet")
     prompts_per_step: int = option(8, "prompts of one rollout batch", minimum=1)
     prompt_key: str = option("prompt", "column of a text prompt")
     messages_key: str = option("messages", "column of a chat (list of role/content); wins over prompt_key where present")
@@ -119,7 +121,7 @@ class RolloutConfig:
 class RewardConfig:
     """The verifier."""
 
-    name: str = required("a verifier of docs/rewards.md, or path/to/file.py:function")
+    name: str = option("", "a verifier of docs/rewards.md, or path/to/file.py:function; required for `rlx train`")
     args: Mapping[str, Any] = option({}, "arguments of the verifier, by name")
     num_workers: int = option(1, "verifier processes (threads for remote verifiers)", minimum=1)
     timeout_s: float = option(30.0, "limit of one verdict", minimum=0.01)
@@ -175,11 +177,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """Evaluation on held-out prompts."""
+    """Evaluation on held-out prompts; the loss on held-out examples when fine-tuning."""
 
-    data: str | None = option(None, "prompts to evaluate on; none: no evaluation")
+    data: str | None = option(None, "prompts (or examples) to evaluate on; none: no evaluation")
     every: int = option(0, "steps between evaluations; 0: only at the end", minimum=0)
-    max_prompts: int = option(256, "prompts used", minimum=1)
+    max_prompts: int = option(256, "prompts (or examples) used", minimum=1)
     samples_per_prompt: int = option(1, "answers to each; more than one: mean@k and pass@k", minimum=1)
     temperature: float = option(0.0, "0 is greedy; several answers need more", minimum=0)
     pass_reward: float = option(1.0, "an answer with at least this reward passes")
@@ -199,12 +201,13 @@ class Config:
 
     model: ModelConfig
     data: DataConfig
-    reward: RewardConfig
+    reward: RewardConfig = field(default_factory=RewardConfig)
     run: RunConfig = field(default_factory=RunConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
@@ -218,3 +221,21 @@ class Config:
         if self.cluster.num_trainer_ranks is not None:
             return self.cluster.num_trainer_ranks
         return self.parallel.tp * self.parallel.pp * self.parallel.cp
+
+    @property
+    def is_finetuning(self) -> bool:
+        """Whether the run learns from given answers, without engines and rewards."""
+        return self.finetune.objective != "none"
+
+    @property
+    def starts_engines(self) -> bool:
+        return not (self.is_finetuning or self.rollout.endpoints or self.rollout.replay)
+
+    @property
+    def trains_critic(self) -> bool:
+        """Whether a second model is trained beside the policy."""
+        return not self.is_finetuning and self.algorithm.needs_critic
+
+    @property
+    def has_reference(self) -> bool:
+        return self.finetune.objective in WITH_REFERENCE if self.is_finetuning else self.algorithm.needs_reference

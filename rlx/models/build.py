@@ -37,7 +37,8 @@ from rlx.models.weights import padded_vocab_size
 from rlx.parallel.context import ParallelContext, stage_of_chunk
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-HeadKind = Literal["token", "value"]
+HeadKind = Literal["token", "value", "score"]
+"""Log-probs of tokens; values of tokens (a critic); or a sequence's score (a reward model: values without a bias)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,8 +228,8 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
             model.rotary_pos_emb = PackRotary(inverse_frequencies)
         if has_embedding and arch.embedding_scale != 1.0:
             scale_embeddings(model.embedding, arch.embedding_scale, config.params_dtype)
-        if head == "value" and has_output:
-            model.output_layer = ValueHead(config, context.groups, options.seed)
+        if head != "token" and has_output:
+            model.output_layer = ValueHead(config, context.groups, options.seed, has_bias=head == "value")
         chunks.append(model.to(context.device))
     return chunks
 

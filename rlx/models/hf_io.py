@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,16 +188,32 @@ def export_hf(
 ) -> None:
     """Write the model as a Hugging Face folder: each pipeline stage its own files, then the index; configuration and
     tokenizer are copied from ``source``. Collective over all ranks; the folder appears whole or not at all."""
+    weights = stage_weights(chunks, arch, context)
+    write_hf(weights, expected_shapes(arch).keys(), source=source, target=target, context=context)
+
+
+def write_hf(
+    weights: Iterator[tuple[str, Tensor]],
+    names: Set[str],
+    *,
+    source: str | Path,
+    target: str | Path,
+    context: ParallelContext,
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """As ``export_hf``, of any tensors: what this rank's stage writes, and the names of all stages together. ``finish`` is
+    called on rank 0 with the folder when everything else is in it, before it gets its name."""
     target = Path(target)
     beside = target.with_name(target.name + ".partial")
     if context.rank == 0:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     context.barrier()
-    written = _write_stage(stage_weights(chunks, arch, context), beside, context)
+    written = _write_stage(weights, beside, context)
     merged = {name: file for part in context.gather_objects(written) for name, file in part.items()}
     if context.rank == 0:
-        _finish_export(merged, arch, Path(source), beside)
+        _finish_export(merged, names, Path(source), beside)
+        finish(beside)
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
     context.barrier()
@@ -222,8 +238,8 @@ def _write_stage(weights: Iterator[tuple[str, Tensor]], folder: Path, context: P
     return written
 
 
-def _finish_export(written: Mapping[str, str], arch: Architecture, source: Path, folder: Path) -> None:
-    missing = expected_shapes(arch).keys() - written.keys()
+def _finish_export(written: Mapping[str, str], names: Set[str], source: Path, folder: Path) -> None:
+    missing = names - written.keys()
     assert not missing, f"export lacks {sorted(missing)}"
     if len(set(written.values())) == 1:
         (folder / next(iter(written.values()))).rename(folder / SINGLE)

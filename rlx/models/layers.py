@@ -153,7 +153,9 @@ class ValueHead(nn.Module):
     Takes [t / tp, 1, D] under sequence parallelism, [t, 1, D] otherwise; gives [t, 1, 1] in fp32 on every rank.
     """
 
-    def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection, seed: int) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection, seed: int, *, has_bias: bool = True) -> None:
         super().__init__()
         self.config, self.groups = config, groups
         device = torch.cuda.current_device()
@@ -161,14 +163,15 @@ class ValueHead(nn.Module):
         # Small start values (Ziegler et al. 2019): a loud untrained critic would drown the reward.
         weight = torch.randn(1, config.hidden_size, generator=generator) / (config.hidden_size + 1)
         self.weight = nn.Parameter(weight.to(device=device, dtype=config.params_dtype))
-        self.bias = nn.Parameter(torch.zeros(1, dtype=config.params_dtype, device=device))
+        bias = nn.Parameter(torch.zeros(1, dtype=config.params_dtype, device=device)) if has_bias else None
+        self.register_parameter("bias", bias)
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(
         self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
-        values = F.linear(hidden.float(), self.weight.float(), self.bias.float())
+        values = F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
         if self.config.sequence_parallel:
             # Every rank computes the same loss from the gathered values, so the gradient is split, not summed.
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=self.groups.tp)

@@ -15,6 +15,7 @@ from rlx.data.plan import plan_batch
 from rlx.obs.log import phase
 from rlx.obs.timers import StepTimer
 from rlx.trainer.experience import Rollouts, Samples, collect, prepare
+from rlx.trainer.loop import iterate
 from rlx.trainer.roles import Roles
 from rlx.types import ParallelDims, SamplingSpec, StepReport, TrainSample, UpdateStats, WeightManifest
 
@@ -192,17 +193,6 @@ def run(
     checkpoint: CheckpointConfig,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Iterate to ``num_steps`` (counting those done before a resume), saving as ``checkpoint`` says.
-
-    Once ``stop_asked`` says so it saves and returns after the step that is under way.
-    """
+    """Publish the start, then iterate as ``loop.iterate`` does."""
     trainer.publish_start()
-    saved = trainer.num_steps_done
-    while trainer.num_steps_done < num_steps and not stop_asked():
-        with phase("step", trainer.num_steps_done + 1):
-            report(trainer.step())
-        if checkpoint.every and trainer.num_steps_done % checkpoint.every == 0:
-            save()
-            saved = trainer.num_steps_done
-    if (checkpoint.at_end or trainer.num_steps_done < num_steps) and saved != trainer.num_steps_done:
-        save()
+    iterate(trainer, num_steps=num_steps, report=report, save=save, checkpoint=checkpoint, stop_asked=stop_asked)

@@ -1,35 +1,29 @@
-"""One trainer rank: its models and the batch it works on. Every method is collective over the trainer ranks.
-
-The worker knows nothing of where the driver lives; it is called with plain values and answers with plain values. Token
-columns never leave it. Numbers that only the last pipeline stage knows are returned there and None elsewhere.
+"""One trainer rank of reinforcement learning: its models, the batch it works on, the way to the engines. Every method is
+collective over the trainer ranks; ``rank_worker`` has the rules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlx.algos.kl import kl_estimate
 from rlx.algos.registry import make_algorithm
 from rlx.algos.stats import sum_and_count
 from rlx.config.schema import Config
-from rlx.models.build import BuildOptions, build_model, freeze
+from rlx.models.build import build_model
 from rlx.models.families import read_architecture
 from rlx.models.heads import token_head, value_head
-from rlx.models.hf_io import expected_shapes, export_hf, stage_weights
+from rlx.models.hf_io import expected_shapes, stage_weights
 from rlx.models.megatron_io import load_weights
 from rlx.obs.log import phase
-from rlx.parallel.checkpoint import load_trainable, save_trainable
 from rlx.parallel.context import ParallelContext
-from rlx.parallel.context_parallel import sum_over_group
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
-from rlx.parallel.schedule import Head, forward_backward, forward_only
+from rlx.parallel.schedule import forward_only
 from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import CanarySpec
 from rlx.sync.errors import CanaryError, SyncError, SyncFailure
@@ -37,44 +31,21 @@ from rlx.sync.group import Endpoint
 from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget
 from rlx.trainer.advantages import add_advantages
 from rlx.trainer.batch import RankBatch, position_mask
+from rlx.trainer.rank_worker import Means, RankWorker, Trained
 from rlx.trainer.scoring import score_sequences
-from rlx.trainer.weighting import add_importance, add_weights, divisor
+from rlx.trainer.weighting import add_importance, add_weights
 from rlx.types import BatchPlan, LossInputs, LossOutput, TrainSample, UpdateStats, WeightManifest
 
-Means = dict[str, float]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Trained:
-    """A trained model, the head it is run with, the loss it is updated by and how that loss is aggregated."""
-
-    model: Trainable
-    head: Head
-    loss: Callable[[Tensor, LocalBatch], LossOutput]
-    aggregation: str
-
-
-class Worker:
-    """Builds the models that the configuration asks for and loads their weights."""
+class Worker(RankWorker):
+    """Policy, critic and reference, as the configuration asks, and the way to the engines."""
 
     def __init__(self, config: Config, context: ParallelContext) -> None:
-        self.config, self.context = config, context
+        super().__init__(config, context, config.rollout.temperature)
         self.algorithm = make_algorithm(config.algorithm)
-        self.arch = read_architecture(config.model.path)
-        model = config.model
-        self._options = BuildOptions(
-            dtype=model.dtype,
-            layer_spec=model.layer_spec,
-            recompute=model.recompute,
-            seed=config.run.seed,
-            moe_aux_loss_coefficient=model.moe_aux_loss_coefficient,
-            moe_z_loss_coefficient=model.moe_z_loss_coefficient,
-        )
-        self._token_head = token_head(context, self.arch, config.rollout.temperature)
         self.policy = self._build_policy()
         self.critic = self._build_critic() if self.algorithm.needs_critic else None
-        self.reference = self._build_reference() if config.algorithm.needs_reference else None
-        self._batch: RankBatch | None = None
+        self.reference = self._build_reference() if config.has_reference else None
         self._publisher: Publisher | None = None
         self._endpoints: tuple[Endpoint, ...] = ()
         self._keys = EngineKeys()
@@ -105,23 +76,7 @@ class Worker:
             return Trained(model=model, head=self._token_head, loss=self._process_loss, aggregation="seq-mean-token-mean")
         return Trained(model=model, head=value_head, loss=self._value_loss, aggregation="token-mean")
 
-    def _build_reference(self) -> list[nn.Module]:
-        with phase("load reference"):
-            folder = self.config.model.reference_path or self.config.model.path
-            arch = read_architecture(folder)
-            if arch.vocab_size != self.arch.vocab_size:
-                raise ValueError(f"model.reference_path has a vocabulary of {arch.vocab_size}, the policy {self.arch.vocab_size}")
-            chunks = build_model(arch, self.context, self._options)
-            load_weights(chunks, arch, folder, self.context)
-            freeze(chunks)
-        return chunks
-
     # Scoring
-
-    @property
-    def batch(self) -> RankBatch:
-        assert self._batch is not None, "load_batch comes first"
-        return self._batch
 
     def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
         self._batch = RankBatch(samples, plan, self.context)
@@ -137,14 +92,6 @@ class Worker:
             self.batch.store("old_logprobs", [(batch, out[0]) for batch, out in outputs])
             self.batch.store("entropy", [(batch, out[1]) for batch, out in outputs])
             return self._score_means()
-
-    def score_reference(self) -> Means | None:
-        assert self.reference is not None, "algorithm.kl_placement=none has no reference"
-        with phase("score reference"):
-            outputs = forward_only(self.reference, self.batch.all_packs(), self._token_head, self.context)
-            if self.context.is_last_stage:
-                self.batch.store("ref_logprobs", [(batch, out[0]) for batch, out in outputs])
-        return {} if self.context.is_last_stage else None
 
     def score_critic(self) -> Means | None:
         assert self.critic is not None, "this algorithm has no critic"
@@ -197,26 +144,6 @@ class Worker:
         with phase("update critic"):
             return self._update(self.critic, mini_batch)
 
-    def _update(self, trained: Trained, mini_batch: int) -> UpdateStats | None:
-        trained.model.zero_grad()
-        totals = forward_backward(
-            trained.model.wrapped,
-            self.batch.packs(mini_batch),
-            trained.head,
-            trained.loss,
-            divisor=divisor(self.batch, mini_batch, trained.aggregation, self.config),
-            context=self.context,
-        )
-        result = trained.model.step()
-        if not self.context.is_last_stage:
-            return None
-        return UpdateStats(
-            grad_norm=result.grad_norm,
-            learning_rate=result.learning_rate,
-            skipped=result.skipped,
-            means=self._reduce(totals, self.context.groups.dp_cp),
-        )
-
     def _policy_loss(self, outputs: Tensor, batch: LocalBatch) -> LossOutput:
         weights = batch.column("weights")
         assert weights is not None, "load_batch adds the weights"
@@ -243,14 +170,6 @@ class Worker:
         )
         return self.algorithm.value_loss(self._with_sequences(inputs, batch))
 
-    def _with_sequences(self, inputs: LossInputs, batch: LocalBatch) -> LossInputs:
-        return replace(
-            inputs,
-            sequence_T=batch.sequence_t,
-            num_sequences=len(batch.pack.sample_ids),
-            sum_over_ranks=lambda local: sum_over_group(local, self.context.groups.cp),
-        )
-
     def _value_loss(self, outputs: Tensor, batch: LocalBatch) -> LossOutput:
         assert self.algorithm.value_loss is not None
         inputs = LossInputs(
@@ -265,12 +184,6 @@ class Worker:
         sums = sums.to(self.context.device)
         dist.all_reduce(sums, group=self.context.groups.dp)
         return sums.cpu()
-
-    def _reduce(self, stats: Mapping[str, Tensor], group: dist.ProcessGroup) -> Means:
-        names = sorted(stats)
-        table = torch.stack([stats[name].double() for name in names]).to(self.context.device)
-        dist.all_reduce(table, group=group)
-        return {name: float(total / count) if count else 0.0 for name, (total, count) in zip(names, table, strict=True)}
 
     # Publishing
 
@@ -328,23 +241,6 @@ class Worker:
         )
 
     # Keeping
-
-    def save(self, folder: str) -> None:
-        """Write every trained model below ``folder``, which rank 0 makes."""
-        for name, trained in self._trained():
-            place = Path(folder) / name
-            if self.context.rank == 0:
-                place.mkdir(parents=True)
-            self.context.barrier()
-            save_trainable(trained.model, place)
-
-    def load(self, folder: str) -> None:
-        for name, trained in self._trained():
-            load_trainable(trained.model, Path(folder) / name)
-
-    def export(self, folder: str) -> None:
-        with phase("export"):
-            export_hf(self.policy.model.chunks, self.arch, source=self.config.model.path, target=folder, context=self.context)
 
     def _trained(self) -> list[tuple[str, Trained]]:
         found = [("policy", self.policy)]

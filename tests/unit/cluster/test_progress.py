@@ -53,3 +53,19 @@ def test_steps_phases_and_summary(tmp_path: Path) -> None:
     assert "model:" not in summary
     (tmp_path / "hf").mkdir()
     assert f"model: {tmp_path / 'hf'}" in progress.summary()
+
+
+def test_fine_tuning_shows_its_own_measures(tmp_path: Path) -> None:
+    out = io.StringIO()
+    progress = Progress(tmp_path, total_steps=2, out=out)
+    rows = [{"step": i, "loss/train": 1 / i, "rewards/accuracy": i / 2} for i in (1, 2)]
+    rows[1]["eval/loss"] = 0.25
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    progress.close()
+    lines = out.getvalue().splitlines()
+    assert lines == [
+        "step 1/2  loss 1.0000  accuracy 0.500",
+        "step 2/2  loss 0.5000  accuracy 1.000  held-out loss 0.2500",
+    ]
+    summary = progress.summary()
+    assert "loss: +0.7500 over the first 2 steps" in summary and "accuracy: +0.7500" in summary and "reward" not in summary

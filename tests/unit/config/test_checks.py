@@ -171,3 +171,35 @@ def test_names_that_config_may_not_import_agree_with_their_homes() -> None:
     assert all(make_algorithm(AlgorithmConfig(name=name)).needs_critic == (name in WITH_CRITIC) for name in ALGORITHMS)
     page = (Path(__file__).resolve().parents[3] / "docs" / "rewards.md").read_text()
     assert all(f"| `{name}` |" in page for name in VERIFIERS)
+
+
+FINETUNE = ("reward.name=''", "finetune.objective=dpo")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["finetune.max_tokens=5000"], ["finetune.max_tokens", "4096 positions", "batching.max_tokens_per_micro_batch", "10000"]),
+        (["finetune.max_tokens=101", "parallel.cp=2", "batching.max_tokens_per_micro_batch=207"], ["208"]),
+        (["finetune.epochs=0"], ["finetune.epochs", "above 0"]),
+        (["finetune.beta=0"], ["finetune.beta", "dpo"]),
+        (["finetune.label_smoothing=0.5"], ["finetune.label_smoothing", "below 0.5"]),
+        (["cluster.rollout_nodes=1"], ["cluster.rollout_nodes", "no engines"]),
+        (["data.train=nowhere.jsonl"], ["data.train", "nowhere.jsonl"]),
+        (["parallel.tp=8"], ["parallel.tp", "12 attention heads"]),
+    ],
+)
+def test_fine_tuning_has_checks_of_its_own(problems: Problems, overrides: list[str], words: list[str]) -> None:
+    text = "\n".join(problems(*FINETUNE, *overrides))
+    assert all(word in text for word in words), text
+
+
+def test_fine_tuning_asks_nothing_of_rollouts_and_rewards(problems: Problems) -> None:
+    ignored = ("rollout.top_p=0.5", "data.max_prompt_tokens=4096", "rollout.replay=none.jsonl", "algorithm.name=grpo")
+    assert problems(*FINETUNE, *ignored, "finetune.max_tokens=4096") == ()
+    assert problems("finetune.objective=sft", "finetune.max_tokens=4096", "batching.max_tokens_per_micro_batch=4096") == ()
+
+
+def test_reinforcement_learning_needs_a_reward(problems: Problems) -> None:
+    (problem,) = problems("reward.name=''")
+    assert "reward.name: required but missing" in problem

@@ -24,6 +24,16 @@ def test_check_prints_a_configuration_that_loads_back(run_yaml: Path, capsys: py
     assert "6 trainer ranks" in out and "dp 3" in out and "40 samples" in out
 
 
+@pytest.mark.parametrize(("objective", "command"), [("sft", "sft"), ("dpo", "dpo"), ("ipo", "dpo"), ("rm", "rm")])
+def test_check_describes_fine_tuning(run_yaml: Path, capsys: pytest.CaptureFixture[str], objective: str, command: str) -> None:
+    assert main(["check", str(run_yaml), f"finetune.objective={objective}", "finetune.epochs=2.5"]) == 0
+    out = capsys.readouterr().out
+    assert "no engines" in out and "answers" not in out and "engine GPU" not in out
+    assert f"# update: {objective} (rlx {command}), 2.5 epochs of " in out
+    assert ("32 examples a step" in out) == (objective == "sft") and ("32 pairs a step" in out) == (objective != "sft")
+    assert (", reference " in out) == (command == "dpo")
+
+
 def test_wrong_configuration_is_status_2_without_traceback(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(run_yaml), "run.stepz=1", "rollout.top_p=0.5"]) == 2
     captured = capsys.readouterr()

@@ -56,6 +56,19 @@ def test_estimate_by_hand() -> None:
     assert found.trainer == 8 * local + found.optimizer + found.logits + found.activations + RESERVE_BYTES
 
 
+def test_fine_tuning_holds_what_it_trains() -> None:
+    """No engines and no critic; a reference for preferences alone, and no logits of a reward model."""
+    on_paper = (CONFIGS / "recipes" / "llama-3.1-8b.yaml", ARCHITECTURES)
+    found = {}
+    for objective in ("sft", "dpo", "rm"):
+        config = load_on_paper(on_paper[0], [f"finetune.objective={objective}"], on_paper[1])
+        found[objective] = estimate(config, sizes_of(config.model.path))
+    assert found["sft"].other_models == found["rm"].other_models == 0
+    assert found["dpo"].other_models == found["dpo"].weights
+    assert found["rm"].logits == 0 < found["dpo"].logits
+    assert all(one.engine_weights == 0 for one in found.values())
+
+
 def test_experts_are_split_over_ep_and_pipelines_take_the_fullest_stage() -> None:
     tree = json.loads((ARCHITECTURES / "DeepSeek-V3" / "config.json").read_text())
     sizes = sizes_of_tree(tree)

@@ -1,0 +1,243 @@
+"""The source of fine-tuning examples: rows of answers, or of pairs of answers, to token ids and loss masks.
+
+All rows are read and tokenised at start, packed small (five bytes a token). What a row may hold is in ``docs/finetuning.md``.
+Rows that nothing can be learnt from are dropped with a counted reason; rows that cannot be read are errors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from transformers import PreTrainedTokenizerBase
+
+from rlx.config.schema import Config
+from rlx.data.chat_mask import MaskedTokens, Message, checked_chat, continuation, encode_chat, masked_tokens
+from rlx.data.order import EpochOrder
+from rlx.data.plan import plan_batch, round_up
+from rlx.data.rows import Row, read_rows
+from rlx.types import BatchPlan, MiniBatchPlan, ParallelDims, TrainSample
+
+Example = tuple[MaskedTokens, ...]
+"""One answer, or the chosen and the rejected one of a pair."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Text:
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chat:
+    messages: Sequence[Message]
+
+
+_Dialogue = _Text | _Chat
+
+
+class _UnusableError(Exception):
+    """Nothing can be learnt from the row; the message is the reason it is counted under."""
+
+
+class ExampleSource:
+    """Deals the examples of ``path``.
+
+    ``drops`` counts rows left out: ``too_long``, ``empty_answer``, ``equal_sides`` (of a pair). ``num_truncated`` counts
+    rows of which a sequence was cut. Raises ValueError for a file that cannot be used, or of which nothing is left.
+    """
+
+    def __init__(self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.drops: Counter[str] = Counter()
+        self.num_truncated = 0
+        self._examples = list(self._load(path, config, tokenizer))
+        if not self._examples:
+            raise ValueError(_nothing_left(path, self.drops, config))
+        self._order = EpochOrder(len(self._examples), seed=config.run.seed, shuffle=config.data.shuffle)
+
+    def __len__(self) -> int:
+        """Usable examples in an epoch."""
+        return len(self._examples)
+
+    @property
+    def epochs(self) -> float:
+        """Epochs dealt so far."""
+        return self._order.epochs
+
+    def next(self, num: int) -> list[Example]:
+        """The next ``num`` examples; goes over into the next epoch as often as needed."""
+        return [self._examples[index] for index in self._order.next(num)]
+
+    def first(self, num: int) -> list[Example]:
+        """The first ``num`` in file order, fewer where there are fewer: for evaluation; moves nothing."""
+        return self._examples[:num]
+
+    def state(self) -> dict[str, int]:
+        """What ``load_state`` needs to go on exactly here (JSON-able)."""
+        return self._order.state()
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Go on where ``state`` was taken; ValueError when the file holds another number of examples now."""
+        self._order.load_state(state)
+
+    def _load(self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+        for where, row in read_rows(path):
+            try:
+                example, was_cut = _to_example(row, config, tokenizer)
+            except _UnusableError as reason:
+                self.drops[str(reason)] += 1
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            else:
+                self.num_truncated += was_cut
+                yield example
+
+
+def check_examples(path: str, config: Config, tokenizer: PreTrainedTokenizerBase, num_encoded: int = 1000) -> None:
+    """Look for faults in ``path`` before a run: every row is read, the first ``num_encoded`` are tokenised too.
+
+    Raises ValueError with file and line, as ``ExampleSource`` would.
+    """
+    num_rows, num_usable = 0, 0
+    drops: Counter[str] = Counter()
+    for num_rows, (where, row) in enumerate(read_rows(path), start=1):
+        try:
+            if num_rows <= num_encoded:
+                _to_example(row, config, tokenizer)
+            else:
+                _dialogues(row, config)
+            num_usable += 1
+        except _UnusableError as reason:
+            drops[str(reason)] += 1
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if not num_usable:
+        raise ValueError(_nothing_left(path, drops, config))
+
+
+def to_train_samples(examples: Sequence[Example]) -> list[TrainSample]:
+    """Each example's sequences in order; group ids number the examples. So of pairs, the chosen sides have even sample
+    ids and the rejected ones the odd ids that follow."""
+    numbered = [(group, side) for group, example in enumerate(examples) for side in example]
+    return [
+        TrainSample(
+            sample_id=index,
+            group_id=group,
+            token_ids=tuple(side.token_ids),
+            loss_mask=tuple(side.loss_mask),
+            rollout_logprobs=(0.0,) * len(side.token_ids),
+            reward=0.0,
+        )
+        for index, (group, side) in enumerate(numbered)
+    ]
+
+
+def plan_examples(examples: Sequence[Example], *, dims: ParallelDims, max_tokens: int) -> BatchPlan:
+    """One mini-batch, cut as ``plan_batch`` cuts, but so that an example's sequences stay side by side in one micro-batch.
+    Its members are indices of ``to_train_samples(examples)``."""
+    sizes = [sum(round_up(len(side.token_ids), dims.sequence_multiple) for side in example) for example in examples]
+    learnt = [sum(sum(side.loss_mask) for side in example) for example in examples]
+    (whole,) = plan_batch(sizes, learnt, dims=dims, num_mini_batches=1, max_tokens=max_tokens).mini_batches
+    sides = len(examples[0])
+    ranks = tuple(
+        tuple(tuple(index * sides + side for index in part for side in range(sides)) for part in rank)
+        for rank in whole.micro_batches
+    )
+    part = MiniBatchPlan(micro_batches=ranks, num_loss_tokens=whole.num_loss_tokens, num_sequences=len(examples) * sides)
+    return BatchPlan(mini_batches=(part,))
+
+
+def _nothing_left(path: str, drops: Counter[str], config: Config) -> str:
+    if not drops:
+        return f"{path} holds no rows"
+    counted = ", ".join(f"{reason} {count}" for reason, count in drops.most_common())
+    advice = f"; finetune.max_tokens is {config.finetune.max_tokens}" if drops["too_long"] else ""
+    return f"{path}: all {drops.total()} rows are dropped ({counted}){advice}"
+
+
+def _to_example(row: Row, config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
+    """The example and whether a sequence of it was cut."""
+    finetune = config.finetune
+    last_only = finetune.is_paired or finetune.turns == "last"
+    whole = tuple(_encode(dialogue, tokenizer, last_only) for dialogue in _dialogues(row, config))
+    is_long = any(len(side.token_ids) > finetune.max_tokens for side in whole)
+    if is_long and finetune.overlong == "drop":
+        raise _UnusableError("too_long")
+    example = tuple(side.cut(finetune.max_tokens) for side in whole) if is_long else whole
+    if not all(side.token_ids for side in example):
+        raise _UnusableError("too_long" if is_long else "empty_answer")
+    if finetune.is_paired and example[0].token_ids == example[1].token_ids:
+        raise _UnusableError("equal_sides")
+    return example, is_long
+
+
+def _encode(dialogue: _Dialogue, tokenizer: PreTrainedTokenizerBase, last_only: bool) -> MaskedTokens:
+    if isinstance(dialogue, _Chat):
+        return encode_chat(dialogue.messages, tokenizer, last_only=last_only)
+    prompt = list(tokenizer.encode(dialogue.prompt))
+    if not prompt:
+        raise ValueError("the prompt has no tokens")
+    answer = continuation(prompt, dialogue.prompt, dialogue.answer, tokenizer, add_special_tokens=True)
+    end = tokenizer.eos_token_id
+    if end is not None and answer[-1:] != [end]:
+        answer.append(end)
+    return masked_tokens([*prompt, *answer], [0] * len(prompt) + [1] * len(answer))
+
+
+def _dialogues(row: Row, config: Config) -> tuple[_Dialogue, ...]:
+    """What the row holds, by its columns. ValueError for columns that are missing or of the wrong type."""
+    finetune = config.finetune
+    if finetune.is_paired:
+        keys = (finetune.chosen_key, finetune.rejected_key)
+        missing = [key for key in keys if row.get(key) is None]
+        if missing:
+            raise ValueError(f"no column {missing[0]!r} (finetune.chosen_key, finetune.rejected_key); {_columns(row)}")
+        return tuple(_with_answer(row, key, config) for key in keys)
+    if row.get(finetune.response_key) is not None:
+        return (_with_answer(row, finetune.response_key, config),)
+    prompt, column = _prompt(row, config)
+    if prompt is None or isinstance(prompt, str):
+        raise ValueError(
+            f"neither a chat in {config.data.messages_key!r} nor an answer in {finetune.response_key!r}"
+            f" (data.messages_key, finetune.response_key); {_columns(row)}"
+        )
+    return (_chat(checked_chat(prompt, column)),)
+
+
+def _with_answer(row: Row, key: str, config: Config) -> _Dialogue:
+    """The answer in column ``key``, text or messages, to the row's prompt."""
+    answer = row[key]
+    prompt, column = _prompt(row, config)
+    if not isinstance(answer, str):
+        chat = checked_chat(answer, key)
+        if chat[0]["role"] != "assistant":
+            return _chat(chat)
+        if prompt is None or isinstance(prompt, str):
+            raise ValueError(f"column {key!r} holds the assistant's messages alone; give the prompt as messages too")
+        return _chat([*checked_chat(prompt, column), *chat])
+    if prompt is None:
+        raise ValueError(f"column {key!r} is the answer to no prompt (data.messages_key, data.prompt_key); {_columns(row)}")
+    if not isinstance(prompt, str):
+        return _chat([*checked_chat(prompt, column), {"role": "assistant", "content": answer}])
+    if not answer.strip():
+        raise _UnusableError("empty_answer")
+    return _Text(prompt=prompt, answer=answer)
+
+
+def _prompt(row: Row, config: Config) -> tuple[object, str]:
+    """The prompt, text or messages or None, and the column it stands in."""
+    keys = (config.data.messages_key, config.data.prompt_key)
+    return next(((row[key], key) for key in keys if row.get(key) is not None), (None, ""))
+
+
+def _chat(messages: Sequence[Message]) -> _Chat:
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not any(answer.strip() if isinstance(answer, str) else answer for answer in islice(reversed(answers), 1)):
+        raise _UnusableError("empty_answer")
+    return _Chat(messages=messages)
+
+
+def _columns(row: Row) -> str:
+    return f"the columns are {', '.join(row) or 'none'}"

@@ -1,0 +1,79 @@
+"""Reward models as Hugging Face folders: ``...ForSequenceClassification`` with one label, whose logit is the score."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlx.config.model_facts import is_megatron_checkpoint
+from rlx.models.architecture import Architecture
+from rlx.models.auto_classes import classifier_class
+from rlx.models.families import weight_table
+from rlx.models.hf_folder import HfFolder
+from rlx.models.hf_io import expected_shapes, stage_weights, write_hf
+from rlx.models.layers import ValueHead
+from rlx.parallel.context import ParallelContext
+
+SCORE = "score.weight"
+
+
+def score_weights(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The head's weight under its Hugging Face name, on the ranks of the last pipeline stage."""
+    for chunk in chunks:
+        head = getattr(chunk, "output_layer", None)
+        if isinstance(head, ValueHead):
+            yield SCORE, head.weight
+
+
+def load_score(chunks: Sequence[nn.Module], folder: str | Path) -> None:
+    """Start from the head of a reward model, where the folder holds one; a language model's leaves the start values."""
+    if is_megatron_checkpoint(folder):
+        return
+    source = HfFolder(folder)
+    for name, weight in score_weights(chunks):
+        if name not in source.files:
+            continue
+        if source.shape(name) != tuple(weight.shape):
+            raise ValueError(f"{folder}: {name} has shape {source.shape(name)}, a reward model's is {tuple(weight.shape)}")
+        with torch.no_grad():
+            weight.copy_(source.read(name, 0, 0, 1))
+
+
+def export_classifier(
+    chunks: Sequence[nn.Module], arch: Architecture, *, source: str | Path, target: str | Path, context: ParallelContext
+) -> None:
+    """As ``hf_io.export_hf``, with the score's head in place of the output layer. Collective over all ranks."""
+    table = weight_table(arch)
+    output = set(table["output_layer.weight"].hf_names) if "output_layer.weight" in table else set()
+    own = score_weights(chunks) if context.is_sender else ()
+    heads: Iterator[tuple[str, Tensor]] = ((name, weight.detach()) for name, weight in own)
+    write_hf(
+        itertools.chain(stage_weights(chunks, arch, context), heads),
+        (expected_shapes(arch).keys() - output) | {SCORE},
+        source=source,
+        target=target,
+        context=context,
+        finish=_describe,
+    )
+
+
+def _describe(folder: Path) -> None:
+    """Make the copied config.json that of a classifier.
+
+    Transformers finds a sequence's last token by its padding id. Where that id also ends answers it would look one token
+    too far to the left; the id is then taken out, and transformers asks for batches of one rather than score wrongly.
+    """
+    file = folder / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    ends = config.get("eos_token_id")
+    if config.get("pad_token_id") in (ends if isinstance(ends, list) else [ends]):
+        config["pad_token_id"] = None
+    config["architectures"] = [classifier_class(config["model_type"])]
+    config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,96 @@
+"""The fine-tuning driver on a fake model: who is called, in which order, with what; resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlx.config.schema import Config, DataConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig
+from rlx.data.examples import ExampleSource
+from rlx.trainer.finetune import FinetuneTrainer
+from rlx.types import BatchPlan, ParallelDims, TrainSample, UpdateStats
+
+
+class FakeModel:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.batches: list[list[TrainSample]] = []
+
+    def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
+        self.calls.append("load_batch")
+        self.batches.append(list(samples))
+        assert plan.mini_batches[0].num_sequences == len(samples)
+
+    def score_reference(self) -> None:
+        self.calls.append("score_reference")
+
+    def update(self) -> UpdateStats:
+        self.calls.append("update")
+        return UpdateStats(grad_norm=2.0, learning_rate=0.1, skipped=False, means={"loss": 0.7, "accuracy": 0.5, "entropy": 1.0})
+
+    def validate(self) -> Mapping[str, float]:
+        self.calls.append("validate")
+        return {"loss": 0.9, "accuracy": 0.25}
+
+    def save(self, path: str) -> None: ...
+
+    def load(self, path: str) -> None: ...
+
+    def export_hf(self, path: str) -> None: ...
+
+
+def make_trainer(folder: Path, objective: str = "dpo", seed: int = 0) -> tuple[FinetuneTrainer, FakeModel]:
+    path = folder / "pairs.jsonl"
+    rows = [{"prompt": "a " * (index + 1), "response": "b", "chosen": "b", "rejected": "c"} for index in range(7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "response": "", "rejected": "b"}]))
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate("abcd")}, unk_token="d"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="d")
+    config = Config(
+        model=ModelConfig(path="m"),
+        data=DataConfig(train=str(path)),
+        finetune=FinetuneConfig(objective=objective, examples_per_step=3),
+        evaluation=EvaluationConfig(every=2),
+        run=RunConfig(seed=seed, steps=5),
+    )
+    source, model = ExampleSource(str(path), config, tokenizer), FakeModel()
+    return FinetuneTrainer(config, ParallelDims(world_size=1), model, source, source.first(4)), model
+
+
+def test_a_step_reads_scores_updates_and_validates_when_due(tmp_path: Path) -> None:
+    trainer, model = make_trainer(tmp_path)
+    step, held_out = ["load_batch", "score_reference", "update"], ["load_batch", "score_reference", "validate"]
+    reports = [trainer.step() for _ in range(5)]
+    assert model.calls == step + step + held_out + step + step + held_out + step + held_out
+    assert [len(batch) for batch in model.batches[:3]] == [6, 6, 8]
+    metrics = reports[1].metrics
+    assert metrics["loss/train"] == 0.7 and metrics["rewards/accuracy"] == 0.5 and metrics["policy/entropy"] == 1.0
+    assert metrics["eval/loss"] == 0.9 and metrics["eval/accuracy"] == 0.25 and "eval/loss" not in reports[0].metrics
+    assert metrics["drops/equal_sides"] == 1 and metrics["data/epochs"] == pytest.approx(6 / 7)
+
+
+def test_supervised_fine_tuning_has_no_reference(tmp_path: Path) -> None:
+    trainer, model = make_trainer(tmp_path, "sft")
+    assert trainer.step().metrics["drops/empty_answer"] == 1
+    assert model.calls == ["load_batch", "update"] and len(model.batches[0]) == 3
+
+
+def test_resume_deals_what_would_have_come(tmp_path: Path) -> None:
+    whole, expected = make_trainer(tmp_path)
+    for _ in range(5):
+        whole.step()
+    first, _ = make_trainer(tmp_path)
+    for _ in range(3):
+        first.step()
+    second, model = make_trainer(tmp_path)
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert second.num_steps_done == 3
+    second.step()
+    assert model.batches[0] == expected.batches[4]
+    with pytest.raises(ValueError, match=r"run\.seed=1"):
+        make_trainer(tmp_path, seed=1)[0].load_state(first.state())
