@@ -34,7 +34,7 @@ def check(config: Config, *, on_paper: bool = False) -> list[str]:
     """Every cross-field problem, one line each; empty when the configuration can be started. ``on_paper``: the files
     of prompts and rewards need not be here."""
     files = () if on_paper else (_data, _replay, _reward)
-    groups = (_layout, _models, *files, _rollout, _algorithm, _evaluation, _optimizers, _device)
+    groups = (_layout, _models, *files, _rollout, _algorithm, _evaluation, _optimizers, _device, _colocation)
     return [message for group in groups for message in group(config)]
 
 
@@ -230,3 +230,28 @@ def _optimizer(section: str, optimizer: OptimizerConfig) -> Iterator[str]:
 def _device(config: Config) -> Iterator[str]:
     if config.cluster.device == "cpu" and config.model.layer_spec == "transformer_engine":
         yield "model.layer_spec: transformer_engine needs GPUs, but cluster.device is cpu; use auto or torch"
+
+
+def _colocation(config: Config) -> Iterator[str]:
+    cluster, rollout = config.cluster, config.rollout
+    own = not (rollout.endpoints or rollout.replay)
+    if config.transport == "ipc" and not own and not rollout.replay:
+        yield "sync.transport: ipc needs engines that rlx starts itself; use broadcast or disk with rollout.endpoints"
+    if config.transport == "ipc" and not cluster.colocated and cluster.device != "cpu":
+        yield "sync.transport: ipc needs engines on the trainers' GPUs: set cluster.colocated=true, or use broadcast"
+    if config.transport == "broadcast" and cluster.colocated and cluster.device != "cpu":
+        yield "sync.transport: broadcast cannot join two processes on one GPU (NCCL); use ipc or disk with cluster.colocated"
+    if not cluster.colocated:
+        for key, value in (("cluster.offload", cluster.offload), ("rollout.release", rollout.release)):
+            if value not in ("auto", "none"):
+                yield f"{key}: {value} needs cluster.colocated=true"
+        return
+    if not own:
+        yield "cluster.colocated: needs engines that rlx starts; leave rollout.endpoints and rollout.replay empty"
+    if cluster.rollout_nodes:
+        yield f"cluster.colocated: contradicts cluster.rollout_nodes {cluster.rollout_nodes}, nodes for engines alone"
+    if rollout.num_engines * rollout.tp > config.num_trainer_ranks:
+        yield (
+            f"cluster.colocated: rollout.num_engines x rollout.tp = {rollout.num_engines} x {rollout.tp} GPUs, but there are"
+            f" {config.num_trainer_ranks} trainer rank(s); each engine GPU is a trainer rank's"
+        )

@@ -115,6 +115,31 @@ class EngineControl:
             body["weight_version"] = weight_version
         self._post("/update_weights_from_distributed", body)
 
+    def update_weights_from_tensor(
+        self, texts: Sequence[str], *, load_format: str, flush_cache: bool, weight_version: str | None
+    ) -> None:
+        """Load shared tensors: one text of ``rlx.rollout.shared_tensors`` for each of the engine's ranks, in their order.
+
+        SGLang ends itself on a text that it cannot open.
+        """
+        body: dict[str, object] = {
+            "serialized_named_tensors": list(texts),
+            "load_format": load_format,
+            "flush_cache": flush_cache,
+            "abort_all_requests": False,
+        }
+        if weight_version is not None:
+            body["weight_version"] = weight_version
+        self._post("/update_weights_from_tensor", body)
+
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Give GPU memory back: "kv_cache", "weights" (their values are lost). SGLang ends itself while requests run."""
+        self._call("POST", "/release_memory_occupation", {"tags": list(tags)})
+
+    def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take it again. SGLang ends itself on a tag that was not released."""
+        self._call("POST", "/resume_memory_occupation", {"tags": list(tags)})
+
     def update_weights_from_disk(self, path: str, version: str) -> None:
         """Load a Hugging Face folder that the engine can read."""
         self._post("/update_weights_from_disk", {"model_path": path, "weight_version": version})

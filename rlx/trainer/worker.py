@@ -23,10 +23,11 @@ from rlx.models.families import read_architecture
 from rlx.models.heads import token_head, value_head
 from rlx.models.hf_io import expected_shapes, export_hf, stage_weights
 from rlx.models.megatron_io import load_weights
-from rlx.obs.log import phase
+from rlx.obs.log import logger, phase
 from rlx.parallel.checkpoint import load_trainable, save_trainable
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.context_parallel import sum_over_group
+from rlx.parallel.memory import LEVELS, TrainerMemory, describe, usage
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Head, forward_backward, forward_only
@@ -34,7 +35,8 @@ from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import CanarySpec
 from rlx.sync.errors import CanaryError, SyncError, SyncFailure
 from rlx.sync.group import Endpoint
-from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget
+from rlx.sync.occupation import EngineMemory
+from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget, Sharing
 from rlx.trainer.advantages import add_advantages
 from rlx.trainer.batch import RankBatch, position_mask
 from rlx.trainer.scoring import score_sequences
@@ -77,7 +79,8 @@ class Worker:
         self._batch: RankBatch | None = None
         self._publisher: Publisher | None = None
         self._endpoints: tuple[Endpoint, ...] = ()
-        self._keys = EngineKeys()
+        self._keys, self._engine_memory = EngineKeys(), EngineMemory()
+        self.memory = self._make_memory()
 
     # Building
 
@@ -115,6 +118,20 @@ class Worker:
             load_weights(chunks, arch, folder, self.context)
             freeze(chunks)
         return chunks
+
+    def _make_memory(self) -> TrainerMemory:
+        level, shares = self.config.cluster.offload, self.config.cluster.colocated
+        if level == "auto":
+            level = "optimizer" if shares and self.context.device.type == "cuda" else "none"
+        trained = [trained.model for _, trained in self._trained()]
+        found = TrainerMemory(trained, self.reference or (), LEVELS[level] if shares else ())
+        logger.info("trainer memory: %s; put away while engines generate: %s", describe(found.sizes()), found.away or "nothing")
+        return found
+
+    def memory_metrics(self) -> Means:
+        """Memory of the rank that has most of it, for metrics.jsonl; the same on every rank."""
+        rows = self.context.gather_objects(usage(self.context.device))
+        return {name: max(row[name] for row in rows) for name in rows[0]}
 
     # Scoring
 
@@ -274,9 +291,30 @@ class Worker:
 
     # Publishing
 
-    def use_keys(self, keys: EngineKeys) -> None:
-        """Open every engine with these from now on."""
-        self._keys = keys
+    def use_engines(self, keys: EngineKeys, memory: EngineMemory) -> None:
+        """Open every engine with these keys from now on; ``memory`` records what co-located ones gave back so far."""
+        self._keys, self._engine_memory = keys, memory
+
+    def begin_training(self, endpoints: Sequence[Endpoint], tags: Sequence[str] | None = None) -> SyncFailure | None:
+        """Engines on our GPUs pause and give back memory (``tags`` of it; None: all they give), and ours comes back."""
+        with phase("make room"):
+            try:
+                self._publisher_to(endpoints).release(tags)
+                return None
+            except SyncError as error:
+                return SyncFailure(message=str(error), engines=error.engines)
+            finally:
+                self.memory.bring_back()
+
+    def end_training(self, endpoints: Sequence[Endpoint]) -> SyncFailure | None:
+        """Undo ``begin_training`` of engines that kept their weights."""
+        with phase("make room"):
+            self.memory.put_away()
+            try:
+                self._publisher_to(endpoints).serve()
+                return None
+            except SyncError as error:
+                return SyncFailure(message=str(error), engines=error.engines)
 
     def publish(self, version: int, endpoints: Sequence[Endpoint]) -> WeightManifest | SyncFailure:
         """Bring these engines to the present weights; other engines than last time are connected anew.
@@ -287,17 +325,22 @@ class Worker:
         with phase("publish"):
             if self.context.device.type == "cuda":
                 torch.cuda.set_device(self.context.device)  # the caller may be a thread that has none yet
-            if self._publisher is None or self._endpoints != tuple(endpoints):
-                self.close()
-                self._endpoints = tuple(endpoints)
-                self._publisher = make_publisher(self.config, self.context, self._engines(), self._canary())
+            self.memory.put_away(("optimizer", "gradients"))
+            self.memory.bring_back(("weights",))
             try:
-                return self._publisher.publish(version, self._weights())
+                return self._publisher_to(endpoints).publish(version, self._weights())
             except CanaryError:
                 raise
             except SyncError as error:
                 self.close()
                 return SyncFailure(message=str(error), engines=error.engines)
+
+    def _publisher_to(self, endpoints: Sequence[Endpoint]) -> Publisher:
+        if self._publisher is None or self._endpoints != tuple(endpoints):
+            self.close()
+            self._endpoints = tuple(endpoints)
+            self._publisher = make_publisher(self.config, self.context, self._engines(), self._canary())
+        return self._publisher
 
     def close(self) -> None:
         """Leave the engines' groups."""
@@ -312,9 +355,14 @@ class Worker:
             backend="nccl" if self.context.device.type == "cuda" else "gloo",
             device=self.context.device,
             keys=self._keys,
+            transport=self.config.transport,
+            sharing=Sharing(memory=self._engine_memory, make_room=self.memory.put_away)
+            if self.config.cluster.colocated
+            else None,
         )
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        self.memory.bring_back(("weights",))
         return stage_weights(self.policy.model.chunks, self.arch, self.context)
 
     def _canary(self) -> CanarySpec:
