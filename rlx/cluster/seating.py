@@ -15,6 +15,7 @@ def demand_of(config: Config) -> Demand:
         tp=config.parallel.tp,
         num_engines=rollout.num_engines if own else 0,
         engine_gpus=rollout.tp,
+        shares_gpus=config.cluster.colocated,
     )
 
 

@@ -31,14 +31,12 @@ from rlx.parallel.memory import LEVELS, TrainerMemory, describe, usage
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Head, forward_backward, forward_only
-from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import CanarySpec
-from rlx.sync.errors import CanaryError, SyncError, SyncFailure
+from rlx.sync.errors import SyncFailure
 from rlx.sync.group import Endpoint
-from rlx.sync.occupation import EngineMemory
-from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget, Sharing
 from rlx.trainer.advantages import add_advantages
 from rlx.trainer.batch import RankBatch, position_mask
+from rlx.trainer.link import EngineLink
 from rlx.trainer.scoring import score_sequences
 from rlx.trainer.weighting import add_importance, add_weights, divisor
 from rlx.types import BatchPlan, LossInputs, LossOutput, TrainSample, UpdateStats, WeightManifest
@@ -77,10 +75,8 @@ class Worker:
         self.critic = self._build_critic() if self.algorithm.needs_critic else None
         self.reference = self._build_reference() if config.algorithm.needs_reference else None
         self._batch: RankBatch | None = None
-        self._publisher: Publisher | None = None
-        self._endpoints: tuple[Endpoint, ...] = ()
-        self._keys, self._engine_memory = EngineKeys(), EngineMemory()
         self.memory = self._make_memory()
+        self.engines = self._link()
 
     # Building
 
@@ -291,89 +287,39 @@ class Worker:
 
     # Publishing
 
-    def use_engines(self, keys: EngineKeys, memory: EngineMemory) -> None:
-        """Open every engine with these keys from now on; ``memory`` records what co-located ones gave back so far."""
-        self._keys, self._engine_memory = keys, memory
-
     def begin_training(self, endpoints: Sequence[Endpoint], tags: Sequence[str] | None = None) -> SyncFailure | None:
-        """Engines on our GPUs pause and give back memory (``tags`` of it; None: all they give), and ours comes back."""
+        """Engines on our devices pause and give back memory (``tags`` of it; None: all they give), and ours comes back."""
         with phase("make room"):
-            try:
-                self._publisher_to(endpoints).release(tags)
-                return None
-            except SyncError as error:
-                return SyncFailure(message=str(error), engines=error.engines)
-            finally:
-                self.memory.bring_back()
+            return self.engines.begin_training(endpoints, tags)
 
     def end_training(self, endpoints: Sequence[Endpoint]) -> SyncFailure | None:
-        """Undo ``begin_training`` of engines that kept their weights."""
+        """Undo ``begin_training`` with engines that kept their weights."""
         with phase("make room"):
-            self.memory.put_away()
-            try:
-                self._publisher_to(endpoints).serve()
-                return None
-            except SyncError as error:
-                return SyncFailure(message=str(error), engines=error.engines)
+            return self.engines.end_training(endpoints)
 
     def publish(self, version: int, endpoints: Sequence[Endpoint]) -> WeightManifest | SyncFailure:
-        """Bring these engines to the present weights; other engines than last time are connected anew.
-
-        A failure that another attempt (without the engine that died, say) may mend is an answer, and the same on every
-        rank. Raises CanaryError for weights that arrived wrong.
-        """
+        """Bring these engines to the present weights; see ``EngineLink.publish``."""
         with phase("publish"):
-            if self.context.device.type == "cuda":
-                torch.cuda.set_device(self.context.device)  # the caller may be a thread that has none yet
-            self.memory.put_away(("optimizer", "gradients"))
-            self.memory.bring_back(("weights",))
-            try:
-                return self._publisher_to(endpoints).publish(version, self._weights())
-            except CanaryError:
-                raise
-            except SyncError as error:
-                self.close()
-                return SyncFailure(message=str(error), engines=error.engines)
-
-    def _publisher_to(self, endpoints: Sequence[Endpoint]) -> Publisher:
-        if self._publisher is None or self._endpoints != tuple(endpoints):
-            self.close()
-            self._endpoints = tuple(endpoints)
-            self._publisher = make_publisher(self.config, self.context, self._engines(), self._canary())
-        return self._publisher
+            return self.engines.publish(version, endpoints)
 
     def close(self) -> None:
         """Leave the engines' groups."""
-        if self._publisher is not None:
-            self._publisher.close()
-            self._publisher = None
-
-    def _engines(self) -> PublisherTarget:
-        return PublisherTarget(
-            endpoints=self._endpoints,
-            expected=expected_shapes(self.arch),
-            backend="nccl" if self.context.device.type == "cuda" else "gloo",
-            device=self.context.device,
-            keys=self._keys,
-            transport=self.config.transport,
-            sharing=Sharing(memory=self._engine_memory, make_room=self.memory.put_away)
-            if self.config.cluster.colocated
-            else None,
-        )
+        self.engines.close()
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         self.memory.bring_back(("weights",))
         return stage_weights(self.policy.model.chunks, self.arch, self.context)
 
-    def _canary(self) -> CanarySpec:
+    def _link(self) -> EngineLink:
         dtype = self.config.model.dtype if self.config.rollout.dtype == "auto" else self.config.rollout.dtype
-        return CanarySpec(
+        canary = CanarySpec(
             vocab_size=self.arch.vocab_size,
             seed=self.config.run.seed,
             dtype="fp32" if dtype == "fp32" else "bf16",
             score_on_trainer=self.score_sequences,
             export=self._weights,
         )
+        return EngineLink(self.config, self.context, expected_shapes(self.arch), canary, self.memory)
 
     # Keeping
 
@@ -397,15 +343,3 @@ class Worker:
     def _trained(self) -> list[tuple[str, Trained]]:
         found = [("policy", self.policy)]
         return found if self.critic is None else [*found, ("critic", self.critic)]
-
-
-def make_publisher(config: Config, context: ParallelContext, target: PublisherTarget, canary: CanarySpec) -> Publisher:
-    """This rank's publisher: one sender a pipeline stage, rank 0 leads."""
-    place = PublisherPlace(
-        stage=context.pp_rank,
-        num_stages=context.dims.pp,
-        is_sender=context.is_sender,
-        is_lead=context.rank == 0,
-        rank=context.rank,
-    )
-    return Publisher(place, target, config.sync, context.gather_objects, canary)

@@ -1,0 +1,53 @@
+"""Engines on the trainers' GPUs: what they give back while the trainers work, and making them do so before any model is built."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from rlx.cluster.fleet import Fleet
+from rlx.config.schema import Config
+from rlx.obs.log import logger, phase
+from rlx.parallel.context import ParallelContext
+from rlx.parallel.memory import GIB, device_used
+from rlx.rollout.control import EngineControl
+from rlx.sync.group import Endpoint, Engine
+from rlx.sync.occupation import KEY_VALUES, WEIGHTS, EngineMemory
+
+_TAGS = {"none": (), "kv_cache": (KEY_VALUES,), "all": (KEY_VALUES, WEIGHTS)}
+
+
+def released_tags(config: Config, device: str) -> tuple[str, ...]:
+    """``rollout.release`` resolved for engines on ``device``: cuda or cpu."""
+    if not config.cluster.colocated:
+        return ()
+    setting = config.rollout.release
+    return _TAGS[("all" if device == "cuda" else "none") if setting == "auto" else setting]
+
+
+def clear_devices(config: Config, context: ParallelContext, fleet: Fleet) -> EngineMemory:
+    """Let all engines give back their memory; on rank 0, whose record is the one that counts. Collective.
+
+    Raises on every rank when an engine cannot.
+    """
+    memory = EngineMemory(released_tags(config, context.device.type))
+    error: Exception | None = None
+    with phase("clear devices"):
+        before = device_used(context.device)
+        if context.rank == 0:
+            try:
+                for member in fleet.members:
+                    endpoint = Endpoint(url=member.url, tp=member.tp, incarnation=member.incarnation)
+                    with closing(EngineControl(member.url, timeout_s=config.sync.timeout_s, keys=fleet.keys)) as control:
+                        memory.release(Engine(endpoint=endpoint, control=control))
+            except Exception as caught:  # the other ranks wait to hear of it
+                error = caught
+        context.raise_together(error)
+        if context.device.type == "cuda":
+            after = device_used(context.device)
+            logger.info(
+                "engine memory on this GPU: %.2f GiB with its weights and key-value cache, %.2f GiB after giving back %s",
+                before / GIB,
+                after / GIB,
+                " and ".join(memory.tags) or "nothing",
+            )
+    return memory
