@@ -235,10 +235,12 @@ def _device(config: Config) -> Iterator[str]:
 def _colocation(config: Config) -> Iterator[str]:
     cluster, rollout = config.cluster, config.rollout
     own = not (rollout.endpoints or rollout.replay)
-    if config.transport == "ipc" and not own and not rollout.replay:
-        yield "sync.transport: ipc needs engines that rlx starts itself; use broadcast or disk with rollout.endpoints"
+    if config.transport in ("ipc", "shm") and rollout.endpoints:
+        yield f"sync.transport: {config.transport} needs engines that rlx starts itself; use broadcast or disk with rollout.endpoints"
     if config.transport == "ipc" and not cluster.colocated and cluster.device != "cpu":
         yield "sync.transport: ipc needs engines on the trainers' GPUs: set cluster.colocated=true, or use broadcast"
+    if config.transport in ("ipc", "shm") and max(cluster.nodes or 1, cluster.rollout_nodes + 1) > 1:
+        yield f"sync.transport: {config.transport} joins processes of one machine, cluster.nodes and rollout_nodes ask for more"
     if config.transport == "broadcast" and cluster.colocated and cluster.device != "cpu":
         yield "sync.transport: broadcast cannot join two processes on one GPU (NCCL); use ipc or disk with cluster.colocated"
     if not cluster.colocated:

@@ -167,8 +167,9 @@ class SyncConfig:
 
     transport: str = option(
         "auto",
-        "broadcast: a group with every engine; ipc: memory shared on one machine; disk: a folder; auto: ipc when co-located",
-        choices=("auto", "broadcast", "ipc", "disk"),
+        "broadcast: a group with every engine; ipc: the GPU's memory shared; shm: host memory shared on one machine; disk: a"
+        " folder; auto: ipc when co-located, else broadcast",
+        choices=("auto", "broadcast", "ipc", "shm", "disk"),
     )
     dir: str | None = option(None, "folder of transport disk, seen by trainers and engines; none: RUN_DIR/sync")
     bucket_bytes: int = option(512 * 2**20, "bytes a request; small tensors are flattened together", minimum=1)

@@ -61,7 +61,7 @@ class Sharing:
 class PublisherTarget:
     """The engines, their model (Hugging Face name -> shape; tied tensors once) and how to reach them.
 
-    ``transport`` is "broadcast" or "ipc", ``backend`` "gloo" or "nccl" (of broadcasts), ``device`` the sender's.
+    ``transport`` is "broadcast", "ipc" or "shm", ``backend`` "gloo" or "nccl" (of broadcasts), ``device`` the sender's.
     """
 
     endpoints: tuple[Endpoint, ...]
@@ -190,8 +190,9 @@ class Publisher:
         if not self._place.is_sender or self._place.stage != stage:
             return
         target = self._target
-        if target.transport == "ipc":
-            self._lane = SharedMemoryLane(self._engines, target.device)
+        if target.transport in ("ipc", "shm"):
+            device = target.device if target.transport == "ipc" else torch.device("cpu")
+            self._lane = SharedMemoryLane(self._engines, device)
         else:
             opened = open_group(stage, self._engines, target.backend, target.device, self._config.timeout_s)
             self._lane = BroadcastLane(opened, target.device)

@@ -1,6 +1,6 @@
 """The lane of engines on the trainer's own GPUs: they open the trainer's memory instead of receiving a copy.
 
-CUDA IPC on GPUs, named shared memory on CPUs; the same texts, requests and checks. Every chunk is one flat buffer of its own
+CUDA IPC on GPUs, named shared memory on the host; the same texts, requests and checks. Every chunk is one flat buffer of its own
 that nobody writes to again: torch keeps it until the engine, which waits for its copies first, has let go of it.
 """
 
@@ -26,7 +26,8 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class SharedMemoryLane:
-    """From one stage's sender to ``engines``, all on its machine (and, with GPUs, on its own)."""
+    """From one stage's sender to ``engines``, all on its machine. The buffers are on ``device``: a GPU that the engines have
+    too, or the host."""
 
     verb = "load"
 
