@@ -6,7 +6,7 @@ from contextlib import closing
 
 from rlx.cluster.fleet import Fleet
 from rlx.config.schema import Config
-from rlx.obs.log import logger, phase
+from rlx.obs.log import notice, phase
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.memory import GIB, device_used
 from rlx.rollout.control import EngineControl
@@ -42,12 +42,8 @@ def clear_devices(config: Config, context: ParallelContext, fleet: Fleet) -> Eng
             except Exception as caught:  # the other ranks wait to hear of it
                 error = caught
         context.raise_together(error)
-        if context.device.type == "cuda":
-            after = device_used(context.device)
-            logger.info(
-                "engine memory on this GPU: %.2f GiB with its weights and key-value cache, %.2f GiB after giving back %s",
-                before / GIB,
-                after / GIB,
-                " and ".join(memory.tags) or "nothing",
-            )
+        after = device_used(context.device)
+        given = " and ".join(memory.tags) or "nothing"
+        sizes = f": {before / GIB:.2f} GiB, then {after / GIB:.2f} GiB" if context.device.type == "cuda" else ""
+        notice(f"memory of the engines: they give back {given} while trainers work{sizes}")
     return memory

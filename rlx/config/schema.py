@@ -168,7 +168,7 @@ class SyncConfig:
     transport: str = option(
         "auto",
         "broadcast: a group with every engine; ipc: the GPU's memory shared; shm: host memory shared on one machine; disk: a"
-        " folder; auto: ipc when co-located, else broadcast",
+        " folder; auto: ipc on one shared GPU, shm on several, else broadcast",
         choices=("auto", "broadcast", "ipc", "shm", "disk"),
     )
     dir: str | None = option(None, "folder of transport disk, seen by trainers and engines; none: RUN_DIR/sync")
@@ -236,7 +236,9 @@ class Config:
         """``sync.transport`` with auto resolved."""
         if self.sync.transport != "auto":
             return self.sync.transport
-        return "ipc" if self.cluster.colocated else "broadcast"
+        if not self.cluster.colocated:
+            return "broadcast"
+        return "ipc" if self.num_trainer_ranks == 1 else "shm"
 
     @property
     def num_trainer_ranks(self) -> int:

@@ -46,8 +46,10 @@ class TrainerMemory:
             self._shelves[part].bring_back()
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each part when it is on its device."""
-        return {part: sum(map(_size, self._shelves[part].all_of(self._tensors(part)))) for part in PARTS}
+        """Bytes of each part when it is on its device, the moments that the optimizer's first step makes included."""
+        found = {part: sum(map(_size, self._shelves[part].all_of(self._tensors(part)))) for part in PARTS}
+        found["optimizer"] += sum(trainable.moments_to_come() for trainable in self._trained)
+        return found
 
     def _tensors(self, part: str) -> Iterator[Tensor]:
         """Tensors whose storages are the part; several may lie on one."""

@@ -124,6 +124,17 @@ class Trainable:
             for state in part.optimizer.state.values():
                 yield from (value for value in state.values() if torch.is_tensor(value))
 
+    def moments_to_come(self) -> int:
+        """Bytes of Adam's two moments that do not exist yet: they are made by the first step."""
+        stepped = [part.optimizer for part in self._parts() if part.optimizer is not None]
+        return sum(
+            2 * parameter.numel() * parameter.element_size()
+            for optimizer in stepped
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter not in optimizer.state
+        )
+
     def _parts(self) -> list[Any]:
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 

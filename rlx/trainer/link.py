@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from rlx.config.schema import Config
+from rlx.obs.log import notice
 from rlx.parallel.context import ParallelContext
-from rlx.parallel.memory import TrainerMemory
+from rlx.parallel.memory import GIB, TrainerMemory, device_used
 from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import CanarySpec
 from rlx.sync.errors import CanaryError, SyncError, SyncFailure
@@ -38,6 +39,7 @@ class EngineLink:
         self._keys, self._engine_memory = EngineKeys(), EngineMemory()
         self._publisher: Publisher | None = None
         self._endpoints: tuple[Endpoint, ...] = ()
+        self._told = False
 
     def use(self, keys: EngineKeys, memory: EngineMemory) -> None:
         """Open every engine with these keys from now on; ``memory`` records what co-located ones gave back so far."""
@@ -71,12 +73,26 @@ class EngineLink:
         self._memory.bring_back(("weights",))
         assert self._canary.export is not None
         try:
-            return self._to(endpoints).publish(version, self._canary.export())
+            manifest = self._to(endpoints).publish(version, self._canary.export())
+            self._tell_once()
+            return manifest
         except CanaryError:
             raise
         except SyncError as error:
             self.close()
             return SyncFailure(message=str(error), engines=error.engines)
+
+    def _tell_once(self) -> None:
+        """How full the shared device is, now that the engines generate."""
+        device = self._context.device
+        if self._config.cluster.colocated and not self._told and device.type == "cuda":
+            self._told = True
+            total = torch.cuda.get_device_properties(device).total_memory
+            ours = torch.cuda.memory_reserved(device)
+            notice(
+                f"memory of {device} while engines generate: {device_used(device) / GIB:.2f} of {total / GIB:.2f} GiB in use,"
+                f" {ours / GIB:.2f} by the trainer's tensors"
+            )
 
     def close(self) -> None:
         """Leave the engines' groups."""

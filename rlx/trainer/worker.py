@@ -23,7 +23,7 @@ from rlx.models.families import read_architecture
 from rlx.models.heads import token_head, value_head
 from rlx.models.hf_io import expected_shapes, export_hf, stage_weights
 from rlx.models.megatron_io import load_weights
-from rlx.obs.log import logger, phase
+from rlx.obs.log import notice, phase
 from rlx.parallel.checkpoint import load_trainable, save_trainable
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.context_parallel import sum_over_group
@@ -121,7 +121,8 @@ class Worker:
             level = "optimizer" if shares and self.context.device.type == "cuda" else "none"
         trained = [trained.model for _, trained in self._trained()]
         found = TrainerMemory(trained, self.reference or (), LEVELS[level] if shares else ())
-        logger.info("trainer memory: %s; put away while engines generate: %s", describe(found.sizes()), found.away or "nothing")
+        away = f"; in host memory while engines generate: {', '.join(found.away) or 'nothing'}" if shares else ""
+        notice(f"memory of trainer rank {self.context.rank}: {describe(found.sizes())}{away}")
         return found
 
     def memory_metrics(self) -> Means:

@@ -50,7 +50,7 @@ def test_publications_in_turns(engine: RunningEngine) -> None:
     room: list[str] = []
     for turn, (seed, bucket_bytes) in enumerate([(51, 30_000), (52, 1), (53, 10**9)], start=1):
         model = make("llama", seed)
-        publisher, memory = shared_publisher(engine, model, room, bucket_bytes=bucket_bytes)
+        publisher, _ = shared_publisher(engine, model, room, bucket_bytes=bucket_bytes)
         try:
             for version in (2 * turn, 2 * turn + 1):
                 publisher.release()
