@@ -6,6 +6,7 @@ only that the server did not notice a mistake: what is sent must be checked befo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -14,6 +15,7 @@ import httpx
 from rlx.rollout.keys import EngineKeys
 from rlx.types import TensorInfo
 
+_DRAIN_POLL_S = 0.01
 PauseMode = Literal["abort", "retract", "in_place"]
 Json = Mapping[str, object]
 
@@ -58,6 +60,18 @@ class EngineControl:
     def flush_cache(self) -> None:
         """Forget cached keys and values; an error while requests run."""
         self._call("POST", "/flush_cache", None)
+
+    def drain(self) -> None:
+        """After ``pause("abort")``: wait until nothing is left to run. SGLang answers its clients a pass before its scheduler
+        is idle, and ends itself when it is asked for memory or a flush with new weights in between."""
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                return self.flush_cache()
+            except EngineControlError as error:
+                if not error.refused or time.monotonic() > deadline:
+                    raise
+            time.sleep(_DRAIN_POLL_S)
 
     def model_info(self) -> Json:
         """What the engine says of its model; answers while the engine is paused, so it serves as a sign of life."""

@@ -25,6 +25,7 @@ class EngineMemory:
         wanted = [tag for tag in (self.tags if tags is None else tags) if tag in self.tags and tag not in given]
         if wanted:
             engine.control.pause("abort")
+            engine.control.drain()
             engine.control.release_memory(wanted)
             given.update(wanted)
 

@@ -262,7 +262,7 @@ class Publisher:
         return [f"{culprit.name} (by up to {culprit.max_difference:.3g})" for culprit in found]
 
     def _pause(self) -> None:
-        self._lead_calls(lambda control: control.pause("abort"))
+        self._lead_calls(_stop)
 
     def _lead_calls[T](self, call: Callable[[EngineControl], T]) -> dict[str, T]:
         """On the lead: ``call`` for all engines at once, results by url. On other ranks: nothing."""
@@ -298,3 +298,8 @@ def _describe(url: str, result: CanaryResult) -> str:
         f"engine {url} scores unlike the trainer: mean difference {result.mean_difference:.3g}, largest"
         f" {result.max_difference:.3g} at sequence {result.worst_sequence}, position {result.worst_position}"
     )
+
+
+def _stop(control: EngineControl) -> None:
+    control.pause("abort")
+    control.drain()

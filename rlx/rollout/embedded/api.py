@@ -130,7 +130,7 @@ class Api:
 
     async def flush(self, request: Request) -> Response:
         # No key or value outlives its request here, so that only SGLang's refusal while requests run is left to do.
-        return PlainTextResponse(_FLUSHED, 200 if self._engine.in_flight == 0 else 400)
+        return PlainTextResponse(_FLUSHED, 200 if self._engine.num_unfinished == 0 else 400)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -251,7 +251,7 @@ class Api:
 
     async def release(self, request: Request) -> Response:
         tags = _tags(Fields(await _body(request)))
-        if self._engine.in_flight:
+        if self._engine.num_unfinished:
             raise ValueError("requests are in flight; pause with mode abort first")
         self._released |= tags
         if "weights" in tags:
