@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from rlx.cluster.colocation import clear_devices
 from rlx.cluster.environment import RankEnvironment, leave_launcher_store, rank_environment, report_requeue
 from rlx.cluster.finetuning import drive_finetuning
 from rlx.cluster.fleet import Fleet, read_fleet
@@ -28,6 +29,7 @@ from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
 from rlx.obs.log import log_failure, logger, phase, start_log
 from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
+from rlx.sync.occupation import EngineMemory
 from rlx.trainer.finetune_worker import FinetuneWorker
 from rlx.trainer.worker import Worker
 from rlx.types import ParallelDims
@@ -74,6 +76,9 @@ def _main_from_config(args: argparse.Namespace, where: RankEnvironment, stop: St
 
 def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path, stop: StopRequest) -> bool:
     """Join the world, build the models, then drive (rank 0) or serve. False on rank 0 when asked to stop early."""
+    if config.cluster.colocated and not config.is_finetuning:
+        # Engines size their memory by what the GPU has free as they start, and then make room before a model is built.
+        _wait_for_engines(endpoints_file, config)
     with phase("connect"):
         context = _join(config, where)
     worker = FinetuneWorker(config, context) if config.is_finetuning else _with_engines(config, context, endpoints_file)
@@ -95,9 +100,11 @@ def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path, stop:
 
 
 def _with_engines(config: Config, context: ParallelContext, endpoints_file: Path) -> Worker:
+    memory = EngineMemory()
+    if config.cluster.colocated:
+        memory = clear_devices(config, context, read_fleet(endpoints_file))
     worker = Worker(config, context)
-    with phase("wait for engines"):
-        worker.use_keys(_wait_for_engines(endpoints_file, config.rollout.start_timeout_s + 60).keys)
+    worker.engines.use(_wait_for_engines(endpoints_file, config).keys, memory)
     return worker
 
 
@@ -120,13 +127,15 @@ def _join(config: Config, where: RankEnvironment) -> ParallelContext:
     return build_context(dims, device, seed=config.run.seed, timeout_s=limit_s)
 
 
-def _wait_for_engines(file: Path, timeout_s: float) -> Fleet:
-    deadline = time.monotonic() + timeout_s
-    while not file.exists():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no engines in {file} after {timeout_s:.0f} s")
-        time.sleep(0.05)
-    return read_fleet(file)
+def _wait_for_engines(file: Path, config: Config) -> Fleet:
+    with phase("wait for engines"):
+        timeout_s = config.rollout.start_timeout_s + 60
+        deadline = time.monotonic() + timeout_s
+        while not file.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no engines in {file} after {timeout_s:.0f} s")
+            time.sleep(0.05)
+        return read_fleet(file)
 
 
 if __name__ == "__main__":

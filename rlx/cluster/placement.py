@@ -19,6 +19,9 @@ from rlx.rollout.keys import EngineKeys
 from rlx.rollout.server import engine_command
 from rlx.rollout.sglang_server import SGLangSite, sglang_command, sglang_environment, write_key_file, write_stand_in
 
+# What SGLang calls the memory that it gives back, by rollout.release.
+_TAGS: Mapping[str, tuple[str, ...]] = {"none": (), "kv_cache": ("kv_cache",), "all": ("kv_cache", "weights")}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSite:
@@ -40,15 +43,26 @@ def plan_engine(config: Config, site: EngineSite) -> EnginePlan:
 
 
 def check_placement(config: Config) -> None:
-    """ValueError when this machine has too few GPUs for trainers and engines of their own."""
-    if _device(config) == "cuda" and config.rollout.engine == "sglang":
+    """ValueError when this machine has too few GPUs for trainers and engines, or they cannot share them."""
+    if _device(config) != "cuda":
+        return
+    if config.cluster.colocated:
+        for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+            if "expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", ""):
+                raise ValueError(
+                    f"cluster.colocated: {name} asks for expandable_segments, whose memory another process cannot open"
+                    " (CUDA IPC) and torch_memory_saver refuses; unset it"
+                )
+    if config.cluster.colocated or config.rollout.engine == "sglang":
         _gpus_of(config, config.rollout.num_engines - 1)
 
 
 def _plan_embedded(config: Config, site: EngineSite) -> EnginePlan:
     key_file = _key_file(site)
     argv = engine_command(config, index=site.index, port=0, python=sys.executable, parent_pipe=site.parent_pipe)
-    env = dict(site.env) | ({"CUDA_VISIBLE_DEVICES": ",".join(site.gpus)} if site.gpus else {})
+    shared = _gpus_of(config, site.index) if config.cluster.colocated and _device(config) == "cuda" else ()
+    gpus = site.gpus or tuple(shared)
+    env = dict(site.env) | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
     return EnginePlan(argv=[*argv, "--host", site.host, "--config", str(key_file)], env=env, host=site.host)
 
 
@@ -63,6 +77,7 @@ def _plan_sglang(config: Config, site: EngineSite) -> EnginePlan:
         port=port,
         key_file=_key_file(site),
         python=config.rollout.python or sys.executable,
+        releases=device == "cuda" and bool(released_tags(config, device)),
     )
     env = sglang_environment(
         _without_own_code(site.env),
@@ -97,13 +112,14 @@ def _device(config: Config) -> str:
 
 
 def _gpus_of(config: Config, index: int) -> list[str]:
-    """The GPUs of engine ``index``: those after the trainers', ``rollout.tp`` an engine."""
+    """The GPUs of engine ``index``, ``rollout.tp`` an engine: those after the trainers', or from the trainers' first on."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    first = config.num_trainer_ranks + index * config.rollout.tp
+    taken = 0 if config.cluster.colocated else config.num_trainer_ranks
+    first = taken + index * config.rollout.tp
     chosen = names[first : first + config.rollout.tp]
     if len(chosen) < config.rollout.tp:
-        needed = config.num_trainer_ranks + config.rollout.num_engines * config.rollout.tp
+        needed = max(config.num_trainer_ranks, taken + config.rollout.num_engines * config.rollout.tp)
         raise ValueError(
             f"rollout.num_engines x rollout.tp: {config.num_trainer_ranks} trainer rank(s) and {config.rollout.num_engines} x"
             f" {config.rollout.tp} for engines need {needed} GPUs, {len(names)} are visible"
@@ -115,3 +131,11 @@ def attached_fleet(rollout: RolloutConfig) -> Fleet:
     """Servers that others started; their keys come from this process's environment."""
     members = [Member(index=index, url=url, tp=rollout.tp) for index, url in enumerate(rollout.endpoints)]
     return Fleet(members=tuple(members), keys=attached_keys(), launched=False)
+
+
+def released_tags(config: Config, device: str) -> tuple[str, ...]:
+    """``rollout.release`` resolved for engines on ``device``: cuda or cpu."""
+    if not config.cluster.colocated:
+        return ()
+    setting = config.rollout.release
+    return _TAGS[("all" if device == "cuda" else "none") if setting == "auto" else setting]

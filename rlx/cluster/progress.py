@@ -104,6 +104,9 @@ class Progress:
         return "\n".join(lines)
 
     def _show_phase(self, line: str) -> None:
+        _, found, text = line.partition(" NOTICE ")
+        if found:
+            self.say(text)
         now = last_phase(line)
         if " PHASE step=" not in line:
             return

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rlx.obs.log import logger
 from rlx.rollout.control import EngineControl, EngineControlError
 from rlx.sync.errors import SyncError, SyncFailure
 from rlx.sync.group import Endpoint
+from rlx.sync.occupation import KEY_VALUES
 from rlx.types import WeightManifest
 
 _POLL_S = 0.1
@@ -29,8 +31,9 @@ Adopt = Callable[[Sequence[str], int], None]
 class EnginePublisher:
     """``path`` is the launcher's list of engines; ``adopt`` hears which urls serve which version after each success."""
 
-    def __init__(self, ranks: Ranks, path: Path, *, start_timeout_s: float) -> None:
+    def __init__(self, ranks: Ranks, path: Path, *, start_timeout_s: float, shares_devices: bool = False) -> None:
         self._ranks, self._path, self._start_timeout_s = ranks, path, start_timeout_s
+        self._shares_devices = shares_devices
         self._lock = threading.Lock()
         self._version = 0
         self._served: dict[str, int] = {}
@@ -53,6 +56,32 @@ class EnginePublisher:
         with self._lock:
             self._publish(self._version)
 
+    def begin_training(self) -> None:
+        """Engines on the trainers' devices make room until the next publication."""
+        if self._shares_devices:
+            with self._lock:
+                self._take_turns("begin_training")
+
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """Between publications: trainers have their devices inside, engines keep their weights and serve again afterwards."""
+        if not self._shares_devices:
+            yield
+            return
+        with self._lock:
+            self._take_turns("begin_training", (KEY_VALUES,))
+            yield
+            self._take_turns("end_training")
+
+    def _take_turns(self, method: str, *more: object) -> None:
+        """An engine that cannot follow is replaced; the others and the trainers go on."""
+        fleet = self._serving()
+        failure = self._ranks.call(method, _endpoints(fleet), *more)
+        if failure is not None:
+            logger.warning("%s", failure.message)
+            if not self._repair(fleet, failure):
+                raise SyncError(failure.message)
+
     def report_unwell(self, url: str) -> None:
         """An engine that keeps answering wrongly: have it replaced."""
         fleet = read_fleet(self._path)
@@ -65,7 +94,7 @@ class EnginePublisher:
         message = ""
         for _ in range(_MAX_ATTEMPTS):
             fleet = self._serving()
-            endpoints = tuple(Endpoint(url=m.url, tp=m.tp, incarnation=m.incarnation) for m in fleet.members)
+            endpoints = _endpoints(fleet)
             answer = self._ranks.call("publish", version, endpoints)
             if isinstance(answer, WeightManifest):
                 self._version = version
@@ -132,3 +161,7 @@ class EnginePublisher:
                 return False
             time.sleep(_POLL_S)
         return True
+
+
+def _endpoints(fleet: Fleet) -> tuple[Endpoint, ...]:
+    return tuple(Endpoint(url=m.url, tp=m.tp, incarnation=m.incarnation) for m in fleet.members)

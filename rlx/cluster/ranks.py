@@ -7,9 +7,10 @@ fails logs its cause and ends its process; whoever supervises the ranks then sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -61,12 +62,28 @@ class Ranks:
         return box[0]
 
 
-class RankedPolicy:
-    """PolicyGroup over ranks. ``publish`` is how weights reach the engines; None: there are no engines."""
+class Engines(Protocol):
+    """How weights reach the engines, and how those that share the trainers' devices take turns with them."""
 
-    def __init__(self, ranks: Ranks, publish: Callable[[int], WeightManifest] | None) -> None:
+    def publish(self, version: int) -> WeightManifest: ...
+
+    def begin_training(self) -> None: ...
+
+    def room(self) -> AbstractContextManager[None]:
+        """Everything of the trainers is on its device inside."""
+        ...
+
+
+class RankedPolicy:
+    """PolicyGroup over ranks. ``engines`` None: there are none."""
+
+    def __init__(self, ranks: Ranks, engines: Engines | None) -> None:
         self._ranks = ranks
-        self._publish = publish
+        self._engines = engines
+
+    def begin_training(self) -> None:
+        if self._engines is not None:
+            self._engines.begin_training()
 
     def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
         self._ranks.call("load_batch", samples, plan)
@@ -84,16 +101,21 @@ class RankedPolicy:
         return stats
 
     def publish(self, version: int) -> WeightManifest | None:
-        return None if self._publish is None else self._publish(version)
+        return None if self._engines is None else self._engines.publish(version)
 
     def save(self, path: str) -> None:
-        self._ranks.call("save", path)
+        with self._room():
+            self._ranks.call("save", path)
 
     def load(self, path: str) -> None:
         self._ranks.call("load", path)
 
     def export_hf(self, path: str) -> None:
-        self._ranks.call("export", path)
+        with self._room():
+            self._ranks.call("export", path)
+
+    def _room(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._engines is None else self._engines.room()
 
 
 class RankedCritic:

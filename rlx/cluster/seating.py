@@ -14,6 +14,7 @@ def demand_of(config: Config) -> Demand:
         tp=config.parallel.tp,
         num_engines=rollout.num_engines if config.starts_engines else 0,
         engine_gpus=rollout.tp,
+        shares_gpus=config.cluster.colocated,
     )
 
 

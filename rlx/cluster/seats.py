@@ -28,12 +28,14 @@ class Machines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What is to be seated. ``tp`` is the trainers' tensor parallel size, ``engine_gpus`` the GPUs of each engine."""
+    """What is to be seated. ``tp`` is the trainers' tensor parallel size, ``engine_gpus`` the GPUs of each engine, which are
+    the trainers' own where ``shares_gpus``."""
 
     trainer_ranks: int
     tp: int = 1
     num_engines: int = 0
     engine_gpus: int = 1
+    shares_gpus: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +62,9 @@ class Seats:
     @property
     def idle_gpus(self) -> int:
         """GPUs that nobody uses."""
-        total = self.machines.nodes * (self.machines.gpus_per_node or 0)
-        used = self.trainer_ranks + sum(len(seat.nodes) * len(seat.gpus) for seat in self.engines)
-        return max(0, total - used)
+        used = {(rank // self.ranks_per_node, rank % self.ranks_per_node) for rank in range(self.trainer_ranks)}
+        used |= {(node, gpu) for seat in self.engines for node in seat.nodes for gpu in seat.gpus}
+        return max(0, self.machines.nodes * (self.machines.gpus_per_node or 0) - len(used))
 
 
 class PlacementError(ValueError):
@@ -122,7 +124,9 @@ def _ranks_per_node(machines: Machines, demand: Demand) -> int:
 def _engines(machines: Machines, demand: Demand, ranks_per_node: int) -> tuple[EngineSeat, ...]:
     if not demand.num_engines:
         return ()
-    free = list(_free_seats(machines, demand.engine_gpus, ranks_per_node))
+    free = list(_free_seats(machines, demand.engine_gpus, 0 if demand.shares_gpus else ranks_per_node))
+    if demand.shares_gpus:
+        free = [seat for seat in free if max(seat[1].gpus) < ranks_per_node]
     if len(free) < demand.num_engines:
         raise PlacementError(_engines_do_not_fit(machines, demand, ranks_per_node, len(free)))
     # One a node in turn: every node's network and memory carries the same share.

@@ -50,7 +50,7 @@ def drive(config: Config, ranks: Ranks, engines: Path, *, stop_asked: Callable[[
 
         def report(row: StepReport) -> None:
             row = evaluation.add_to(row)
-            row = replace(row, metrics={**row.metrics, **counts()})
+            row = replace(row, metrics={**row.metrics, **counts(), **ranks.call("memory_metrics")})
             writer.write(row)
             for tracker in trackers:
                 tracker.write(row)
@@ -78,7 +78,7 @@ def _make_trainer(
     pool = make_reward_service(config.reward, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
     stack.callback(pool.close)
     roles = Roles(
-        policy=RankedPolicy(ranks, None if publisher is None else publisher.publish),
+        policy=RankedPolicy(ranks, publisher),
         critic=RankedCritic(ranks) if algorithm.needs_critic else None,
         reference=RankedReference(ranks) if config.algorithm.needs_reference else None,
         rollout=rollout,
@@ -96,7 +96,9 @@ def _make_rollout(config: Config, ranks: Ranks, engines: Path, stack: ExitStack)
     if config.rollout.record is not None:
         recorder = RolloutRecorder(config.rollout.record)
         stack.callback(recorder.close)
-    publisher = EnginePublisher(ranks, engines, start_timeout_s=config.rollout.start_timeout_s)
+    publisher = EnginePublisher(
+        ranks, engines, start_timeout_s=config.rollout.start_timeout_s, shares_devices=config.cluster.colocated
+    )
     fleet = read_fleet(engines)
     rollout = HttpRolloutService(
         [member.url for member in fleet.members],

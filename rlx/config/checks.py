@@ -37,7 +37,7 @@ def check(config: Config, *, on_paper: bool = False) -> list[str]:
     if config.is_finetuning:
         own = (_finetuning,) if on_paper else (_data, _finetuning)
     else:
-        own = (*(() if on_paper else (_data, _replay, _reward)), _rollout, _algorithm, _evaluation)
+        own = (*(() if on_paper else (_data, _replay, _reward)), _rollout, _algorithm, _evaluation, _colocation)
     groups = (_layout, _models, *own, _optimizers, _device)
     return [message for group in groups for message in group(config)]
 
@@ -264,3 +264,32 @@ def _optimizer(section: str, optimizer: OptimizerConfig) -> Iterator[str]:
 def _device(config: Config) -> Iterator[str]:
     if config.cluster.device == "cpu" and config.model.layer_spec == "transformer_engine":
         yield "model.layer_spec: transformer_engine needs GPUs, but cluster.device is cpu; use auto or torch"
+
+
+def _colocation(config: Config) -> Iterator[str]:
+    cluster, rollout = config.cluster, config.rollout
+    own = not (rollout.endpoints or rollout.replay)
+    if config.transport in ("ipc", "shm") and rollout.endpoints:
+        yield f"sync.transport: {config.transport} needs engines that rlx starts; use broadcast or disk with rollout.endpoints"
+    if config.transport == "ipc" and not cluster.colocated and cluster.device != "cpu":
+        yield "sync.transport: ipc needs engines on the trainers' GPUs: set cluster.colocated=true, or use broadcast"
+    if config.transport == "ipc" and cluster.device != "cpu" and config.num_trainer_ranks > 1:
+        yield f"sync.transport: ipc shares one GPU, but there are {config.num_trainer_ranks} trainer ranks; use shm"
+    if config.transport in ("ipc", "shm") and max(cluster.nodes or 1, cluster.rollout_nodes + 1) > 1:
+        yield f"sync.transport: {config.transport} joins processes of one machine, cluster.nodes and rollout_nodes ask for more"
+    if config.transport == "broadcast" and cluster.colocated and cluster.device != "cpu":
+        yield "sync.transport: broadcast cannot join two processes on one GPU (NCCL); use ipc or disk with cluster.colocated"
+    if not cluster.colocated:
+        for key, value in (("cluster.offload", cluster.offload), ("rollout.release", rollout.release)):
+            if value not in ("auto", "none"):
+                yield f"{key}: {value} needs cluster.colocated=true"
+        return
+    if not own:
+        yield "cluster.colocated: needs engines that rlx starts; leave rollout.endpoints and rollout.replay empty"
+    if cluster.rollout_nodes:
+        yield f"cluster.colocated: contradicts cluster.rollout_nodes {cluster.rollout_nodes}, nodes for engines alone"
+    if rollout.num_engines * rollout.tp > config.num_trainer_ranks:
+        yield (
+            f"cluster.colocated: rollout.num_engines x rollout.tp = {rollout.num_engines} x {rollout.tp} GPUs, but there are"
+            f" {config.num_trainer_ranks} trainer rank(s); each engine GPU is a trainer rank's"
+        )

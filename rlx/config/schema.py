@@ -40,6 +40,12 @@ class ClusterConfig:
     nvlink_gpus: int | None = option(None, "GPUs of a machine that NVLink joins; none: all of them", minimum=1)
     gpu_memory_gib: float = option(80.0, "memory of each GPU, for the estimate of `rlx check`", minimum=1)
     rollout_nodes: int = option(0, "of the machines, those for engines only; 0: engines sit beside trainers", minimum=0)
+    colocated: bool = option(False, "engines sit on the trainer ranks' GPUs, and the two take turns; rollout.tp GPUs an engine")
+    offload: str = option(
+        "auto",
+        "what co-located trainers keep in host memory while engines generate; all: weights too; auto: optimizer on GPUs",
+        choices=("auto", "none", "optimizer", "all"),
+    )
     threads_per_rank: int | None = option(None, "CPU threads of a trainer rank or engine; none: cores / processes", minimum=1)
 
 
@@ -111,6 +117,11 @@ class RolloutConfig:
     request_timeout_s: float = option(300.0, "limit of one generation request", minimum=0.1)
     max_retries: int = option(3, "retries of a request on connection errors and HTTP 5xx", minimum=0)
     start_timeout_s: float = option(300.0, "limit for an engine to become healthy", minimum=1)
+    release: str = option(
+        "auto",
+        "what co-located engines give back while trainers work: key-value cache, or weights too; auto: all on GPUs",
+        choices=("auto", "none", "kv_cache", "all"),
+    )
     max_restarts: int = option(3, "restarts of each engine that dies or answers wrongly; 0: its end is the run's", minimum=0)
     record: str | None = option(None, "write every rollout group to this JSONL file")
     replay: str | None = option(None, "take rollouts from this file; no engine is started")
@@ -156,6 +167,13 @@ class BatchingConfig:
 class SyncConfig:
     """Publishing weights to engines."""
 
+    transport: str = option(
+        "auto",
+        "broadcast: a group with every engine; ipc: the GPU's memory shared; shm: host memory shared on one machine; disk: a"
+        " folder; auto: ipc on one shared GPU, shm on several, else broadcast",
+        choices=("auto", "broadcast", "ipc", "shm", "disk"),
+    )
+    dir: str | None = option(None, "folder of transport disk, seen by trainers and engines; none: RUN_DIR/sync")
     bucket_bytes: int = option(512 * 2**20, "bytes a request; small tensors are flattened together", minimum=1)
     flatten_below_bytes: int = option(16 * 2**20, "tensors smaller than this travel flattened", minimum=0)
     timeout_s: float = option(300.0, "limit of one request or broadcast", minimum=1)
@@ -215,6 +233,15 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    @property
+    def transport(self) -> str:
+        """``sync.transport`` with auto resolved."""
+        if self.sync.transport != "auto":
+            return self.sync.transport
+        if not self.cluster.colocated:
+            return "broadcast"
+        return "ipc" if self.num_trainer_ranks == 1 else "shm"
 
     @property
     def num_trainer_ranks(self) -> int:

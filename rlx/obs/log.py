@@ -6,7 +6,8 @@ lines are meant for machines as well as people:
     2026-01-31T12:00:00.123 trainer-1 PHASE step=3 update policy
     2026-01-31T12:00:01.456 trainer-1 FAILED step=3 phase="update policy" cause="ValueError: ..."
 
-``last_phase`` and ``first_failure`` read them back from a log's text.
+``last_phase`` and ``first_failure`` read them back from a log's text. Lines of rank 0 that begin with NOTICE are shown to
+the user as well.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ def phase(name: str, step: int | None = None) -> Iterator[None]:
     enter_phase(Phase(step=before.step if step is None else step, name=name))
     yield
     _state["phase"] = before
+
+
+def notice(text: str) -> None:
+    """Log a line that the user of the run should see on the terminal too."""
+    logger.info("NOTICE %s", text)
 
 
 def log_failure(error: BaseException) -> None:

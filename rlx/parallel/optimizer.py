@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from rlx.config.schema import OptimizerConfig
 from rlx.parallel.context import ParallelContext
@@ -107,6 +107,33 @@ class Trainable:
         for part in self._parts():
             _separate_step_tensors(part.optimizer)
         self.schedule.load_state_dict(state["schedule"])
+
+    def gradient_buffers(self) -> Iterator[Tensor]:
+        """Megatron's gradient buffers; every gradient is a view of one."""
+        for chunk in self.wrapped:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                yield buffer.grad_data
+
+    def optimizer_tensors(self) -> Iterator[Tensor]:
+        """What the optimizer steps on and remembers: (shards of) parameters or their fp32 masters, and moments."""
+        for part in self._parts():
+            if part.optimizer is None:
+                continue
+            for group in part.optimizer.param_groups:
+                yield from group["params"]
+            for state in part.optimizer.state.values():
+                yield from (value for value in state.values() if torch.is_tensor(value))
+
+    def moments_to_come(self) -> int:
+        """Bytes of Adam's two moments that do not exist yet: they are made by the first step."""
+        stepped = [part.optimizer for part in self._parts() if part.optimizer is not None]
+        return sum(
+            2 * parameter.numel() * parameter.element_size()
+            for optimizer in stepped
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter not in optimizer.state
+        )
 
     def _parts(self) -> list[Any]:
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))

@@ -6,6 +6,7 @@ only that the server did not notice a mistake: what is sent must be checked befo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -14,6 +15,7 @@ import httpx
 from rlx.rollout.keys import EngineKeys
 from rlx.types import TensorInfo
 
+_DRAIN_POLL_S = 0.01
 PauseMode = Literal["abort", "retract", "in_place"]
 Json = Mapping[str, object]
 
@@ -58,6 +60,18 @@ class EngineControl:
     def flush_cache(self) -> None:
         """Forget cached keys and values; an error while requests run."""
         self._call("POST", "/flush_cache", None)
+
+    def drain(self) -> None:
+        """After ``pause("abort")``: wait until nothing is left to run. SGLang answers its clients a pass before its scheduler
+        is idle, and ends itself when it is asked for memory or a flush with new weights in between."""
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                return self.flush_cache()
+            except EngineControlError as error:
+                if not error.refused or time.monotonic() > deadline:
+                    raise
+            time.sleep(_DRAIN_POLL_S)
 
     def model_info(self) -> Json:
         """What the engine says of its model; answers while the engine is paused, so it serves as a sign of life."""
@@ -114,6 +128,31 @@ class EngineControl:
         if weight_version is not None:
             body["weight_version"] = weight_version
         self._post("/update_weights_from_distributed", body)
+
+    def update_weights_from_tensor(
+        self, texts: Sequence[str], *, load_format: str, flush_cache: bool, weight_version: str | None
+    ) -> None:
+        """Load shared tensors: one text of ``rlx.rollout.shared_tensors`` for each of the engine's ranks, in their order.
+
+        SGLang ends itself on a text that it cannot open.
+        """
+        body: dict[str, object] = {
+            "serialized_named_tensors": list(texts),
+            "load_format": load_format,
+            "flush_cache": flush_cache,
+            "abort_all_requests": False,
+        }
+        if weight_version is not None:
+            body["weight_version"] = weight_version
+        self._post("/update_weights_from_tensor", body)
+
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Give GPU memory back: "kv_cache", "weights" (their values are lost). SGLang ends itself while requests run."""
+        self._call("POST", "/release_memory_occupation", {"tags": list(tags)})
+
+    def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take it again. SGLang ends itself on a tag that was not released."""
+        self._call("POST", "/resume_memory_occupation", {"tags": list(tags)})
 
     def update_weights_from_disk(self, path: str, version: str) -> None:
         """Load a Hugging Face folder that the engine can read."""

@@ -53,7 +53,8 @@ def rotary_embedding(*arguments: object, **named: object) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SGLangSite:
-    """Where one server runs: its number, device, address, port and key file."""
+    """Where one server runs: its number, device, address, port and key file. ``releases``: it gives GPU memory back when
+    asked."""
 
     index: int
     device: str
@@ -61,6 +62,7 @@ class SGLangSite:
     port: int
     key_file: Path
     python: str
+    releases: bool = False
 
 
 def sglang_command(config: Config, site: SGLangSite) -> list[str]:
@@ -86,6 +88,8 @@ def sglang_command(config: Config, site: SGLangSite) -> list[str]:
     defaults = {**_DEFAULTS, "random_seed": config.run.seed * 1009 + site.index}
     if site.device == "cpu":
         defaults |= _CPU_DEFAULTS
+    if config.cluster.colocated and site.device == "cuda":
+        defaults |= {"mem_fraction_static": 0.6, "enable_memory_saver": site.releases}
     return [site.python, "-m", "sglang.launch_server", *flags(fixed | defaults | given)]
 
 
@@ -97,6 +101,9 @@ def sglang_environment(
     # Off unless asked for, yet SGLang refuses to start when its default, port + 10000, is no port.
     env = {"SGLANG_GRPC_PORT": str(site.port), **base}
     if site.device != "cpu":
+        if site.releases:
+            folders = [env.get("LD_LIBRARY_PATH"), *cuda_runtime_folders(site.python)]
+            env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
         return env | {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
     env["PYTHONPATH"] = os.pathsep.join([str(modules), *filter(None, [env.get("PYTHONPATH")])])
     env["CUDA_VISIBLE_DEVICES"] = ""
@@ -105,6 +112,17 @@ def sglang_environment(
         shares = [cores[rank % len(cores) :: tp] for rank in range(tp)]
         env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
     return env
+
+
+def cuda_runtime_folders(python: str) -> list[str]:
+    """Where the environment of ``python`` keeps the CUDA runtime. torch_memory_saver is preloaded into the server, needs
+    that library and says not where; the loader ends a process whose preloaded library lacks one."""
+    prefix = Path(python).parent.parent
+    found = [str(path.parent) for path in sorted(prefix.glob("lib/python3*/site-packages/nvidia/*/lib/libcudart.so.*"))]
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text() if not found and maps.exists() else ""
+    found += [line.split()[-1].rpartition("/")[0] for line in loaded.splitlines() if "/libcudart.so." in line]
+    return list(dict.fromkeys(found))
 
 
 def write_stand_in(modules: Path) -> None:

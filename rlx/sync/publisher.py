@@ -1,8 +1,9 @@
 """Publishing weights: what every trainer rank does, together, to bring all engines to one new version.
 
-Order: pause all engines -> stage after stage, the sender announces and broadcasts its chunks -> every engine reports the
-version -> continue -> canary. The canary comes after ``continue`` because SGLang holds scoring requests while paused;
-engines that fail it are paused again at once, and ``publish`` raises, so nothing they wrote meanwhile is used.
+Order: pause all engines -> stage after stage, the sender sends its chunks -> every engine reports the version -> continue
+-> canary. The canary comes after ``continue`` because SGLang holds scoring requests while paused; engines that fail it are
+paused again at once, and ``publish`` raises, so nothing they wrote meanwhile is used. Engines on the trainers' GPUs take
+their weights' memory back before the chunks, and the rest of it once the trainers have made room.
 
 Every phase ends with the ranks telling each other how it went. A failure on one rank thus raises on all of them.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,12 +22,16 @@ from torch import Tensor
 from rlx.config.schema import SyncConfig
 from rlx.rollout.control import EngineControl, EngineControlError
 from rlx.rollout.keys import EngineKeys
+from rlx.sync.broadcast import BroadcastLane
 from rlx.sync.canary import DEFAULT_TOLERANCE, CanaryResult, CanarySpec, canary_sequences, compare, find_culprits, is_due
 from rlx.sync.errors import CanaryError, SyncError
 from rlx.sync.fanout import call_all
-from rlx.sync.group import GRACE_S, Endpoint, Engine, StageGroup, close_group, open_group
+from rlx.sync.group import GRACE_S, Endpoint, Engine, open_group
+from rlx.sync.lane import Lane
 from rlx.sync.ledger import Ledger
+from rlx.sync.occupation import KEY_VALUES, WEIGHTS, EngineMemory
 from rlx.sync.sender import StageSender
+from rlx.sync.shared_memory import SharedMemoryLane
 from rlx.sync.suits import check_model
 from rlx.types import TensorInfo, WeightManifest
 
@@ -45,10 +50,18 @@ class PublisherPlace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """Engines on the trainers' own devices: what they have given back, and how this rank makes room for them again."""
+
+    memory: EngineMemory
+    make_room: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublisherTarget:
     """The engines, their model (Hugging Face name -> shape; tied tensors once) and how to reach them.
 
-    ``backend`` is "gloo" or "nccl", ``device`` the sender's.
+    ``transport`` is "broadcast", "ipc" or "shm", ``backend`` "gloo" or "nccl" (of broadcasts), ``device`` the sender's.
     """
 
     endpoints: tuple[Endpoint, ...]
@@ -56,6 +69,8 @@ class PublisherTarget:
     backend: str
     device: torch.device
     keys: EngineKeys = field(default_factory=EngineKeys)
+    transport: str = "broadcast"
+    sharing: Sharing | None = None
 
 
 class Publisher:
@@ -79,7 +94,7 @@ class Publisher:
             Engine(endpoint=end, control=EngineControl(end.url, timeout_s=config.timeout_s, keys=target.keys))
             for end in target.endpoints
         )
-        self._group: StageGroup | None = None
+        self._lane: Lane | None = None
         self._connected = False
         self._failure: str | None = None
         self._num_syncs = 0
@@ -109,39 +124,78 @@ class Publisher:
 
     def close(self) -> None:
         """Destroy the groups on both sides, within seconds whatever their state. Not collective; may be called twice."""
-        if self._group is not None:
-            close_group(self._group)
-            self._group = None
+        if self._lane is not None:
+            self._lane.close()
+            self._lane = None
         for engine in self._engines:
             engine.control.close()
 
+    def release(self, tags: Sequence[str] | None = None) -> None:
+        """Pause the engines and let them give back memory (``tags`` of it; None: all they give). SyncError names who failed."""
+        sharing = self._target.sharing
+        if sharing is not None:
+            memory = sharing.memory
+            self._together("release", "release memory", lambda: self._lead_asks(lambda engine: memory.release(engine, tags)))
+
+    def serve(self) -> None:
+        """Let the engines take back what they gave, their weights excepted, and generate."""
+        self._together("serve", "continue", lambda: self._lead_asks(self._continue))
+
     def _publish(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> Ledger:
-        self._connect(version)
-        self._together(version, "pause", self._pause)
+        what = f"weight sync {version}"
+        self._connect(what)
+        self._together(what, "pause", self._pause)
+        sharing = self._target.sharing
+        if sharing is not None:
+            memory = sharing.memory
+            self._together(what, "resume weights", lambda: self._lead_asks(lambda engine: memory.resume(engine, (WEIGHTS,))))
         ledger = Ledger(self._target.expected)
         for stage in range(self._place.num_stages):
             self._send_stage(stage, version, tensors, ledger)
-        self._together(version, "verify", lambda: self._verify(version, ledger))
-        self._together(version, "continue", lambda: self._lead_calls(EngineControl.resume))
+        self._together(what, "verify", lambda: self._verify(version, ledger))
         self._num_syncs += 1
-        if self._canary is not None and is_due(self._num_syncs, self._config.canary_first, self._config.canary_every):
-            self._run_canary(version, self._canary)
+        due = is_due(self._num_syncs, self._config.canary_first, self._config.canary_every)
+        canary = self._canary if due else None
+        wanted = self._trainer_scores(what, canary) if canary is not None else []
+        if sharing is not None:
+            self._together(what, "make room", sharing.make_room)
+        self._together(what, "continue", lambda: self._lead_asks(self._continue))
+        if canary is not None:
+            self._run_canary(what, canary, wanted)
         return ledger
 
-    def _connect(self, version: int) -> None:
+    def _continue(self, engine: Engine) -> None:
+        if self._target.sharing is not None:
+            self._target.sharing.memory.resume(engine, (KEY_VALUES,))
+        engine.control.resume()
+
+    def _trainer_scores(self, what: str, canary: CanarySpec) -> list[list[float]]:
+        """Of the canary's sequences; before engines on the same device take their memory back."""
+        sequences = canary_sequences(canary.vocab_size, canary.seed)
+        found: list[list[float]] = []
+        self._together(what, "canary", lambda: found.extend(canary.score_on_trainer(sequences)))
+        return found
+
+    def _connect(self, what: str) -> None:
         """Create the groups, in pipeline order, before the first publication."""
         if self._connected:
             return
         expected = self._target.expected
-        self._together(version, "model", lambda: self._lead_calls(lambda control: check_model(control, expected)))
+        self._together(what, "model", lambda: self._lead_calls(lambda control: check_model(control, expected)))
         for stage in range(self._place.num_stages):
-            self._together(version, "group", partial(self._open, stage))
+            self._together(what, "group", partial(self._open, stage))
         self._connected = True
 
     def _open(self, stage: int) -> None:
-        if self._place.is_sender and self._place.stage == stage:
-            target = self._target
-            self._group = open_group(stage, self._engines, target.backend, target.device, self._config.timeout_s)
+        if not self._place.is_sender or self._place.stage != stage:
+            return
+        target = self._target
+        if target.transport in ("ipc", "shm"):
+            device = target.device if target.transport == "ipc" else torch.device("cpu")
+            self._lane = SharedMemoryLane(self._engines, device)
+        else:
+            opened = open_group(stage, self._engines, target.backend, target.device, self._config.timeout_s)
+            self._lane = BroadcastLane(opened, target.device)
 
     def _send_stage(self, stage: int, version: int, tensors: Iterator[tuple[str, Tensor]], ledger: Ledger) -> None:
         """One stage's turn; afterwards every rank's ledger holds its tensors."""
@@ -150,15 +204,15 @@ class Publisher:
         def send() -> list[tuple[str, list[int], str]]:
             if not mine:
                 return []
-            if self._group is None:
+            if self._lane is None:
                 for _ in tensors:
                     pass
                 return []
             before = len(ledger.tensors)
-            StageSender(self._group, self._config, self._target.device).send(tensors, ledger, version)
+            StageSender(self._lane, stage, self._config).send(tensors, ledger, version)
             return [(info.name, list(info.shape), info.dtype) for info in ledger.tensors[before:]]
 
-        reports = self._together(version, f"send of stage {stage}", send)
+        reports = self._together(f"weight sync {version}", f"send of stage {stage}", send)
         if not (mine and self._place.is_sender):
             sent = [TensorInfo(name=name, shape=tuple(shape), dtype=dtype) for rows in reports for name, shape, dtype in rows]
             ledger.record(sent)
@@ -170,31 +224,28 @@ class Publisher:
             if reported != str(version):
                 raise SyncError(f"engine side, phase verify: engine {url} reports version {reported!r} instead of {version}")
 
-    def _run_canary(self, version: int, canary: CanarySpec) -> None:
+    def _run_canary(self, what: str, canary: CanarySpec, wanted: list[list[float]]) -> None:
         sequences = canary_sequences(canary.vocab_size, canary.seed)
         failing: list[tuple[str, CanaryResult]] = []
 
         def score() -> list[int]:
-            trainer = canary.score_on_trainer(sequences)
             tolerance = self._config.canary_tolerance
             for url, rows in self._lead_calls(lambda control: [control.score(tokens) for tokens in sequences]).items():
-                result = compare(rows, trainer, DEFAULT_TOLERANCE[canary.dtype] if tolerance is None else tolerance)
+                result = compare(rows, wanted, DEFAULT_TOLERANCE[canary.dtype] if tolerance is None else tolerance)
                 if not result.passed:
                     failing.append((url, result))
             if failing:
                 self._pause()
             return [index for index, engine in enumerate(self._engines) for url, _ in failing if engine.url == url]
 
-        reports = self._together(version, "canary", score)
+        reports = self._together(what, "canary", score)
         indices = [index for report in reports for index in report]
         if not indices:
             return
-        culprits = self._together(version, "search", lambda: self._search(self._engines[indices[0]], canary))
+        culprits = self._together(what, "search", lambda: self._search(self._engines[indices[0]], canary))
         names = [text for report in culprits for text in report]
         detail = "; ".join(_describe(url, result) for url, result in failing) or self._engines[indices[0]].url
-        raise CanaryError(
-            f"weight sync {version}, phase canary: {detail}. Tensors that differ: {', '.join(names) or 'none found'}"
-        )
+        raise CanaryError(f"{what}, phase canary: {detail}. Tensors that differ: {', '.join(names) or 'none found'}")
 
     def _search(self, engine: Engine, canary: CanarySpec) -> list[str]:
         """This stage's tensors that ``engine`` holds differently, in words."""
@@ -211,16 +262,20 @@ class Publisher:
         return [f"{culprit.name} (by up to {culprit.max_difference:.3g})" for culprit in found]
 
     def _pause(self) -> None:
-        self._lead_calls(lambda control: control.pause("abort"))
+        self._lead_calls(_stop)
 
     def _lead_calls[T](self, call: Callable[[EngineControl], T]) -> dict[str, T]:
         """On the lead: ``call`` for all engines at once, results by url. On other ranks: nothing."""
+        return self._lead_asks(lambda engine: call(engine.control))
+
+    def _lead_asks[T](self, call: Callable[[Engine], T]) -> dict[str, T]:
+        """The same with the whole engine."""
         if not self._place.is_lead:
             return {}
-        calls = {engine.url: partial(call, engine.control) for engine in self._engines}
+        calls = {engine.url: partial(call, engine) for engine in self._engines}
         return call_all(calls, 2 * self._config.timeout_s + GRACE_S)
 
-    def _together[T](self, version: int, phase: str, work: Callable[[], T]) -> list[T]:
+    def _together[T](self, what: str, phase: str, work: Callable[[], T]) -> list[T]:
         """Do this rank's part of a phase and learn all ranks' results (they travel as JSON). A failure raises on all."""
         result: T | None = None
         error: Exception | None = None
@@ -234,7 +289,7 @@ class Publisher:
         problems = [answer[0] for answer in answers if answer[0] is not None]
         if problems:
             engines = [url for answer in answers for url in answer[2]]
-            raise SyncError(f"weight sync {version}, phase {phase}: {'; '.join(problems)}", engines) from error
+            raise SyncError(f"{what}, phase {phase}: {'; '.join(problems)}", engines) from error
         return [answer[1] for answer in answers]
 
 
@@ -243,3 +298,8 @@ def _describe(url: str, result: CanaryResult) -> str:
         f"engine {url} scores unlike the trainer: mean difference {result.mean_difference:.3g}, largest"
         f" {result.max_difference:.3g} at sequence {result.worst_sequence}, position {result.worst_position}"
     )
+
+
+def _stop(control: EngineControl) -> None:
+    control.pause("abort")
+    control.drain()

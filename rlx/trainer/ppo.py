@@ -51,6 +51,7 @@ class PPOTrainer:
             max_tokens=self.config.batching.max_tokens_per_micro_batch,
         )
         with phase("score", step), timer("score"):
+            roles.policy.begin_training()
             roles.policy.load_batch(samples.kept, plan)
             scores: dict[str, float] = {}
             if roles.reference is not None:

@@ -18,6 +18,10 @@ from rlx.types import BatchPlan, Prompt, RolloutGroup, SamplingSpec, TrainSample
 class PolicyGroup(Protocol):
     """The trained policy and the batch it works on."""
 
+    def begin_training(self) -> None:
+        """The step's rollouts are done: engines that share the trainers' devices make room until ``publish``."""
+        ...
+
     def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
         """Hand every rank the rollout batch and its plan; forgets the previous one."""
         ...

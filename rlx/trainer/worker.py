@@ -19,18 +19,18 @@ from rlx.models.families import read_architecture
 from rlx.models.heads import token_head, value_head
 from rlx.models.hf_io import expected_shapes, stage_weights
 from rlx.models.megatron_io import load_weights
-from rlx.obs.log import phase
+from rlx.obs.log import notice, phase
 from rlx.parallel.context import ParallelContext
+from rlx.parallel.memory import LEVELS, TrainerMemory, describe, usage
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import forward_only
-from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import CanarySpec
-from rlx.sync.errors import CanaryError, SyncError, SyncFailure
+from rlx.sync.errors import SyncFailure
 from rlx.sync.group import Endpoint
-from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget
 from rlx.trainer.advantages import add_advantages
 from rlx.trainer.batch import RankBatch, position_mask
+from rlx.trainer.link import EngineLink
 from rlx.trainer.rank_worker import Means, RankWorker, Trained
 from rlx.trainer.scoring import score_sequences
 from rlx.trainer.weighting import add_importance, add_weights
@@ -46,9 +46,8 @@ class Worker(RankWorker):
         self.policy = self._build_policy()
         self.critic = self._build_critic() if self.algorithm.needs_critic else None
         self.reference = self._build_reference() if config.has_reference else None
-        self._publisher: Publisher | None = None
-        self._endpoints: tuple[Endpoint, ...] = ()
-        self._keys = EngineKeys()
+        self.memory = self._make_memory()
+        self.engines = self._link()
 
     # Building
 
@@ -75,6 +74,21 @@ class Worker(RankWorker):
         if judges_tokens:
             return Trained(model=model, head=self._token_head, loss=self._process_loss, aggregation="seq-mean-token-mean")
         return Trained(model=model, head=value_head, loss=self._value_loss, aggregation="token-mean")
+
+    def _make_memory(self) -> TrainerMemory:
+        level, shares = self.config.cluster.offload, self.config.cluster.colocated
+        if level == "auto":
+            level = "optimizer" if shares and self.context.device.type == "cuda" else "none"
+        trained = [trained.model for _, trained in self._trained()]
+        found = TrainerMemory(trained, self.reference or (), LEVELS[level] if shares else ())
+        away = f"; in host memory while engines generate: {', '.join(found.away) or 'nothing'}" if shares else ""
+        notice(f"memory of trainer rank {self.context.rank}: {describe(found.sizes())}{away}")
+        return found
+
+    def memory_metrics(self) -> Means:
+        """Memory of the rank that has most of it, for metrics.jsonl; the same on every rank."""
+        rows = self.context.gather_objects(usage(self.context.device))
+        return {name: max(row[name] for row in rows) for name in rows[0]}
 
     # Scoring
 
@@ -187,73 +201,42 @@ class Worker(RankWorker):
 
     # Publishing
 
-    def use_keys(self, keys: EngineKeys) -> None:
-        """Open every engine with these from now on."""
-        self._keys = keys
+    def begin_training(self, endpoints: Sequence[Endpoint], tags: Sequence[str] | None = None) -> SyncFailure | None:
+        """Engines on our devices pause and give back memory (``tags`` of it; None: all they give), and ours comes back."""
+        with phase("make room"):
+            return self.engines.begin_training(endpoints, tags)
+
+    def end_training(self, endpoints: Sequence[Endpoint]) -> SyncFailure | None:
+        """Undo ``begin_training`` with engines that kept their weights."""
+        with phase("make room"):
+            return self.engines.end_training(endpoints)
 
     def publish(self, version: int, endpoints: Sequence[Endpoint]) -> WeightManifest | SyncFailure:
-        """Bring these engines to the present weights; other engines than last time are connected anew.
-
-        A failure that another attempt (without the engine that died, say) may mend is an answer, and the same on every
-        rank. Raises CanaryError for weights that arrived wrong.
-        """
+        """Bring these engines to the present weights; see ``EngineLink.publish``."""
         with phase("publish"):
-            if self.context.device.type == "cuda":
-                torch.cuda.set_device(self.context.device)  # the caller may be a thread that has none yet
-            if self._publisher is None or self._endpoints != tuple(endpoints):
-                self.close()
-                self._endpoints = tuple(endpoints)
-                self._publisher = make_publisher(self.config, self.context, self._engines(), self._canary())
-            try:
-                return self._publisher.publish(version, self._weights())
-            except CanaryError:
-                raise
-            except SyncError as error:
-                self.close()
-                return SyncFailure(message=str(error), engines=error.engines)
+            return self.engines.publish(version, endpoints)
 
     def close(self) -> None:
         """Leave the engines' groups."""
-        if self._publisher is not None:
-            self._publisher.close()
-            self._publisher = None
-
-    def _engines(self) -> PublisherTarget:
-        return PublisherTarget(
-            endpoints=self._endpoints,
-            expected=expected_shapes(self.arch),
-            backend="nccl" if self.context.device.type == "cuda" else "gloo",
-            device=self.context.device,
-            keys=self._keys,
-        )
+        self.engines.close()
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        self.memory.bring_back(("weights",))
         return stage_weights(self.policy.model.chunks, self.arch, self.context)
 
-    def _canary(self) -> CanarySpec:
+    def _link(self) -> EngineLink:
         dtype = self.config.model.dtype if self.config.rollout.dtype == "auto" else self.config.rollout.dtype
-        return CanarySpec(
+        canary = CanarySpec(
             vocab_size=self.arch.vocab_size,
             seed=self.config.run.seed,
             dtype="fp32" if dtype == "fp32" else "bf16",
             score_on_trainer=self.score_sequences,
             export=self._weights,
         )
+        return EngineLink(self.config, self.context, expected_shapes(self.arch), canary, self.memory)
 
     # Keeping
 
     def _trained(self) -> list[tuple[str, Trained]]:
         found = [("policy", self.policy)]
         return found if self.critic is None else [*found, ("critic", self.critic)]
-
-
-def make_publisher(config: Config, context: ParallelContext, target: PublisherTarget, canary: CanarySpec) -> Publisher:
-    """This rank's publisher: one sender a pipeline stage, rank 0 leads."""
-    place = PublisherPlace(
-        stage=context.pp_rank,
-        num_stages=context.dims.pp,
-        is_sender=context.is_sender,
-        is_lead=context.rank == 0,
-        rank=context.rank,
-    )
-    return Publisher(place, target, config.sync, context.gather_objects, canary)

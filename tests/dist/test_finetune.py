@@ -123,9 +123,7 @@ def padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     def fill(values: list[list[int]], padding: int) -> Tensor:
         return torch.tensor([value + [padding] * (longest - len(value)) for value in values])
 
-    labels = [
-        [t if learnt else -100 for t, learnt in zip(row["token_ids"], row["loss_mask"], strict=True)] for row in rows
-    ]
+    labels = [[t if learnt else -100 for t, learnt in zip(row["token_ids"], row["loss_mask"], strict=True)] for row in rows]
     return {
         "input_ids": fill([row["token_ids"] for row in rows], 0),
         "attention_mask": fill([[1] * len(row["token_ids"]) for row in rows], 0),

@@ -37,6 +37,7 @@ class Api:
         self._parser = parser
         self._max_running = max_running
         self._live_rids: set[str] = set()
+        self._released: set[str] = set()
         self.app = Starlette(routes=self._routes())
 
     def _routes(self) -> list[Route]:
@@ -58,6 +59,7 @@ class Api:
             "/init_weights_update_group": self.init_group,
             "/destroy_weights_update_group": self.destroy_group,
             "/update_weights_from_distributed": self.update_from_group,
+            "/update_weights_from_tensor": self.update_from_tensor,
             "/update_weights_from_disk": self.update_from_disk,
             "/update_weight_version": self.update_version,
             "/release_memory_occupation": self.release,
@@ -128,7 +130,7 @@ class Api:
 
     async def flush(self, request: Request) -> Response:
         # No key or value outlives its request here, so that only SGLang's refusal while requests run is left to do.
-        return PlainTextResponse(_FLUSHED, 200 if self._engine.in_flight == 0 else 400)
+        return PlainTextResponse(_FLUSHED, 200 if self._engine.num_unfinished == 0 else 400)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -209,6 +211,14 @@ class Api:
             return _refused(error)
         return await self._update(fields, lambda: self._weights.receive(plan), "Succeeded to update parameter online.")
 
+    async def update_from_tensor(self, request: Request) -> Response:
+        fields = Fields(await _body(request))
+
+        def load() -> None:
+            self._weights.load_shared(fields)
+
+        return await self._update(fields, load, "Success")
+
     async def update_from_disk(self, request: Request) -> Response:
         fields = Fields(await _body(request))
         path = fields.text("model_path")
@@ -240,18 +250,28 @@ class Api:
         return JSONResponse({"success": True, "message": message, "new_version": version})
 
     async def release(self, request: Request) -> Response:
-        if self._engine.in_flight:
+        tags = _tags(Fields(await _body(request)))
+        if self._engine.num_unfinished:
             raise ValueError("requests are in flight; pause with mode abort first")
-        self._engine.released = self._engine.model.device.type == "cuda"
-        await asyncio.wrap_future(self._engine.call_exclusive(self._engine.model.offload))
+        self._released |= tags
+        if "weights" in tags:
+            self._engine.released = self._engine.model.device.type == "cuda"
+            await asyncio.wrap_future(self._engine.call_exclusive(self._engine.model.offload))
         return JSONResponse(None)
 
     async def reload(self, request: Request) -> Response:
-        await asyncio.wrap_future(self._engine.call_exclusive(self._engine.model.reload))
-        self._engine.released = False
+        tags = _tags(Fields(await _body(request)))
+        if not tags <= self._released:  # SGLang ends itself
+            raise ValueError(f"{', '.join(sorted(tags - self._released))} was not released; released: {sorted(self._released)}")
+        if "weights" in tags:
+            await asyncio.wrap_future(self._engine.call_exclusive(self._engine.model.reload))
+            self._engine.released = False
+        self._released -= tags
         return JSONResponse(None)
 
 
+# Nothing is kept of a request that is done, and there are no CUDA graphs: releasing those two changes nothing.
+_TAGS = ("weights", "kv_cache", "cuda_graph")
 _JOINED = "Succeeded to initialize custom process group."
 _DESTROYED = "Succeeded to destroy custom process group."
 
@@ -295,6 +315,15 @@ async def _success(future: Future[None], message: str, **more: object) -> Respon
     except (ValueError, RuntimeError, OSError) as error:
         return _refused(error)
     return JSONResponse({"success": True, "message": message, **more})
+
+
+def _tags(fields: Fields) -> set[str]:
+    """The kinds of memory that a request is about; all when it names none."""
+    named = fields.list_of("tags") if fields.optional("tags") else list(_TAGS)
+    unknown = [tag for tag in named if tag not in _TAGS]
+    if unknown:
+        raise ValueError(f"tags has {unknown[0]!r}; wanted some of {', '.join(_TAGS)}")
+    return {str(tag) for tag in named}
 
 
 def _refused(error: Exception) -> Response:

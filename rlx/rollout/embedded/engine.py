@@ -77,6 +77,11 @@ class Engine:
         """Sequences that are not answered yet, held ones included."""
         return len(self._tickets)
 
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that generate or are about to; those that a pause holds back are not."""
+        return len(self._tickets) - len(self._held)
+
     def submit(self, sequences: list[Sequence]) -> Future[None]:
         """Queue the sequences of one request; the future is set when all of them are done, aborted or in error."""
         ticket = _Ticket(sequences, Future(), len(sequences))

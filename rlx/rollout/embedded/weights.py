@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlx.rollout.embedded.fields import Fields
 from rlx.rollout.embedded.model import LanguageModel
+from rlx.rollout.shared_tensors import LOAD_FORMAT, open_bucket
 from rlx.rollout.weight_group import WeightGroupError, broadcast_from_trainer, join_weight_group, leave_weight_group
 from rlx.types import TensorInfo
 
@@ -114,6 +115,26 @@ class WeightStore:
             raise WeightGroupError(f"the broadcast from the trainer failed; no tensor was changed ({failure})") from failure
         tensors = _unflatten(buffers[0], plan.infos) if plan.flattened else buffers
         self._copy_in({info.name: tensor for info, tensor in zip(plan.infos, tensors, strict=True)})
+
+    # -- shared memory -----------------------------------------------------------------------------------------------
+
+    def load_shared(self, fields: Fields) -> None:
+        """Copy in the tensors of a shared bucket. ValueError when it cannot be opened or does not fit the model."""
+        texts, load_format = fields.list_of("serialized_named_tensors"), fields.optional("load_format")
+        if load_format != LOAD_FORMAT:
+            raise ValueError(f"load_format is {load_format!r}; the embedded engine takes {LOAD_FORMAT!r} only")
+        if len(texts) != 1 or not isinstance(texts[0], str):
+            raise ValueError(f"serialized_named_tensors has {len(texts)} entries; wanted one text, for the only rank")
+        buffer, infos = open_bucket(texts[0])
+        for info in infos:
+            _info(info.name, info.dtype, list(info.shape))
+        self._check({info.name: info.shape for info in infos}, len(infos))
+        if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() != sum(info.num_bytes for info in infos):
+            raise ValueError(f"the bucket holds {buffer.numel()} {buffer.dtype}, not the bytes of its {len(infos)} tensors")
+        tensors = _unflatten(buffer, infos)
+        self._copy_in({info.name: tensor for info, tensor in zip(infos, tensors, strict=True)})
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)  # the trainer may write there again once it has our answer
 
     # -- from disk, and back -----------------------------------------------------------------------------------------
 

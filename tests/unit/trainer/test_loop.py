@@ -52,6 +52,8 @@ class FakePolicy:
     def __init__(self, calls: Calls, kl: float = 0.0) -> None:
         self.calls, self.kl = calls, kl
 
+    def begin_training(self) -> None: ...
+
     def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
         self.calls.names.append("load_batch")
         self.calls.samples, self.calls.plan = list(samples), plan

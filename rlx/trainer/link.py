@@ -1,0 +1,132 @@
+"""A trainer rank's side of the engines: publishing to them, and taking turns with those on its own device.
+
+Every method is collective over the trainer ranks. A failure that another attempt (without the engine that died, say) may
+mend is an answer, a ``SyncFailure``, and the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from rlx.config.schema import Config
+from rlx.obs.log import notice
+from rlx.parallel.context import ParallelContext
+from rlx.parallel.memory import GIB, TrainerMemory, device_used
+from rlx.rollout.keys import EngineKeys
+from rlx.sync.canary import CanarySpec
+from rlx.sync.errors import CanaryError, SyncError, SyncFailure
+from rlx.sync.group import Endpoint
+from rlx.sync.occupation import EngineMemory
+from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget, Sharing
+from rlx.types import WeightManifest
+
+
+class EngineLink:
+    """``expected`` is the engines' model (Hugging Face name -> shape), ``canary.export`` the weights to publish."""
+
+    def __init__(
+        self,
+        config: Config,
+        context: ParallelContext,
+        expected: Mapping[str, tuple[int, ...]],
+        canary: CanarySpec,
+        memory: TrainerMemory,
+    ) -> None:
+        self._config, self._context, self._expected = config, context, expected
+        self._canary, self._memory = canary, memory
+        self._keys, self._engine_memory = EngineKeys(), EngineMemory()
+        self._publisher: Publisher | None = None
+        self._endpoints: tuple[Endpoint, ...] = ()
+        self._told = False
+
+    def use(self, keys: EngineKeys, memory: EngineMemory) -> None:
+        """Open every engine with these keys from now on; ``memory`` records what co-located ones gave back so far."""
+        self._keys, self._engine_memory = keys, memory
+
+    def begin_training(self, endpoints: Sequence[Endpoint], tags: Sequence[str] | None) -> SyncFailure | None:
+        """Engines pause and give back memory (``tags`` of it; None: all they give); then ours comes back."""
+        failure: SyncFailure | None = None
+        try:
+            self._to(endpoints).release(tags)
+        except SyncError as error:
+            failure = SyncFailure(message=str(error), engines=error.engines)
+        self._memory.bring_back()
+        return failure
+
+    def end_training(self, endpoints: Sequence[Endpoint]) -> SyncFailure | None:
+        """Ours goes away; then the engines, which kept their weights, take theirs back and go on."""
+        self._memory.put_away()
+        try:
+            self._to(endpoints).serve()
+        except SyncError as error:
+            return SyncFailure(message=str(error), engines=error.engines)
+        return None
+
+    def publish(self, version: int, endpoints: Sequence[Endpoint]) -> WeightManifest | SyncFailure:
+        """Bring these engines to the present weights; other engines than last time are connected anew. CanaryError for
+        weights that arrived wrong."""
+        if self._context.device.type == "cuda":
+            torch.cuda.set_device(self._context.device)  # the caller may be a thread that has none yet
+        self._memory.put_away(("optimizer", "gradients"))
+        self._memory.bring_back(("weights",))
+        assert self._canary.export is not None
+        try:
+            manifest = self._to(endpoints).publish(version, self._canary.export())
+            self._tell_once()
+            return manifest
+        except CanaryError:
+            raise
+        except SyncError as error:
+            self.close()
+            return SyncFailure(message=str(error), engines=error.engines)
+
+    def _tell_once(self) -> None:
+        """How full the shared device is, now that the engines generate."""
+        device = self._context.device
+        if self._config.cluster.colocated and not self._told and device.type == "cuda":
+            self._told = True
+            total = torch.cuda.get_device_properties(device).total_memory
+            ours = torch.cuda.memory_reserved(device)
+            notice(
+                f"memory of {device} while engines generate: {device_used(device) / GIB:.2f} of {total / GIB:.2f} GiB in use,"
+                f" {ours / GIB:.2f} by the trainer's tensors"
+            )
+
+    def close(self) -> None:
+        """Leave the engines' groups."""
+        if self._publisher is not None:
+            self._publisher.close()
+            self._publisher = None
+
+    def _to(self, endpoints: Sequence[Endpoint]) -> Publisher:
+        if self._publisher is None or self._endpoints != tuple(endpoints):
+            self.close()
+            self._endpoints = tuple(endpoints)
+            self._publisher = make_publisher(self._config, self._context, self._target(), self._canary)
+        return self._publisher
+
+    def _target(self) -> PublisherTarget:
+        shares = self._config.cluster.colocated
+        return PublisherTarget(
+            endpoints=self._endpoints,
+            expected=self._expected,
+            backend="nccl" if self._context.device.type == "cuda" else "gloo",
+            device=self._context.device,
+            keys=self._keys,
+            transport=self._config.transport,
+            sharing=Sharing(memory=self._engine_memory, make_room=self._memory.put_away) if shares else None,
+        )
+
+
+def make_publisher(config: Config, context: ParallelContext, target: PublisherTarget, canary: CanarySpec) -> Publisher:
+    """This rank's publisher: one sender a pipeline stage, rank 0 leads."""
+    place = PublisherPlace(
+        stage=context.pp_rank,
+        num_stages=context.dims.pp,
+        is_sender=context.is_sender,
+        is_lead=context.rank == 0,
+        rank=context.rank,
+    )
+    return Publisher(place, target, config.sync, context.gather_objects, canary)
