@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from rlx.config.load import ConfigError
 from rlx.config.schema import Config
@@ -23,13 +22,11 @@ def preflight(config: Config) -> None:
             problems.append(str(error))
 
     attempt(lambda: make_verifier(config.reward))
-    attempt(lambda: _check_data(config))
+    attempt(lambda: problems.extend(_check_data(config)))
     if problems:
         raise ConfigError(problems)
 
 
-def _check_data(config: Config) -> None:
+def _check_data(config: Config) -> list[str]:
     tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
-    check_prompts(config.data, tokenizer)
-    if config.evaluation.data is not None:
-        check_prompts(replace(config.data, train=config.evaluation.data), tokenizer)
+    return check_prompts(config, tokenizer)

@@ -86,6 +86,7 @@ def _make_trainer(
         reward=pool,
         prompts=PromptSource(config.data, tokenizer, config.run.seed),
     )
+    logger.info("prompts: %d; over the length limit: %s", len(roles.prompts), dict(roles.prompts.drops))
     controller = make_kl_controller(config.algorithm)
     return PPOTrainer(config, ranks.worker.context.dims, roles, algorithm, controller, sampling_of(config, tokenizer))
 

@@ -150,6 +150,9 @@ class FakePrompts:
     def load_state(self, state: Mapping[str, int]) -> None:
         self.num_drawn = state["num_drawn"]
 
+    def metrics(self) -> dict[str, float]:
+        return {"data/epoch": self.num_drawn / 100}
+
 
 def make_trainer(calls: Calls, kl: float = 0.0, **algorithm: Any) -> PPOTrainer:
     config = Config(
