@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlx.rewards.base import Verifier
+from rlx.rewards.base import Verifier, warm_up
 from rlx.types import Completion, Prompt, Reward
 
 
@@ -30,3 +30,7 @@ class BySource:
 
     def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
         return of_source(self.sources, prompt.source, self.otherwise)(prompt, response_text, completion)
+
+    def warm_up(self) -> None:
+        for verifier in (*self.sources.values(), *([] if self.otherwise is None else [self.otherwise])):
+            warm_up(verifier)

@@ -81,13 +81,14 @@ class SplitBySource(ScoringService):
             assert own is not None
             self._pools[remote] = RewardPool(make_verifier(own), decode, own) if remote else ProcessPool(decode, own)
 
-    def submit(self, verdict: Verdict) -> None:
-        try:
-            kind = of_source(self._kinds, verdict.prompt.source, self._otherwise)
-        except UnknownSourceError as error:
-            verdict.settle(invalid(f"{type(error).__name__}: {error}"))
-            return
-        self._pools[kind].submit(verdict)
+    def submit(self, verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            try:
+                kind = of_source(self._kinds, verdict.prompt.source, self._otherwise)
+            except UnknownSourceError as error:
+                verdict.settle(invalid(f"{type(error).__name__}: {error}"))
+            else:
+                self._pools[kind].submit([verdict])
 
     def tick(self) -> None:
         for pool in self._pools.values():

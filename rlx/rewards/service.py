@@ -67,8 +67,8 @@ class ScoringService(ABC):
         self.num_timeouts = 0
 
     @abstractmethod
-    def submit(self, verdict: Verdict) -> None:
-        """Have ``verdict`` settled some time; called on the feeder thread."""
+    def submit(self, verdicts: Sequence[Verdict]) -> None:
+        """Have the verdicts of one group settled some time; called on the feeder thread."""
 
     def close(self) -> None:
         """End whoever judges."""
@@ -114,8 +114,7 @@ class ScoringService(ABC):
                 if stopped.is_set():
                     return
                 verdicts = [Verdict(group.prompt, completion) for completion in group.completions]
-                for verdict in verdicts:
-                    self.submit(verdict)
+                self.submit(verdicts)
                 ready.put((group, verdicts))
             ready.put(None)
         except BaseException as error:  # it crosses to the caller's thread, which raises it
@@ -143,8 +142,9 @@ class RewardPool(ScoringService):
         for _ in range(config.num_workers):
             self._add_worker()
 
-    def submit(self, verdict: Verdict) -> None:
-        self._work.put(verdict)
+    def submit(self, verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            self._work.put(verdict)
 
     def close(self) -> None:
         """Let the threads end after the verdicts they are at; returns at once."""

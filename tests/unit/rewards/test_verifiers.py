@@ -138,7 +138,7 @@ def test_python_function(functions: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (RewardConfig(name="exactly"), "judge, sum, or path/to/file.py:function; got 'exactly'"),
+        (RewardConfig(name="exactly"), "judge, sum, by_source, or path/to/file.py:function; got 'exactly'"),
         (RewardConfig(name="exact", args={"case": True}), "reward.args do not fit the verifier exact"),
         (RewardConfig(name="regex"), "pattern"),
         (RewardConfig(name="regex", args={"pattern": "("}), "is not a regular expression"),
