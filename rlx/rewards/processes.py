@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 
 from rlx.config.schema import RewardConfig
 from rlx.obs.log import logger
+from rlx.rewards.backlog import Backlog
 from rlx.rewards.base import invalid
 from rlx.rewards.channel import Channel, Verdicts
 from rlx.rewards.process_tree import kill_tree
@@ -68,27 +69,27 @@ class ProcessPool(ScoringService):
         theirs.close()
         self._births = Channel(self._control)
         self._births.send(config)
-        self._incoming: queue.SimpleQueue[tuple[Verdict, str]] = queue.SimpleQueue()
+        self._incoming: queue.SimpleQueue[list[tuple[Verdict, str]]] = queue.SimpleQueue()
         self._wake_reading, self._wake_writing = os.pipe()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_reading, selectors.EVENT_READ)
         self._judges: list[_Judge] = []
         self._open: dict[int, tuple[Verdict, str]] = {}
-        self._waiting: deque[int] = deque()
+        self._waiting = Backlog()
         # How long an answer takes, as of late.
         self._answer_s = MESSAGE_S
         self._thread = threading.Thread(target=self._dispatch, name="reward-dispatcher", daemon=True)
         self._thread.start()
 
     def submit(self, verdicts: Sequence[Verdict]) -> None:
+        group = []
         for verdict in verdicts:
             try:
-                text = self._decode(verdict.completion.token_ids)
+                group.append((verdict, self._decode(verdict.completion.token_ids)))
             except Exception as error:
                 # A tokenizer may refuse ids in any way; that says nothing about the other answers.
                 verdict.settle(invalid(f"{type(error).__name__}: {error}"))
-            else:
-                self._incoming.put((verdict, text))
+        self._incoming.put(group)
         os.write(self._wake_writing, b"x")
 
     def close(self) -> None:
@@ -130,11 +131,10 @@ class ProcessPool(ScoringService):
 
     def _take_in(self) -> None:
         while not self._incoming.empty():
-            verdict, text = self._incoming.get()
             # 0 is the stopwatch's NOTHING, and no object's id.
-            number = id(verdict)
-            self._open[number] = (verdict, text)
-            self._waiting.append(number)
+            group = {id(verdict): (verdict, text) for verdict, text in self._incoming.get()}
+            self._open |= group
+            self._waiting.add(group)
 
     def _hand_out(self) -> None:
         """A message each before a second one; a second one only where waiting for it would cost more than sending it early."""
@@ -142,10 +142,10 @@ class ProcessPool(ScoringService):
             for judge in self._judges:
                 if self._waiting and len(judge.held) == depth:
                     share = -(-len(self._waiting) // len(self._judges))
-                    self._send(judge, min(share, MAX_ANSWERS, max(1, int(MESSAGE_S / self._answer_s))))
+                    num = min(share, MAX_ANSWERS, max(1, int(MESSAGE_S / self._answer_s)))
+                    self._send(judge, self._waiting.take(judge, num))
 
-    def _send(self, judge: _Judge, num: int) -> None:
-        numbers = deque(self._waiting.popleft() for _ in range(min(num, len(self._waiting))))
+    def _send(self, judge: _Judge, numbers: Sequence[int]) -> None:
         answers = []
         for number in numbers:
             verdict, text = self._open[number]
@@ -160,12 +160,11 @@ class ProcessPool(ScoringService):
                 text = f"the answer cannot be handed to a process: {type(error).__name__}: {error}"
                 self._settle(numbers[0], invalid(text))
             for number in numbers if len(numbers) > 1 else ():
-                self._waiting.appendleft(number)
-                self._send(judge, 1)
+                self._send(judge, [number])
             return
         if not judge.held:
             judge.since_s = time.monotonic()
-        judge.held.append(numbers)
+        judge.held.append(deque(numbers))
         self._write(judge)
 
     def _write(self, judge: _Judge) -> None:
@@ -216,7 +215,8 @@ class ProcessPool(ScoringService):
         others = [number for message in judge.held for number in message if number != culprit]
         if culprit in self._open:
             self._settle(culprit, invalid(error))
-        self._waiting.extendleft(reversed(others))
+        self._waiting.leave(judge)
+        self._waiting.add(others, first=True)
         self._judges[self._judges.index(judge)] = self._start_judge()
 
     def _end(self, judge: _Judge) -> None:
