@@ -8,7 +8,7 @@ from rlx.config.load import ConfigError
 from rlx.config.schema import Config
 from rlx.data.prompts import check_prompts
 from rlx.data.tokenizer import load_tokenizer
-from rlx.rewards.registry import make_verifier
+from rlx.rewards.registry import make_verifier, needs_label
 
 
 def preflight(config: Config) -> None:
@@ -29,4 +29,4 @@ def preflight(config: Config) -> None:
 
 def _check_data(config: Config) -> list[str]:
     tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
-    return check_prompts(config, tokenizer)
+    return check_prompts(config, tokenizer, lambda source: needs_label(config.reward, source))

@@ -7,7 +7,7 @@ Whose turn it is follows from how many prompts each source has given (``rlx.data
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from rlx.config.schema import Config, DataConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig
 from rlx.data.mixture import next_source, shares_of
 from rlx.data.order import Curriculum, EpochOrder
-from rlx.data.questions import Question, check_questions, fingerprint, read_questions
+from rlx.data.questions import Question, check_questions, columns_of, fingerprint, read_questions
 from rlx.data.tasks import EVALUATION_SEEDS
 from rlx.types import Prompt
 
@@ -123,14 +123,19 @@ def evaluation_prompts(
     return [question.ask(index, source) for index, question in enumerate(questions[: one.max_prompts])], drops
 
 
-def check_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What is wrong with the prompts of a run, a line for each source and evaluation set."""
+def check_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, needs_label: Callable[[str], bool]) -> list[str]:
+    """What is wrong with the prompts of a run, a line for each source and evaluation set. ``needs_label`` says of a source's
+    name whether its reward compares with labels: then some of its first rows must have one."""
     found = []
     seeds = ((config.data.by_name, config.run.seed), (config.evaluation.by_name, EVALUATION_SEEDS + config.run.seed))
     for sources, seed in seeds:
-        for one in sources.values():
+        for name, one in sources.items():
             try:
-                check_questions(one, config.data, tokenizer, seed)
+                is_labelled = check_questions(one, config.data, tokenizer, seed)
             except ValueError as error:
                 found.append(str(error))
+                continue
+            if not is_labelled and needs_label(name or one.path):
+                column = columns_of(one, config.data).label_key
+                found.append(f"{one.path}: the reward compares with labels, but the rows have no {column!r} (data.label_key)")
     return found

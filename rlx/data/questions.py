@@ -76,20 +76,20 @@ def read_questions(
 
 def check_questions(
     source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, default_seed: int = 0, num_encoded: int = 64
-) -> None:
+) -> bool:
     """Look for faults before a run: every row of a file is read and the first ``num_encoded`` are tokenised too; of a task
-    only so many questions are made.
+    only so many questions are made. Returns whether any of those has a label.
 
     Raises ValueError with file and line, as ``read_questions`` would.
     """
     data = columns_of(source, data)
-    num_rows = 0
+    num_rows, is_labelled = 0, False
     for where, row in _rows(source, data, default_seed):
         try:
             if num_rows < num_encoded:
-                _to_question(row, source, data, tokenizer)
+                is_labelled |= _to_question(row, source, data, tokenizer).label is not None
             elif task_name(source.path) is not None:
-                return
+                break
             else:
                 _check_columns(row, data)
                 _level_of(row, source, data)
@@ -98,6 +98,7 @@ def check_questions(
         num_rows += 1
     if not num_rows:
         raise ValueError(f"{source.path} holds no rows")
+    return is_labelled
 
 
 def columns_of(source: Source, data: DataConfig) -> DataConfig:

@@ -35,6 +35,8 @@ LOCAL: Mapping[str, Callable[..., Verifier]] = {
 }
 REMOTE: Mapping[str, Callable[..., Verifier]] = {"http": HttpScorer, "model": ModelScorer, "judge": JudgeModel}
 VERIFIERS: Mapping[str, Callable[..., Verifier]] = {**LOCAL, **REMOTE}
+# These can say nothing of a prompt without a label.
+COMPARING = ("exact", "numeric", "math")
 SUM, BY_SOURCE = "sum", "by_source"
 
 
@@ -57,6 +59,17 @@ def make_verifier(config: RewardConfig) -> Verifier:
         return VERIFIERS[config.name](**config.args)
     except TypeError as error:
         raise ValueError(f"reward.args do not fit the verifier {config.name}: {error}") from error
+
+
+def needs_label(config: RewardConfig, source: str) -> bool:
+    """Whether a prompt of ``source`` must have a label for its verdict to be valid."""
+    if config.name == SUM:
+        return any(needs_label(part.config, source) for part in part_configs(config))
+    if config.name == BY_SOURCE:
+        named, otherwise = source_configs(config)
+        own = named.get(source, otherwise)
+        return own is not None and needs_label(own, source)
+    return config.name in COMPARING
 
 
 def is_remote(config: RewardConfig) -> bool:

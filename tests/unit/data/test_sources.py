@@ -216,6 +216,17 @@ def test_a_source_that_cannot_be_used_is_found_before_the_run(
     bad = SourceConfig(path=good if path == "FILE" else path, args=args)
     data = DataConfig(sources={"good": SourceConfig(path=good), "bad": bad})
     config = Config(model=ModelConfig(path="m"), data=data, reward=RewardConfig(name="exact"))
-    (problem,) = check_prompts(config, TOKENIZER)
+    (problem,) = check_prompts(config, TOKENIZER, lambda source: True)
     with pytest.raises(ValueError, match=message):
         raise ValueError(problem)
+
+
+def test_a_source_without_labels_is_found_where_the_reward_compares_with_them(tmp_path: Path) -> None:
+    bare = write(tmp_path / "bare.jsonl", {"prompt": "a", "answer": 3}, {"prompt": "b", "answer": 4})
+    data = DataConfig(sources={"good": SourceConfig(path=numbered(tmp_path / "p.jsonl", 3)), "bare": SourceConfig(path=bare)})
+    config = Config(model=ModelConfig(path="m"), data=data, reward=RewardConfig(name="exact"))
+    (problem,) = check_prompts(config, TOKENIZER, lambda source: True)
+    assert problem.endswith("bare.jsonl: the reward compares with labels, but the rows have no 'label' (data.label_key)")
+    assert check_prompts(config, TOKENIZER, lambda source: source == "good") == []
+    named = replace(data, sources={**data.sources, "bare": replace(data.sources["bare"], label_key="answer")})
+    assert check_prompts(replace(config, data=named), TOKENIZER, lambda source: True) == []
