@@ -24,6 +24,7 @@ EXTRAS = {
         "pytest-asyncio",
         "pytest-timeout",
         "pytest-xdist",
+        "reasoning-gym",
         "ruff",
         "types-PyYAML",
         "types-psutil",

@@ -50,6 +50,8 @@ ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 6
 
 LATE_IMPORTS = {
+    "rlx/data/tasks.py:_reasoning_gym": "an extra, and it takes seconds to import; only when a source asks for it",
+    "rlx/rewards/reasoning_gym.py:_load": "an extra, and it takes seconds to import; only when it is the verifier",
     "rlx/obs/trackers.py:__init__": "wandb is an extra, and TensorBoard takes a second to import; both only when asked for",
     "rlx/parallel/cpu_backend.py:_answer_megatron": "must run after the torch patches above it: Megatron reads them on import",
 }

@@ -60,7 +60,7 @@ def drive_finetuning(config: Config, ranks: Ranks, *, stop_asked: Callable[[], b
     with ExitStack() as stack:
         with phase("read examples"):
             tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
-            source = ExampleSource(config.data.train, config, tokenizer)
+            source = ExampleSource(config.examples_path, config, tokenizer)
             held_out = _held_out(config, tokenizer)
         logger.info("%d examples, %d cut, dropped %s", len(source), source.num_truncated, dict(source.drops))
         trainer = FinetuneTrainer(config, ranks.worker.context.dims, model, source, held_out)

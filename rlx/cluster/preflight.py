@@ -15,7 +15,7 @@ from rlx.data.examples import ExampleSource, check_examples
 from rlx.data.prompts import check_prompts
 from rlx.data.tokenizer import load_tokenizer
 from rlx.models.auto_classes import classifier_class
-from rlx.rewards.registry import make_verifier
+from rlx.rewards.registry import make_verifier, needs_label
 
 
 def preflight(config: Config) -> Config:
@@ -36,7 +36,7 @@ def preflight(config: Config) -> Config:
         attempt(lambda: _check_examples(config))
     else:
         attempt(lambda: make_verifier(config.reward))
-        attempt(lambda: _check_data(config))
+        attempt(lambda: problems.extend(_check_data(config)))
     if problems:
         raise ConfigError(problems)
     return config if config.finetune.epochs is None or not config.is_finetuning else _in_steps(config, config.finetune.epochs)
@@ -46,11 +46,8 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
 
 
-def _check_data(config: Config) -> None:
-    tokenizer = _tokenizer(config)
-    check_prompts(config.data, tokenizer)
-    if config.evaluation.data is not None:
-        check_prompts(replace(config.data, train=config.evaluation.data), tokenizer)
+def _check_data(config: Config) -> list[str]:
+    return check_prompts(config, _tokenizer(config), lambda source: needs_label(config.reward, source))
 
 
 def _check_model(config: Config) -> None:
@@ -71,6 +68,6 @@ def _check_examples(config: Config) -> None:
 
 def _in_steps(config: Config, epochs: float) -> Config:
     """With as many steps as deal every example ``epochs`` times."""
-    num_examples = len(ExampleSource(config.data.train, config, _tokenizer(config)))
+    num_examples = len(ExampleSource(config.examples_path, config, _tokenizer(config)))
     steps = max(1, ceil(epochs * num_examples / config.finetune.examples_per_step))
     return replace(config, run=replace(config.run, steps=steps))

@@ -18,6 +18,7 @@ from rlx.cluster.ranks import RankedCritic, RankedPolicy, RankedReference, Ranks
 from rlx.config.schema import Config
 from rlx.data.prompts import PromptSource
 from rlx.data.tokenizer import load_tokenizer
+from rlx.obs.log import logger
 from rlx.obs.metrics import MetricsWriter
 from rlx.obs.trackers import make_trackers
 from rlx.rewards.pools import make_reward_service
@@ -85,6 +86,7 @@ def _make_trainer(
         reward=pool,
         prompts=PromptSource(config.data, tokenizer, config.run.seed),
     )
+    logger.info("prompts: %d; over the length limit: %s", len(roles.prompts), dict(roles.prompts.drops))
     controller = make_kl_controller(config.algorithm)
     return PPOTrainer(config, ranks.worker.context.dims, roles, algorithm, controller, sampling_of(config, tokenizer))
 

@@ -14,6 +14,7 @@ from rlx.config.algorithm import KL_IN_REWARD, NEEDS_GROUPS
 from rlx.config.finetune import WITH_REFERENCE
 from rlx.config.model_facts import ModelFacts, read_model_facts
 from rlx.config.schema import Config, OptimizerConfig
+from rlx.config.sources import FILE_ENDINGS, SOURCE_NAME, task_name
 
 SUPPORTED_MODEL_TYPES = (
     "deepseek",
@@ -28,7 +29,6 @@ SUPPORTED_MODEL_TYPES = (
     "qwen3",
     "qwen3_moe",
 )
-DATA_ENDINGS = (".jsonl", ".parquet")
 
 
 def check(config: Config, *, on_paper: bool = False) -> list[str]:
@@ -128,17 +128,32 @@ def _model_fits(config: Config, facts: ModelFacts) -> Iterator[str]:
 
 
 def _data(config: Config) -> Iterator[str]:
-    for key, path in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
-        if path is not None:
+    if config.data.train is None and not config.data.sources:
+        yield "data.train: required unless data.sources names some (prompts to train on)"
+    if config.data.train is not None and config.data.sources:
+        yield "data.sources: they stand in for data.train, so leave one of the two out"
+    named: dict[str, str] = {"data.train": config.data.train or "", "evaluation.data": config.evaluation.data or ""}
+    for section, rows in (("data.sources", config.data.sources), ("evaluation.sets", config.evaluation.sets)):
+        named |= {f"{section}.{name}.path": row.path for name, row in rows.items()}
+        for name in rows:
+            if not SOURCE_NAME.fullmatch(name):
+                yield f"{section}: the name {name!r} may hold letters, digits, - and _ alone"
+    for key, path in named.items():
+        if path:
             yield from _data_file(key, path)
+    for name, source in config.data.sources.items():
+        if source.weight <= 0:
+            yield f"data.sources.{name}.weight: must be above 0, got {source.weight:g}; leave the source out instead"
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         yield f"data.chat_template: no such file {template}"
 
 
 def _data_file(key: str, path: str) -> Iterator[str]:
-    if Path(path).suffix not in DATA_ENDINGS:
-        yield f"{key}: {path} must end in {' or '.join(DATA_ENDINGS)}"
+    if task_name(path) is not None:
+        return  # whether there is such a task is asked of reasoning-gym itself
+    if Path(path).suffix not in FILE_ENDINGS:
+        yield f"{key}: {path} must end in {' or '.join(FILE_ENDINGS)}, or be reasoning-gym:TASK"
     elif not Path(path).is_file():
         yield f"{key}: no such file {path}"
 
@@ -221,6 +236,10 @@ def _algorithm(config: Config) -> Iterator[str]:
 
 def _finetuning(config: Config) -> Iterator[str]:
     finetune, parallel = config.finetune, config.parallel
+    if config.data.sources:
+        yield "data.sources: fine-tuning takes its examples from one file, data.train"
+    if config.evaluation.sets:
+        yield "evaluation.sets: fine-tuning has one held-out file, evaluation.data"
     multiple = 2 * parallel.cp if parallel.cp > 1 else 1
     sides = 2 if finetune.is_paired else 1
     needed = sides * -(-finetune.max_tokens // multiple) * multiple
@@ -241,11 +260,13 @@ def _finetuning(config: Config) -> Iterator[str]:
 
 
 def _evaluation(config: Config) -> Iterator[str]:
-    if config.evaluation.samples_per_prompt > 1 and config.evaluation.temperature == 0:
-        yield (
-            f"evaluation.temperature: 0 (greedy) gives evaluation.samples_per_prompt = {config.evaluation.samples_per_prompt}"
-            " equal answers; set a temperature"
-        )
+    for name, one in config.evaluation.by_name.items():
+        if one.temperature == 0 and (one.samples_per_prompt or 1) > 1:
+            section = f"evaluation.sets.{name}" if name else "evaluation"
+            yield (
+                f"{section}.temperature: 0 (greedy) gives evaluation's samples_per_prompt = {one.samples_per_prompt}"
+                " equal answers; set a temperature"
+            )
 
 
 def _optimizers(config: Config) -> Iterator[str]:

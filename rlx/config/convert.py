@@ -7,7 +7,7 @@ None where the field allows it. A bool is never a number.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -79,11 +79,14 @@ def to_config(tree: Mapping[str, Any]) -> tuple[Config, Problems]:
 
 def to_tree(section: Any) -> dict[str, Any]:
     """The plain tree of a configuration, every key spelt out; ``to_config`` reads it back."""
-    return {
-        item.name: to_tree(value) if is_dataclass(value) else _plain(value)
-        for item in fields(section)
-        for value in [getattr(section, item.name)]
-    }
+    return {item.name: _plain(getattr(section, item.name)) for item in fields(section)}
+
+
+def row_class(hint: Any) -> type | None:
+    """The dataclass of the values of a mapping by free names (``Mapping[str, SourceConfig]``), None for any other type."""
+    arguments = get_args(hint)
+    is_rows = get_origin(hint) is Mapping and isinstance(arguments[1], type) and is_dataclass(arguments[1])
+    return arguments[1] if is_rows else None
 
 
 def type_words(hint: Any) -> str:
@@ -100,13 +103,13 @@ def _to_section(section: type, tree: Mapping[str, Any], prefix: str, problems: P
     names = {entry.field.name for entry in entries}
     for name, value in tree.items():
         if name not in names:
-            _report_unknown(f"{prefix}{name}", value, problems)
+            _report_unknown(f"{prefix}{name}", value, [*all_entries(), *entries], problems)
     return section(**{entry.field.name: _to_entry(entry, tree, problems) for entry in entries})
 
 
-def _report_unknown(key: str, value: Any, problems: Problems) -> None:
+def _report_unknown(key: str, value: Any, entries: Sequence[Entry], problems: Problems) -> None:
     wants_section = isinstance(value, Mapping) and "." not in key
-    known = [entry.key for entry in all_entries() if entry.is_section == wants_section]
+    known = [entry.key for entry in entries if entry.is_section == wants_section]
     problems.add(key, f"unknown key; the nearest one is {nearest_key(key, known)}")
 
 
@@ -138,6 +141,9 @@ def _to_value(key: str, hint: Any, value: Any, problems: Problems) -> Any:
         return None if value is None else _to_value(key, _inner(hint), value, problems)
     if get_origin(hint) is list and isinstance(value, list):
         return [_to_value(f"{key}[{i}]", get_args(hint)[0], item, problems) for i, item in enumerate(value)]
+    row = row_class(hint)
+    if row is not None and isinstance(value, Mapping):
+        return _to_rows(key, row, value, problems)
     if hint is float and not isinstance(value, bool):
         value = _to_float(value)
     if isinstance(value, _runtime_class(hint)) and isinstance(value, bool) == (hint is bool):
@@ -146,6 +152,16 @@ def _to_value(key: str, hint: Any, value: Any, problems: Problems) -> Any:
         return value
     problems.add(key, f"expected {type_words(hint)}, got {_show(value)}")
     return None
+
+
+def _to_rows(key: str, row: type, value: Mapping[Any, Any], problems: Problems) -> dict[str, Any]:
+    rows = {}
+    for name, below in value.items():
+        if isinstance(name, str) and isinstance(below, Mapping):
+            rows[name] = _to_section(row, below, f"{key}.{name}.", problems)
+        else:
+            problems.add(f"{key}.{name}", f"expected a name and a section of keys, got {_show(below)}")
+    return rows
 
 
 def _check_free(key: str, value: Any, problems: Problems) -> None:
@@ -197,6 +213,8 @@ def _runtime_class(hint: Any) -> type:
 
 
 def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_tree(value)
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from rlx.config.convert import Entry, section_entries, type_words
+from rlx.config.convert import Entry, row_class, section_entries, type_words
 from rlx.config.schema import Config
 
 _HEAD = """# Configuration
@@ -28,9 +29,17 @@ def _section(section: Entry) -> str:
     keys = section_entries(section.hint, f"{section.key}.")
     same = section.field.name == "critic_optimizer"
     about = "The same keys as `optimizer`, for the critic." if same else (section.hint.__doc__ or "").strip()
-    lines = [f"## {section.key}", "", about, ""]
-    lines += ["| key | type | default | meaning |", "|---|---|---|---|", *(_row(entry) for entry in keys)]
+    lines = [f"## {section.key}", "", about, "", *_table(keys)]
+    for key in keys:
+        row = row_class(key.hint)
+        if row is not None:
+            lines += ["", f"### {key.key}.NAME", "", (row.__doc__ or "").strip(), ""]
+            lines += _table(section_entries(row, f"{key.key}.NAME."))
     return "\n".join(lines) + "\n"
+
+
+def _table(keys: Sequence[Entry]) -> list[str]:
+    return ["| key | type | default | meaning |", "|---|---|---|---|", *(_row(entry) for entry in keys)]
 
 
 def _row(entry: Entry) -> str:

@@ -6,13 +6,14 @@ Field help is the ``doc`` metadata; ``choices`` lists the allowed strings. ``rlx
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlx.config.algorithm import AlgorithmConfig as AlgorithmConfig
 from rlx.config.finetune import WITH_REFERENCE
 from rlx.config.finetune import FinetuneConfig as FinetuneConfig
 from rlx.config.options import option, required
+from rlx.config.sources import EvaluationSetConfig, SourceConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,16 +86,31 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Prompts, or the examples of fine-tuning."""
+    """Prompts, or the examples of fine-tuning: one file (train) or a mixture of prompts (sources). [data.md](data.md) has the
+    rules."""
 
-    train: str = required("prompts (or examples) to train on: .jsonl or .parquet")
+    train: str | None = option(
+        None, "prompts (or examples) to train on: .jsonl, .parquet or reasoning-gym:TASK; or name data.sources"
+    )
+    sources: Mapping[str, SourceConfig] = option({}, "a mixture of prompts instead of data.train: NAME -> source (keys below)")
     prompts_per_step: int = option(8, "prompts of one rollout batch", minimum=1)
     prompt_key: str = option("prompt", "column of a text prompt")
     messages_key: str = option("messages", "column of a chat (list of role/content); wins over prompt_key where present")
     label_key: str = option("label", "column of the ground truth")
-    max_prompt_tokens: int = option(1024, "longer prompts are dropped and counted", minimum=1)
+    system_prompt: str | None = option(None, "system message of chats that have none; makes a text prompt a chat")
+    max_prompt_tokens: int = option(1024, "limit of a prompt", minimum=1)
+    overlong: str = option(
+        "drop", "longer prompts are left out, or keep their last tokens; counted", choices=("drop", "truncate")
+    )
     shuffle: bool = option(True, "a new seeded order each epoch")
+    curriculum_key: str | None = option(None, "column of numbers to order epochs by, low to high; column.field reaches into one")
+    curriculum_epochs: int = option(1, "epochs of each source in that order; later ones as data.shuffle says", minimum=1)
     chat_template: str | None = option(None, "Jinja file used instead of the tokenizer's own chat template")
+
+    @property
+    def by_name(self) -> Mapping[str, SourceConfig]:
+        """Every source; the one of ``train`` is called ""."""
+        return self.sources if self.train is None else {"": SourceConfig(path=self.train)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,12 +213,27 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Evaluation on held-out prompts; the loss on held-out examples when fine-tuning."""
 
-    data: str | None = option(None, "prompts (or examples) to evaluate on; none: no evaluation")
+    data: str | None = option(None, "prompts (or examples) to evaluate on, as data.train; none: only evaluation.sets, if any")
+    sets: Mapping[str, EvaluationSetConfig] = option({}, "further sets: NAME -> set (keys below), reported as eval/NAME/...")
     every: int = option(0, "steps between evaluations; 0: only at the end", minimum=0)
     max_prompts: int = option(256, "prompts (or examples) used", minimum=1)
     samples_per_prompt: int = option(1, "answers to each; more than one: mean@k and pass@k", minimum=1)
     temperature: float = option(0.0, "0 is greedy; several answers need more", minimum=0)
     pass_reward: float = option(1.0, "an answer with at least this reward passes")
+
+    @property
+    def by_name(self) -> Mapping[str, EvaluationSetConfig]:
+        """Every set, nothing left to a default of this section; the one of ``data`` is called ""."""
+        sets = {**({} if self.data is None else {"": EvaluationSetConfig(path=self.data)}), **self.sets}
+        return {
+            name: replace(
+                one,
+                max_prompts=self.max_prompts if one.max_prompts is None else one.max_prompts,
+                samples_per_prompt=self.samples_per_prompt if one.samples_per_prompt is None else one.samples_per_prompt,
+                temperature=self.temperature if one.temperature is None else one.temperature,
+            )
+            for name, one in sets.items()
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,6 +279,12 @@ class Config:
         if self.cluster.num_trainer_ranks is not None:
             return self.cluster.num_trainer_ranks
         return self.parallel.tp * self.parallel.pp * self.parallel.cp
+
+    @property
+    def examples_path(self) -> str:
+        """``data.train`` of a fine-tuning run, which its checks ask for."""
+        assert self.data.train is not None, "checked before anything starts"
+        return self.data.train
 
     @property
     def is_finetuning(self) -> bool:

@@ -1,17 +1,30 @@
-"""The order in which rows are dealt: a seeded shuffle an epoch, resumable from three integers."""
+"""The order in which rows are dealt: a seeded shuffle an epoch, or by level; resumable from three integers."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curriculum:
+    """The first ``num_epochs`` go from the lowest of ``levels`` (one a row) to the highest."""
+
+    levels: Sequence[float]
+    num_epochs: int
 
 
 class EpochOrder:
-    """Deals the numbers 0 .. ``num_rows`` - 1, all of them each epoch. The order depends on (``seed``, epoch) alone."""
+    """Deals the numbers 0 .. ``num_rows`` - 1, all of them each epoch. The order depends on (``seed``, epoch) alone.
 
-    def __init__(self, num_rows: int, *, seed: int, shuffle: bool) -> None:
+    An epoch is a seeded shuffle, or as the rows stand; an epoch of the curriculum is that, sorted by level: rows of one level
+    keep that order among themselves.
+    """
+
+    def __init__(self, num_rows: int, *, seed: int | str, shuffle: bool, curriculum: Curriculum | None = None) -> None:
         assert num_rows > 0, "an order of no rows never ends"
-        self._num_rows, self._seed, self._shuffle = num_rows, seed, shuffle
+        self._num_rows, self._seed, self._shuffle, self._curriculum = num_rows, seed, shuffle, curriculum
         self._epoch = self._offset = 0
         self._order = self._order_of_epoch()
 
@@ -46,4 +59,7 @@ class EpochOrder:
         order = list(range(self._num_rows))
         if self._shuffle:
             random.Random(f"{self._seed}/{self._epoch}").shuffle(order)
+        if self._curriculum is not None and self._epoch < self._curriculum.num_epochs:
+            levels = self._curriculum.levels
+            order.sort(key=lambda row: levels[row])
         return order

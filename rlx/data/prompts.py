@@ -1,162 +1,141 @@
-"""The source of prompts: reads a file once, then deals its rows in a seeded order, epoch after epoch.
+"""The source of prompts: deals the questions of a mixture in a seeded order, epoch after epoch.
 
-All rows are read and tokenised at start and stay in memory: prompt sets are small beside models, and every fault in the
-file shows before anything else starts. The order of an epoch depends on (seed, epoch) alone, so four integers resume it.
+Whose turn it is follows from how many prompts each source has given (``rlx.data.mixture``); the order within a source from
+(seed, name, epoch) alone (``rlx.data.order``). So a few integers a source resume it bit for bit.
 """
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlx.config.schema import DataConfig
-from rlx.data.rows import Row, read_rows
-from rlx.data.tokenizer import encode_prompt
+from rlx.config.schema import Config, DataConfig
+from rlx.config.sources import EvaluationSetConfig, SourceConfig
+from rlx.data.mixture import next_source, shares_of
+from rlx.data.order import Curriculum, EpochOrder
+from rlx.data.questions import Question, check_questions, columns_of, fingerprint, read_questions
+from rlx.data.tasks import EVALUATION_SEEDS
 from rlx.types import Prompt
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Question:
-    token_ids: tuple[int, ...]
-    text: str
-    label: str | None
-    extra: Mapping[str, object]
-
-
 class PromptSource:
-    """Deals the prompts of ``config.train``.
+    """Deals the prompts of ``config.train``, or of the mixture ``config.sources``.
 
-    ``drops`` counts rows left out by reason (``prompt_too_long``). Raises ValueError for a file that cannot be used:
-    unreadable, empty, without a prompt column, or with nothing but too long prompts.
+    ``drops`` counts prompts over the length limit by what became of them (``prompt_too_long``, ``prompt_truncated``). Raises
+    ValueError for a source that cannot be used, as ``read_questions``.
     """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-        self._config, self._seed = config, seed
         self.drops: Counter[str] = Counter()
-        self._questions = self._load(tokenizer)
-        self._epoch = self._offset = self._next_id = 0
-        self._order = self._order_of_epoch()
+        self._dealers: list[_Dealer] = []
+        for name, source in config.by_name.items():
+            questions, drops = read_questions(source, config, tokenizer, default_seed=seed)
+            self.drops += drops
+            self._dealers.append(_Dealer(name, source, questions, seed, config))
+        self._shares = shares_of([dealer.source.weight for dealer in self._dealers])
+        self._next_id = 0
 
     def __len__(self) -> int:
-        """Usable prompts in an epoch."""
-        return len(self._questions)
+        """Usable prompts in an epoch of every source."""
+        return sum(len(dealer.questions) for dealer in self._dealers)
 
     def next(self, num: int) -> list[Prompt]:
-        """The next ``num`` prompts; goes over into the next epoch as often as needed."""
+        """The next ``num`` prompts; each source goes over into its next epoch as often as needed."""
         return [self._draw() for _ in range(num)]
 
-    def epoch(self) -> Iterator[Prompt]:
-        """Every usable prompt once, in file order, with its row number as id: for evaluation; moves nothing."""
-        for index in range(len(self._questions)):
-            yield self._prompt(index, index)
+    def metrics(self) -> dict[str, float]:
+        """``data/epoch`` and ``data/epoch/NAME``: epochs dealt of each source, in fractions (the first: of a single one);
+        ``data/DROP``: prompts over the length limit."""
+        epochs = {dealer.name: dealer.order.epochs for dealer in self._dealers}
+        found = {f"data/epoch/{name}" if name else "data/epoch": value for name, value in epochs.items()}
+        return found | {f"data/{reason}": float(count) for reason, count in self.drops.items()}
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """What ``load_state`` needs to go on exactly here (JSON-able)."""
-        return {
-            "epoch": self._epoch,
-            "offset": self._offset,
-            "next_prompt_id": self._next_id,
-            "num_questions": len(self._questions),
-        }
+        return {"next_prompt_id": self._next_id, "sources": {dealer.name: dealer.state() for dealer in self._dealers}}
 
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on where ``state`` was taken; ValueError when the file holds another number of prompts now."""
-        if state["num_questions"] != len(self._questions):
-            raise ValueError(
-                f"data.train {self._config.train} holds {len(self._questions)} usable prompts,"
-                f" but {state['num_questions']} when the state was saved"
-            )
-        self._epoch, self._offset, self._next_id = state["epoch"], state["offset"], state["next_prompt_id"]
-        self._order = self._order_of_epoch()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken; ValueError when the sources hold other prompts, weights or orders now."""
+        saved, present = ([name or "data.train" for name in names] for names in (state["sources"], self.state()["sources"]))
+        if saved != present:
+            raise ValueError(f"data.sources are {', '.join(present)}, but were {', '.join(saved)} when the state was saved")
+        for dealer in self._dealers:
+            dealer.load_state(state["sources"][dealer.name])
+        self._next_id = int(state["next_prompt_id"])
 
     def _draw(self) -> Prompt:
-        if self._offset == len(self._order):
-            self._epoch, self._offset = self._epoch + 1, 0
-            self._order = self._order_of_epoch()
-        prompt = self._prompt(self._order[self._offset], self._next_id)
-        self._offset, self._next_id = self._offset + 1, self._next_id + 1
+        dealer = self._dealers[next_source(self._shares, [dealer.num_dealt for dealer in self._dealers])]
+        prompt = dealer.next_question().ask(self._next_id, dealer.name or dealer.source.path)
+        self._next_id += 1
         return prompt
 
-    def _prompt(self, index: int, prompt_id: int) -> Prompt:
-        question = self._questions[index]
-        return Prompt(
-            prompt_id=prompt_id,
-            token_ids=question.token_ids,
-            text=question.text,
-            label=question.label,
-            source=self._config.train,
-            extra=question.extra,
+
+class _Dealer:
+    """One source: its questions and where it is among them."""
+
+    def __init__(self, name: str, source: SourceConfig, questions: list[Question], seed: int, config: DataConfig) -> None:
+        self.name, self.source, self.questions = name, source, questions
+        levelled = bool(source.curriculum_key or config.curriculum_key)
+        curriculum = Curriculum(levels=[question.level for question in questions], num_epochs=config.curriculum_epochs)
+        self.order = EpochOrder(
+            len(questions),
+            seed=f"{seed}/{name}" if name else seed,
+            shuffle=config.shuffle,
+            curriculum=curriculum if levelled else None,
         )
+        self.num_dealt = 0
+        # What the same numbers would mean something else without.
+        self._identity = {
+            "usable prompts": len(questions),
+            "fingerprint": fingerprint(questions),
+            "weight": source.weight,
+            "shuffle": config.shuffle,
+            "curriculum epochs": config.curriculum_epochs if levelled else 0,
+        }
 
-    def _order_of_epoch(self) -> list[int]:
-        order = list(range(len(self._questions)))
-        if self._config.shuffle:
-            random.Random(f"{self._seed}/{self._epoch}").shuffle(order)
-        return order
+    def next_question(self) -> Question:
+        self.num_dealt += 1
+        (row,) = self.order.next(1)
+        return self.questions[row]
 
-    def _load(self, tokenizer: PreTrainedTokenizerBase) -> list[_Question]:
-        questions = []
-        for where, row in read_rows(self._config.train):
+    def state(self) -> dict[str, Any]:
+        return {"num_dealt": self.num_dealt, "order": self.order.state(), **self._identity}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        changed = [name for name, value in self._identity.items() if state.get(name) != value]
+        if changed:
+            was, now = ({name: of.get(name) for name in changed} for of in (state, self._identity))
+            raise ValueError(f"{self.source.path} is not what it was when the state was saved: {was} then, {now} now")
+        self.order.load_state(state["order"])
+        self.num_dealt = int(state["num_dealt"])
+
+
+def evaluation_prompts(
+    name: str, one: EvaluationSetConfig, config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], Counter[str]]:
+    """The first ``one.max_prompts`` usable prompts of an evaluation set in file order, their row numbers among the usable
+    ones as ids, and how many of the whole set were over the length limit."""
+    questions, drops = read_questions(one, config.data, tokenizer, default_seed=EVALUATION_SEEDS + config.run.seed)
+    source = name or one.path
+    return [question.ask(index, source) for index, question in enumerate(questions[: one.max_prompts])], drops
+
+
+def check_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, needs_label: Callable[[str], bool]) -> list[str]:
+    """What is wrong with the prompts of a run, a line for each source and evaluation set. ``needs_label`` says of a source's
+    name whether its reward compares with labels: then some of its first rows must have one."""
+    found = []
+    seeds = ((config.data.by_name, config.run.seed), (config.evaluation.by_name, EVALUATION_SEEDS + config.run.seed))
+    for sources, seed in seeds:
+        for name, one in sources.items():
             try:
-                question = _to_question(row, self._config, tokenizer)
+                is_labelled = check_questions(one, config.data, tokenizer, seed)
             except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-            if len(question.token_ids) > self._config.max_prompt_tokens:
-                self.drops["prompt_too_long"] += 1
-            else:
-                questions.append(question)
-        if not questions and self.drops:
-            raise ValueError(
-                f"data.train {self._config.train}: all {self.drops.total()} prompts are longer than"
-                f" data.max_prompt_tokens = {self._config.max_prompt_tokens}"
-            )
-        if not questions:
-            raise ValueError(f"data.train {self._config.train} holds no rows")
-        return questions
-
-
-def check_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, num_encoded: int = 64) -> None:
-    """Look for faults in ``config.train`` before a run: every row is read, the first ``num_encoded`` are tokenised too.
-
-    Raises ValueError with file and line, as ``PromptSource`` would.
-    """
-    num_rows = 0
-    for where, row in read_rows(config.train):
-        try:
-            if num_rows < num_encoded:
-                _to_question(row, config, tokenizer)
-            else:
-                _check_columns(row, config)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        num_rows += 1
-    if not num_rows:
-        raise ValueError(f"data.train {config.train} holds no rows")
-
-
-def _check_columns(row: Row, config: DataConfig) -> None:
-    if row.get(config.messages_key) is None and row.get(config.prompt_key) is None:
-        columns = ", ".join(row) or "none"
-        raise ValueError(
-            f"neither a {config.messages_key!r} nor a {config.prompt_key!r} column; the columns are {columns}"
-            " (data.messages_key and data.prompt_key name them)"
-        )
-
-
-def _to_question(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _Question:
-    _check_columns(row, config)
-    token_ids, text = encode_prompt(row, config, tokenizer)
-    if not token_ids:
-        raise ValueError("the prompt has no tokens")
-    label = row.get(config.label_key)
-    used = {config.messages_key, config.prompt_key, config.label_key}
-    return _Question(
-        token_ids=tuple(token_ids),
-        text=text,
-        label=None if label is None else str(label),
-        extra={key: value for key, value in row.items() if key not in used},
-    )
+                found.append(str(error))
+                continue
+            if not is_labelled and needs_label(name or one.path):
+                column = columns_of(one, config.data).label_key
+                found.append(f"{one.path}: the reward compares with labels, but the rows have no {column!r} (data.label_key)")
+    return found

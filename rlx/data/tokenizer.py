@@ -37,14 +37,16 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
 def encode_prompt(row: Mapping[str, object], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
     """Token ids and text of a row: its messages through the chat template with the assistant's opening, else its prompt.
 
+    ``config.system_prompt`` goes before messages that do not begin with a system message, and makes a chat of a prompt.
     Raises ValueError for a row with neither, of the wrong type, or with messages the tokenizer has no template for.
     """
-    messages = row.get(config.messages_key)
+    messages, prompt = row.get(config.messages_key), row.get(config.prompt_key)
+    if messages is None and config.system_prompt is not None and isinstance(prompt, str):
+        messages = [{"role": "user", "content": prompt}]
     if messages is not None:
         text = _render(messages, config, tokenizer)
         # The template writes its own special tokens.
         return list(tokenizer.encode(text, add_special_tokens=False)), text
-    prompt = row.get(config.prompt_key)
     if not isinstance(prompt, str):
         raise ValueError(f"column {config.prompt_key!r} must be text, got {type(prompt).__name__}")
     return list(tokenizer.encode(prompt)), prompt
@@ -61,6 +63,8 @@ def _render(messages: object, config: DataConfig, tokenizer: PreTrainedTokenizer
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise ValueError(f"column {config.messages_key!r}: each message needs role and content, got {message!r}")
-    rendered = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    has_system = messages[0]["role"] == "system"
+    opening = [{"role": "system", "content": config.system_prompt}] if config.system_prompt and not has_system else []
+    rendered = tokenizer.apply_chat_template([*opening, *messages], tokenize=False, add_generation_prompt=True)
     assert isinstance(rendered, str)
     return rendered

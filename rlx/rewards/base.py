@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rlx.types import Completion, Prompt, Reward
 
@@ -15,6 +15,21 @@ class Verifier(Protocol):
         """Judge one answer. ``response_text`` is the decoded response without special tokens. May raise: the sample is
         then invalid. Called from several threads at once."""
         ...
+
+
+@runtime_checkable
+class Warmable(Protocol):
+    """A verifier whose first verdicts take longer than later ones."""
+
+    def warm_up(self) -> None:
+        """Do what is done once, before the processes that judge are made as copies of this one."""
+        ...
+
+
+def warm_up(verifier: Verifier) -> None:
+    """Warm ``verifier`` up if it asks for it."""
+    if isinstance(verifier, Warmable):
+        verifier.warm_up()
 
 
 class MissingLabelError(ValueError):

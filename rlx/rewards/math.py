@@ -1,7 +1,7 @@
 """Mathematical equality with the label, by math-verify (install rlx's extra ``math``).
 
 math-verify takes milliseconds an answer. Three short cuts, each with the verdict that math-verify gives: a boxed answer
-that is the label's text, two plain numbers (compared exactly), and a pair seen before (answers to one prompt repeat).
+that is the label's text, two plain numbers or fractions, and a pair seen before (answers to one prompt repeat).
 """
 
 from __future__ import annotations
@@ -22,7 +22,30 @@ if find_spec("math_verify") is not None:
 # Its own time limits use SIGALRM; the pool's are used instead, which it would warn about at every call.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-_PLAIN = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?")
+# math-verify reads a sign before thousands, a sign with a space and more digits than a float holds in ways of its own.
+_DECIMAL = re.compile(r"[-+]?\d{1,9}(?:\.\d{1,5})?|\d{1,3}(?:,\d{3}){1,2}")
+_FRACTION = re.compile(
+    r"(?P<sign>[-+]?)(?:\\[dt]?frac\{(?P<top>-?\d{1,9})\}\{(?P<bottom>\d{1,6})\}|(?P<a>\d{1,9})/(?P<b>\d{1,6}))"
+)
+# It rounds to 6 decimals where a decimal fraction takes part; numbers as far apart as this are surely different then.
+_ROUNDING = Fraction(2, 10**6)
+_CONSTRUCTS = (
+    r"\frac{3x}{7}",
+    r"\sqrt{8}",
+    r"x^2+2x+1",
+    r"(1,2)",
+    r"\{1,2\}",
+    r"\frac{\sqrt[3]{3}}{7}",
+    r"2\pi",
+    r"\text{even}",
+    r"(-\infty, 3]",
+    r"\begin{pmatrix}1\\2\end{pmatrix}",
+    r"x=3",
+    r"50\%",
+    r"90^\circ",
+    r"3.5",
+    r"\sin x",
+)
 _BOXED = re.compile(r"\\boxed\s*\{")
 
 
@@ -38,8 +61,23 @@ def last_boxed(text: str) -> str | None:
 
 
 def plain_number(text: str) -> Fraction | None:
-    """The exact value of an integer or decimal (1,234 thousands allowed), None for anything else."""
-    return Fraction(text.replace(",", "")) if _PLAIN.fullmatch(text) else None
+    """The exact value of a short integer, decimal (1,234 thousands allowed) or fraction (``\\frac{1}{2}``, ``1/2``); None for
+    anything else."""
+    if _DECIMAL.fullmatch(text):
+        return Fraction(text.replace(",", ""))
+    found = _FRACTION.fullmatch(text)
+    top, bottom = (int(found["top"] or found["a"]), int(found["bottom"] or found["b"])) if found else (0, 0)
+    return None if found is None or bottom == 0 else (-1 if found["sign"] == "-" else 1) * Fraction(top, bottom)
+
+
+def same_number(gold: str, answer: str) -> bool | None:
+    """Whether two plain numbers are one as math-verify sees it; None for it to say."""
+    wanted, given = plain_number(gold), plain_number(answer)
+    if wanted is None or given is None:
+        return None
+    if wanted == given or abs(wanted - given) >= _ROUNDING:
+        return wanted == given
+    return None if "." in gold + answer else False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +101,15 @@ class MathVerify:
             return verdict(not self.boxed_only and _equal(gold, response_text))
         if answer == gold:
             return verdict(True)
-        wanted, given = plain_number(gold), plain_number(answer)
-        if wanted is not None and given is not None:
-            return verdict(wanted == given)
+        same = same_number(gold, answer)
+        if same is not None:
+            return verdict(same)
         return verdict(_equal(gold, f"\\boxed{{{answer}}}"))
+
+    def warm_up(self) -> None:
+        """Parsers build their tables as they meet new constructs, half a second in all."""
+        for expression in _CONSTRUCTS:
+            _equal(expression, f"\\boxed{{{expression}+0}}")
 
 
 @lru_cache(maxsize=65536)

@@ -1,7 +1,8 @@
 """Which pool judges what: processes for verifiers that compute, threads for those that wait for a server.
 
 A sum with parts of both kinds is a chain: the groups run through the process pool and then through the threads, each
-overlapping the other, and the verdicts are put together at the end.
+overlapping the other, and the verdicts are put together at the end. With verifiers of both kinds by source, each answer goes
+to the pool of its source's kind.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from rlx.config.schema import RewardConfig
+from rlx.rewards.base import invalid
+from rlx.rewards.by_source import UnknownSourceError, of_source
 from rlx.rewards.processes import ProcessPool
-from rlx.rewards.registry import SUM, is_remote, make_verifier, part_configs
-from rlx.rewards.service import AllVerdictsInvalidError, RewardPool, ScoringService
+from rlx.rewards.registry import SUM, is_mixed, is_remote, make_verifier, part_configs, source_configs
+from rlx.rewards.service import AllVerdictsInvalidError, RewardPool, ScoringService, Verdict
 from rlx.rewards.weighted import Part, combine
 from rlx.types import Completion, Prompt, Reward, RolloutGroup
 
@@ -21,8 +24,8 @@ Decode = Callable[[Sequence[int]], str]
 
 def make_reward_service(config: RewardConfig, decode: Decode) -> ScoringService | Chain:
     """The service for ``config``; ValueError when its verifier cannot be made."""
-    if config.name == SUM and is_remote(config) and not all(is_remote(part.config) for part in part_configs(config)):
-        return Chain(config, decode)
+    if is_mixed(config):
+        return Chain(config, decode) if config.name == SUM else SplitBySource(config, decode)
     verifier = make_verifier(config)
     return RewardPool(verifier, decode, config) if is_remote(config) else ProcessPool(decode, config)
 
@@ -58,6 +61,42 @@ class Chain:
 
     def close(self) -> None:
         for pool in self._pools:
+            pool.close()
+
+
+class SplitBySource(ScoringService):
+    """A pool a kind; the pool of an answer is that of its prompt's source."""
+
+    def __init__(self, config: RewardConfig, decode: Decode) -> None:
+        super().__init__(decode, config)
+        named, otherwise = source_configs(config)
+        self._pools: dict[bool, ScoringService] = {}
+        self._kinds = {source: is_remote(one) for source, one in named.items()}
+        self._otherwise = None if otherwise is None else is_remote(otherwise)
+        for remote in (False, True):
+            rows = {source: row for source, row in config.args["sources"].items() if self._kinds[str(source)] == remote}
+            rest = {"otherwise": config.args["otherwise"]} if self._otherwise == remote else {}
+            # Without a source of its own kind, "otherwise" is all that this pool has to judge.
+            own = replace(config, args={"sources": rows, **rest}) if rows else otherwise
+            assert own is not None
+            self._pools[remote] = RewardPool(make_verifier(own), decode, own) if remote else ProcessPool(decode, own)
+
+    def submit(self, verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            try:
+                kind = of_source(self._kinds, verdict.prompt.source, self._otherwise)
+            except UnknownSourceError as error:
+                verdict.settle(invalid(f"{type(error).__name__}: {error}"))
+            else:
+                self._pools[kind].submit([verdict])
+
+    def tick(self) -> None:
+        for pool in self._pools.values():
+            pool.tick()
+
+    def close(self) -> None:
+        super().close()
+        for pool in self._pools.values():
             pool.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -41,11 +42,14 @@ def _load_function(name: str) -> Callable[..., object]:
     if spec is None or spec.loader is None:
         raise ValueError(f"reward.name: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    home = Path.cwd()
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # A user's file may fail in any way; all of them mean that this setting does not work.
         raise ValueError(f"reward.name: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        os.chdir(home)
     function = vars(module).get(function_name)
     if not callable(function):
         raise ValueError(f"reward.name: {path} has no function {function_name!r}")

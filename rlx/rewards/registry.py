@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from rlx.config.schema import RewardConfig
 from rlx.rewards.base import Verifier
+from rlx.rewards.by_source import BySource
 from rlx.rewards.code import CodeTests
 from rlx.rewards.exact import ExactMatch
 from rlx.rewards.format import FormatMatch
@@ -17,6 +18,7 @@ from rlx.rewards.math import MathVerify
 from rlx.rewards.model import ModelScorer
 from rlx.rewards.numeric import NumericMatch
 from rlx.rewards.python_function import PythonFunction
+from rlx.rewards.reasoning_gym import ReasoningGym
 from rlx.rewards.regex import RegexMatch
 from rlx.rewards.weighted import Part, WeightedSum
 
@@ -29,20 +31,29 @@ LOCAL: Mapping[str, Callable[..., Verifier]] = {
     "format": FormatMatch,
     "length": LengthShape,
     "code": CodeTests,
+    "reasoning-gym": ReasoningGym,
 }
 REMOTE: Mapping[str, Callable[..., Verifier]] = {"http": HttpScorer, "model": ModelScorer, "judge": JudgeModel}
 VERIFIERS: Mapping[str, Callable[..., Verifier]] = {**LOCAL, **REMOTE}
-SUM = "sum"
+# These can say nothing of a prompt without a label.
+COMPARING = ("exact", "numeric", "math")
+SUM, BY_SOURCE = "sum", "by_source"
 
 
 def make_verifier(config: RewardConfig) -> Verifier:
     """The verifier that ``config.name`` names, built from ``config.args``; ValueError when either is wrong."""
     if config.name == SUM:
         return WeightedSum([part_of(one) for one in part_configs(config)])
+    if config.name == BY_SOURCE:
+        named, otherwise = source_configs(config)
+        return BySource(
+            sources={source: make_verifier(one) for source, one in named.items()},
+            otherwise=None if otherwise is None else make_verifier(otherwise),
+        )
     if ":" in config.name:
         return PythonFunction(config.name, config.args)
     if config.name not in VERIFIERS:
-        known = ", ".join([*VERIFIERS, SUM])
+        known = ", ".join([*VERIFIERS, SUM, BY_SOURCE])
         raise ValueError(f"reward.name must be one of {known}, or path/to/file.py:function; got {config.name!r}")
     try:
         return VERIFIERS[config.name](**config.args)
@@ -50,11 +61,35 @@ def make_verifier(config: RewardConfig) -> Verifier:
         raise ValueError(f"reward.args do not fit the verifier {config.name}: {error}") from error
 
 
-def is_remote(config: RewardConfig) -> bool:
-    """Whether a verdict is waiting for a server rather than computing; a sum is remote if a part is."""
+def needs_label(config: RewardConfig, source: str) -> bool:
+    """Whether a prompt of ``source`` must have a label for its verdict to be valid."""
     if config.name == SUM:
-        return any(is_remote(part.config) for part in part_configs(config))
-    return config.name in REMOTE
+        return any(needs_label(part.config, source) for part in part_configs(config))
+    if config.name == BY_SOURCE:
+        named, otherwise = source_configs(config)
+        own = named.get(source, otherwise)
+        return own is not None and needs_label(own, source)
+    return config.name in COMPARING
+
+
+def is_remote(config: RewardConfig) -> bool:
+    """Whether a verdict is waiting for a server rather than computing; a sum, or by_source, is remote if a part is."""
+    return any(_parts_are_remote(config))
+
+
+def is_mixed(config: RewardConfig) -> bool:
+    """Whether some parts wait for a server and others compute."""
+    return len(set(_parts_are_remote(config))) > 1
+
+
+def _parts_are_remote(config: RewardConfig) -> list[bool]:
+    if config.name == SUM:
+        return [remote for part in part_configs(config) for remote in _parts_are_remote(part.config)]
+    if config.name == BY_SOURCE:
+        named, otherwise = source_configs(config)
+        rows = [*named.values(), *([] if otherwise is None else [otherwise])]
+        return [remote for one in rows for remote in _parts_are_remote(one)]
+    return [config.name in REMOTE]
 
 
 class PartConfig:
@@ -90,3 +125,25 @@ def part_configs(config: RewardConfig) -> list[PartConfig]:
 def part_of(part: PartConfig) -> Part:
     """The verifier of one part."""
     return Part(name=part.called, weight=part.weight, verifier=make_verifier(part.config))
+
+
+def source_configs(config: RewardConfig) -> tuple[Mapping[str, RewardConfig], RewardConfig | None]:
+    """The verifiers of by_source as configured, by source, and the one for any other; ValueError when there are none."""
+    rows = config.args.get("sources", {})
+    if not isinstance(rows, Mapping) or not rows or set(config.args) - {"sources", "otherwise"}:
+        raise ValueError(
+            f"reward.args: by_source needs sources, a mapping of source names to {{name, args}}, and perhaps otherwise;"
+            f" got {config.args!r}"
+        )
+    named = {str(source): _source_config(f"sources.{source}", row, config) for source, row in rows.items()}
+    otherwise = config.args.get("otherwise")
+    return named, None if otherwise is None else _source_config("otherwise", otherwise, config)
+
+
+def _source_config(key: str, row: object, whole: RewardConfig) -> RewardConfig:
+    if not isinstance(row, Mapping) or not isinstance(row.get("name"), str) or set(row) - {"name", "args"}:
+        raise ValueError(f"reward.args.{key}: expected name and perhaps args; got {row!r}")
+    one = replace(whole, name=row["name"], args=row.get("args", {}))
+    if one.name == BY_SOURCE or is_mixed(one):
+        raise ValueError(f"reward.args.{key}: {one.name} of several kinds cannot stand here; name its verifiers' sources instead")
+    return one

@@ -14,6 +14,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -53,7 +54,7 @@ class Verdict:
             return self.changed.wait_for(lambda: self.reward is not None, timeout_s)
 
 
-class ScoringService:
+class ScoringService(ABC):
     """Implements ``RewardService`` over ``submit``, which takes an answer to whoever judges it.
 
     ``decode`` turns response token ids into text (without special tokens). ``num_timeouts`` counts the verdicts that ran out
@@ -65,15 +66,15 @@ class ScoringService:
         self._closed = False
         self.num_timeouts = 0
 
-    def submit(self, verdict: Verdict) -> None:
-        """Have ``verdict`` settled some time; called on the feeder thread."""
-        raise NotImplementedError
+    @abstractmethod
+    def submit(self, verdicts: Sequence[Verdict]) -> None:
+        """Have the verdicts of one group settled some time; called on the feeder thread."""
 
     def close(self) -> None:
         """End whoever judges."""
         self._closed = True
 
-    def tick(self) -> None:
+    def tick(self) -> None:  # noqa: B027 - only threads have no clock of their own
         """Called now and then on the caller's thread while a verdict is awaited."""
 
     def score(self, groups: Iterable[RolloutGroup]) -> Iterator[RolloutGroup]:
@@ -113,8 +114,7 @@ class ScoringService:
                 if stopped.is_set():
                     return
                 verdicts = [Verdict(group.prompt, completion) for completion in group.completions]
-                for verdict in verdicts:
-                    self.submit(verdict)
+                self.submit(verdicts)
                 ready.put((group, verdicts))
             ready.put(None)
         except BaseException as error:  # it crosses to the caller's thread, which raises it
@@ -142,8 +142,9 @@ class RewardPool(ScoringService):
         for _ in range(config.num_workers):
             self._add_worker()
 
-    def submit(self, verdict: Verdict) -> None:
-        self._work.put(verdict)
+    def submit(self, verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            self._work.put(verdict)
 
     def close(self) -> None:
         """Let the threads end after the verdicts they are at; returns at once."""

@@ -1,11 +1,13 @@
 """The process that judges are forked from: ``python -m rlx.rewards.zygote FD``.
 
 It imports the verifiers once (seconds) and makes the configured one; each request on the socket FD then forks a judge
-within milliseconds, so that killing one costs next to nothing. Messages, one pickle each: the RewardConfig first; then for
-every request (one byte with a socket attached) the answer is the judge's process id. It ends when the socket closes.
+within milliseconds, so that killing one costs next to nothing. Messages of a ``Channel``: the RewardConfig first; then for
+every request (one byte with a socket and a stopwatch's page attached) the answer is the judge's process id. It ends when the
+socket closes.
 
-A judge takes (number, prompt, response text, completion) from its socket and answers (number, Reward), in order. Before
-each it restores the working directory, after each it kills what the verifier left running.
+A judge takes lists of (number, prompt, response text, completion) from its socket and answers with ``Verdicts``, in order,
+noting on the stopwatch which answer it is at. After each it restores the working directory and kills what the verifier left
+running.
 """
 
 from __future__ import annotations
@@ -17,52 +19,67 @@ import resource
 import signal
 import socket
 import sys
-from multiprocessing.connection import Connection
+import time
 from pathlib import Path
 
 from rlx.config.schema import RewardConfig
-from rlx.rewards.base import Verifier, invalid, is_finite_number
+from rlx.rewards.base import Verifier, invalid, is_finite_number, warm_up
+from rlx.rewards.channel import Channel, Verdicts
 from rlx.rewards.process_tree import become_subreaper, kill_below
 from rlx.rewards.registry import make_verifier
+from rlx.rewards.stopwatch import NOTHING, Stopwatch
 from rlx.types import Completion, Prompt, Reward
+
+# Verdicts are kept back no longer than this while more answers of the same message are judged.
+_KEEP_S = 0.005
 
 
 def main(descriptor: int) -> None:
     """Fork judges until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the launcher's to handle
     control = socket.socket(fileno=descriptor)
-    connection = Connection(os.dup(descriptor))
-    config: RewardConfig = connection.recv()
+    births = Channel(control)
+    config: RewardConfig = births.receive()
     verifier = make_verifier(config)
+    warm_up(verifier)
     become_subreaper()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects dead judges
     gc.freeze()
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        message, descriptors, _, _ = socket.recv_fds(control, 1, 2)
         if not message:
             return
         pid = os.fork()
         if pid == 0:
             control.close()
-            connection.close()
-            _judge_until_closed(Connection(descriptors[0]), verifier, config)
-        os.close(descriptors[0])
-        connection.send(pid)
+            channel, stopwatch = Channel(socket.socket(fileno=descriptors[0])), Stopwatch(descriptors[1])
+            _judge_until_closed(channel, stopwatch, verifier, config)
+        for received in descriptors:
+            os.close(received)
+        births.send(pid)
 
 
-def _judge_until_closed(connection: Connection, verifier: Verifier, config: RewardConfig) -> None:
+def _judge_until_closed(channel: Channel, stopwatch: Stopwatch, verifier: Verifier, config: RewardConfig) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     become_subreaper()
     os.setsid()
     _limit_memory(config.memory_mb)
     _silence()
-    home = Path.cwd()
+    home, children = os.getcwd(), os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            number, prompt, text, completion = connection.recv()
-            connection.send((number, judge(verifier, prompt, text, completion)))
-            os.chdir(home)
-            _clean_up()
+            rewards, written_s = [], time.monotonic()
+            for number, prompt, text, completion in channel.receive():
+                stopwatch.start(number)
+                rewards.append((number, judge(verifier, prompt, text, completion)))
+                os.chdir(home)
+                _clean_up(children)
+                if time.monotonic() - written_s >= _KEEP_S:
+                    channel.send(Verdicts(rewards=rewards, seconds=time.monotonic() - written_s))
+                    rewards, written_s = [], time.monotonic()
+            stopwatch.start(NOTHING)
+            if rewards:
+                channel.send(Verdicts(rewards=rewards, seconds=time.monotonic() - written_s))
     os._exit(0)
 
 
@@ -93,8 +110,8 @@ def _silence() -> None:
         os.dup2(null, descriptor)
 
 
-def _clean_up() -> None:
-    if Path(f"/proc/self/task/{os.getpid()}/children").read_text():
+def _clean_up(children: int) -> None:
+    if os.pread(children, 1, 0):
         kill_below(os.getpid())
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:

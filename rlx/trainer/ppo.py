@@ -136,7 +136,12 @@ class PPOTrainer:
             **scores,
             **rollouts.metrics,
             **samples.metrics,
+            **self.roles.prompts.metrics(),
         }
+        for source in sorted({group.prompt.source for group in groups} & set(self.config.data.sources)):
+            of_source = [r.value for g in groups if g.prompt.source == source for r in g.rewards or () if r.valid]
+            if of_source:
+                metrics[f"reward/mean/{source}"] = fmean(of_source)
         for part in sorted({name for reward in rewards for name in reward.parts}):
             metrics[f"reward/{part}"] = fmean(reward.parts[part] for reward in rewards if part in reward.parts)
         for role, stats in updates.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlx.algos.registry import ALGORITHMS, make_algorithm
-from rlx.config.algorithm import PRESETS, WITH_CRITIC, AlgorithmConfig
+from rlx.config.algorithm import NEEDS_GROUPS, PRESETS, WITH_CRITIC, AlgorithmConfig
 from rlx.config.checks import SUPPORTED_MODEL_TYPES
 from rlx.models.families import FAMILIES
 from rlx.rewards.registry import VERIFIERS
@@ -173,6 +173,13 @@ def test_names_that_config_may_not_import_agree_with_their_homes() -> None:
     assert all(f"| `{name}` |" in page for name in VERIFIERS)
 
 
+@pytest.mark.parametrize("name", NEEDS_GROUPS)
+def test_a_group_of_one_is_refused_where_answers_are_compared(problems: Problems, name: str) -> None:
+    found = problems(f"algorithm.name={name}")
+    assert f"algorithm.name {name} compares answers to one prompt and needs at least 2, got 1" in found[0]
+    assert problems(f"algorithm.name={name}", "rollout.samples_per_prompt=2") == ()
+
+
 FINETUNE = ("reward.name=''", "finetune.objective=dpo")
 
 
@@ -203,3 +210,28 @@ def test_fine_tuning_asks_nothing_of_rollouts_and_rewards(problems: Problems) ->
 def test_reinforcement_learning_needs_a_reward(problems: Problems) -> None:
     (problem,) = problems("reward.name=''")
     assert "reward.name: required but missing" in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.train=null"], ["data.train: required unless data.sources"]),
+        (["data.sources.a.path=x.jsonl"], ["data.sources", "leave one of the two out"]),
+        (["evaluation.sets.a.path=x.jsonl"], ["evaluation.sets.a.path", "no such file x.jsonl"]),
+        (["evaluation.sets.a.path=x.csv"], ["evaluation.sets.a.path", ".jsonl or .parquet, or be reasoning-gym:TASK"]),
+        (["evaluation.sets.a.path=reasoning-gym:t", "evaluation.sets.a.samples_per_prompt=4"], ["evaluation.sets.a.temperature"]),
+        (["evaluation.sets={'a b': {path: 'reasoning-gym:t'}}"], ["evaluation.sets", "'a b'"]),
+        (["evaluation.sets.a.tempreature=1", "evaluation.sets.a.path=reasoning-gym:t"], ["evaluation.sets.a.temperature"]),
+        (["evaluation.sets.a={}"], ["evaluation.sets.a.path: required but missing"]),
+        (["evaluation.sets.a=x.jsonl"], ["evaluation.sets.a", "section of keys"]),
+        (["data.train=null", "data.sources.a={path: 'reasoning-gym:t', weight: 0}"], ["data.sources.a.weight", "above 0"]),
+    ],
+)
+def test_a_fault_of_a_source_names_it(problems: Problems, overrides: list[str], words: list[str]) -> None:
+    found = " ".join(problems(*overrides))
+    assert all(word in found for word in words), found
+
+
+def test_sources_and_sets_fit(problems: Problems) -> None:
+    source = "data.sources.a={path: 'reasoning-gym:chain_sum', weight: 2, args: {size: 9}}"
+    assert problems("data.train=null", source, "data.sources.a.weight=3", "evaluation.sets.b.path=reasoning-gym:maze") == ()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from rlx.config.convert import Entry, section_entries, to_config, to_tree
+from rlx.config.convert import Entry, row_class, section_entries, to_config, to_tree
 from rlx.config.load import dump_config, load_config, read_tree
 from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig
 
@@ -33,6 +33,9 @@ def _values(entry: Entry, hint: Any) -> st.SearchStrategy[Any]:
         return st.none() | _values(entry, inner)
     if get_origin(hint) is list:
         return st.lists(_values(entry, get_args(hint)[0]), max_size=3)
+    row = row_class(hint)
+    if row is not None:
+        return st.dictionaries(_NAMES, _configs(row), max_size=2)
     if choices:
         return st.sampled_from(choices)
     if hint is int:

@@ -6,13 +6,17 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import math_verify
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlx.config.schema import RewardConfig
+from rlx.rewards.math import plain_number, same_number
 from rlx.rewards.pools import make_reward_service
 from rlx.rewards.registry import make_verifier
 from rlx.rewards.remote import RemoteError
@@ -33,6 +37,14 @@ MATH = [
     ("0.5", r"\boxed{\frac{1}{2}}"),
     (r"\frac{3}{7}", r"\boxed{\frac{6}{14}}"),
     (r"\frac{3}{7}", r"\boxed{\frac{6}{15}}"),
+    (r"\frac{3}{7}", r"\boxed{6/14}"),
+    (r"-\frac{1}{2}", r"\boxed{\dfrac{-2}{4}}"),
+    ("2", r"\boxed{2.0000001}"),
+    ("2", r"\boxed{2.00001}"),
+    ("1/3", r"\boxed{0.333333}"),
+    ("1/3", r"\boxed{0.33333}"),
+    (r"\frac{1}{0}", r"\boxed{\frac{2}{0}}"),
+    ("+1,234", r"\boxed{1234.0}"),
     (r"\sqrt{8}", r"\boxed{2\sqrt{2}}"),
     (r"x^2+2x+1", r"\boxed{(x+1)^2}"),
     (r"x^2+2x+1", r"\boxed{(x-1)^2}"),
@@ -53,6 +65,36 @@ def test_math_says_what_math_verify_says(label: str, response: str) -> None:
     assert ask("math", {}, response, label).value == wanted
     if "boxed{" not in response:
         assert ask("math", {"boxed_only": True}, response, label).value == 0.0
+
+
+_DIGITS = st.integers(0, 40) | st.integers(0, 10**9 - 1)
+_DECIMALS = st.builds(lambda whole, rest: f"{whole}.{rest:0>2}", _DIGITS, st.integers(0, 99999))
+_FRACTIONS = st.builds(lambda form, a, b: form % (a, b), st.sampled_from([r"\frac{%d}{%d}", r"\dfrac{%d}{%d}", "%d/%d"]),
+                       _DIGITS, st.integers(1, 30))  # fmt: skip
+_SIGNED = st.builds(lambda sign, text: sign + text, st.sampled_from(["", "-", "+"]), _DECIMALS | _FRACTIONS | _DIGITS.map(str))
+_NUMBERS = _SIGNED | _DIGITS.map(lambda number: f"{number:,}")
+_STEPS = st.sampled_from(
+    [0, 0, 1, Fraction(1, 2), Fraction(1, 10**5), Fraction(3, 10**6), Fraction(1, 10**6), Fraction(1, 10**8)]
+)
+
+
+def _written(value: Fraction, form: int) -> str:
+    """``value`` in one of several forms, some of them rounded."""
+    if form:
+        return f"{float(value):.{form}f}"
+    sign = "-" if value < 0 else ""
+    return f"{sign}\\frac{{{2 * abs(value.numerator)}}}{{{2 * value.denominator}}}"
+
+
+@settings(max_examples=150, deadline=None)
+@given(_NUMBERS, _STEPS, st.integers(0, 7))
+def test_the_short_cut_for_numbers_says_what_math_verify_says(gold: str, step: Fraction, form: int) -> None:
+    value = plain_number(gold)
+    assert value is not None
+    answer = _written(value + step, form)
+    found = same_number(gold, answer)
+    parsed = [math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer)]
+    assert found is None or found == math_verify.verify(*parsed, timeout_seconds=None), (gold, answer)
 
 
 def test_the_last_box_is_the_answer() -> None:

@@ -65,6 +65,7 @@ def test_verdicts_stand_beside_their_answers(pool: ProcessPool) -> None:
         ("exit", "process died"),
         ("raise", "KeyError: 'no such thing'"),
         ("nan", "not a finite number"),
+        ("-inf", "not a finite number"),
         ("word", "ValueError"),
     ],
 )

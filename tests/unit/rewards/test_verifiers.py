@@ -10,7 +10,7 @@ import pytest
 from rlx.config.schema import RewardConfig
 from rlx.rewards.base import MissingLabelError
 from rlx.rewards.numeric import last_number
-from rlx.rewards.registry import make_verifier
+from rlx.rewards.registry import make_verifier, needs_label
 from rlx.types import Completion, Prompt, Reward
 
 ANSWER = Completion(token_ids=(1,), rollout_logprobs=(-0.1,), finish_reason="stop", weight_versions=(0,))
@@ -138,7 +138,7 @@ def test_python_function(functions: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (RewardConfig(name="exactly"), "judge, sum, or path/to/file.py:function; got 'exactly'"),
+        (RewardConfig(name="exactly"), "judge, sum, by_source, or path/to/file.py:function; got 'exactly'"),
         (RewardConfig(name="exact", args={"case": True}), "reward.args do not fit the verifier exact"),
         (RewardConfig(name="regex"), "pattern"),
         (RewardConfig(name="regex", args={"pattern": "("}), "is not a regular expression"),
@@ -160,3 +160,16 @@ def test_bad_files_are_refused_at_once(functions: str, tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("import nothing_of_this_name")
     with pytest.raises(ValueError, match=r"bad\.py cannot be imported: ModuleNotFoundError"):
         make_verifier(RewardConfig(name=f"{tmp_path}/bad.py:f"))
+    (tmp_path / "bad.py").write_text("import os, sys\nos.chdir('/')\nsys.exit(3)")
+    home = Path.cwd()
+    with pytest.raises(ValueError, match=r"bad\.py cannot be imported: SystemExit: 3"):
+        make_verifier(RewardConfig(name=f"{tmp_path}/bad.py:f"))
+    assert Path.cwd() == home
+
+
+def test_which_rewards_need_a_label() -> None:
+    parts = RewardConfig(name="sum", args={"parts": [{"name": "format"}, {"name": "math"}]})
+    sources = {"a": {"name": "exact"}, "b": {"name": "reasoning-gym"}}
+    by_source = RewardConfig(name="by_source", args={"sources": sources, "otherwise": {"name": "numeric"}})
+    assert needs_label(parts, "any") and needs_label(by_source, "a") and needs_label(by_source, "c")
+    assert not needs_label(by_source, "b") and not needs_label(RewardConfig(name="mine.py:f"), "any")

@@ -20,10 +20,10 @@ def test_pass_chance_is_the_share_of_subsets_with_a_right_answer(n: int) -> None
 
 def test_at_k_leaves_out_what_is_too_short() -> None:
     found = at_k([[1.0, 0.0, 0.4], [0.0, 0.0, 0.0], [1.0], []], 3, pass_reward=1.0)
-    assert found["eval/mean@3"] == pytest.approx((1.4 / 3 + 0 + 1) / 3)
-    assert found["eval/pass@1"] == pytest.approx((1 / 3 + 0 + 1) / 3)
-    assert found["eval/pass@2"] == pytest.approx((2 / 3 + 0) / 2)
-    assert found["eval/pass@3"] == pytest.approx(1 / 2)
+    assert found["mean@3"] == pytest.approx((1.4 / 3 + 0 + 1) / 3)
+    assert found["pass@1"] == pytest.approx((1 / 3 + 0 + 1) / 3)
+    assert found["pass@2"] == pytest.approx((2 / 3 + 0) / 2)
+    assert found["pass@3"] == pytest.approx(1 / 2)
 
 
 def group(*rewards: Reward) -> RolloutGroup:
@@ -42,4 +42,8 @@ def test_answers_that_cannot_be_judged_are_counted_and_not_averaged() -> None:
 
 def test_an_evaluation_without_any_verdict_says_so_instead_of_failing() -> None:
     broken = Reward(value=0.0, valid=False, error="?")
-    assert summarise([group(broken, broken)], 2, pass_reward=1.0) == {"eval/tokens_mean": 3.0, "eval/invalid": 2.0}
+    assert summarise([group(broken, broken)], 2, pass_reward=1.0) == {
+        "eval/tokens_mean": 3.0,
+        "eval/invalid": 2.0,
+        "eval/prompts": 1.0,
+    }

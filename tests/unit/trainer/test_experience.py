@@ -11,7 +11,7 @@ import pytest
 
 from rlx.algos.registry import make_algorithm
 from rlx.config.schema import AlgorithmConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
-from rlx.trainer.experience import collect, has_signal, prepare
+from rlx.trainer.experience import Rollouts, collect, has_signal, prepare
 from rlx.trainer.roles import Roles
 from rlx.types import Completion, Prompt, Reward, RolloutGroup, SamplingSpec
 
@@ -128,3 +128,16 @@ def test_filtered_answers_leave_the_loss_but_not_the_baseline() -> None:
     samples = prepare(config, algorithm, collect(config, fakes.roles, algorithm, SAMPLING))
     assert [sample.scalar_advantage for sample in samples.kept] == [0.75, -0.25, -0.25]
     assert samples.drops["overlong_filtered"] == 1
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_a_batch_of_empty_answers_stops_the_run_and_names_the_counts(name: str) -> None:
+    config = config_of(prompts=2, name=name)
+    empty = Completion(token_ids=(), rollout_logprobs=(), finish_reason="stop", weight_versions=())
+    rewards = (Reward(value=0.0), Reward(value=0.0, valid=False, error="?"))
+    groups = [
+        RolloutGroup(prompt=Prompt(prompt_id=index, token_ids=(1,), text=""), completions=(empty, empty), rewards=rewards)
+        for index in range(2)
+    ]
+    with pytest.raises(RuntimeError, match=r"no sample of the batch can be trained on; drops: \{'empty_response': 4\}"):
+        prepare(config, make_algorithm(config.algorithm), Rollouts(groups=groups))

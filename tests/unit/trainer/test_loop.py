@@ -21,6 +21,7 @@ from rlx.config.schema import (
     RewardConfig,
     RunConfig,
 )
+from rlx.config.sources import SourceConfig
 from rlx.trainer.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
 from rlx.trainer.ppo import PPOTrainer, run
 from rlx.trainer.roles import Roles
@@ -144,13 +145,16 @@ class FakePrompts:
     def next(self, num: int) -> list[Prompt]:
         ids = range(self.num_drawn, self.num_drawn + num)
         self.num_drawn += num
-        return [Prompt(prompt_id=index, token_ids=(1, 2, 3), text="?") for index in ids]
+        return [Prompt(prompt_id=index, token_ids=(1, 2, 3), text="?", source="ab"[index % 2]) for index in ids]
 
     def state(self) -> dict[str, int]:
         return {"num_drawn": self.num_drawn}
 
     def load_state(self, state: Mapping[str, int]) -> None:
         self.num_drawn = state["num_drawn"]
+
+    def metrics(self) -> dict[str, float]:
+        return {"data/epoch": self.num_drawn / 100}
 
 
 def make_trainer(calls: Calls, kl: float = 0.0, **algorithm: Any) -> PPOTrainer:
@@ -264,3 +268,14 @@ def test_an_interrupted_save_is_no_checkpoint(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 3, {"step": 3}, lambda folder: None, keep=1)
     assert [step for step, _ in whole_checkpoints(tmp_path)] == [3]
     assert not (whole_checkpoints(tmp_path)[0][1] / "half").exists()
+
+
+def test_a_mixture_reports_the_reward_of_each_source() -> None:
+    trainer = make_trainer(Calls())
+    assert not [name for name in trainer.step().metrics if name.startswith("reward/mean/")]
+    sources = {name: SourceConfig(path="none") for name in "abc"}
+    trainer.config = replace(trainer.config, data=DataConfig(sources=sources, prompts_per_step=3))
+    metrics = trainer.step().metrics
+    found = {name: value for name, value in metrics.items() if name.startswith("reward/mean/")}
+    assert found == {"reward/mean/a": pytest.approx(1 / 3), "reward/mean/b": pytest.approx(1 / 3)}
+    assert metrics["data/epoch"] == 0.06
