@@ -51,7 +51,7 @@ demo-smollm2: $(SMOLLM2_STAMP)  ## the same with SmolLM2-135M-Instruct, a real p
 	$(VENV)/bin/rlx train configs/demo-smollm2.yaml run.overwrite=true $(ARGS)
 
 test: lint  ## lint, types, then every test that a CPU machine passes quickly
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 # SGLang pins other versions than rlx is tested with, so its servers have an environment of their own, as in a run.
 $(SGLANG_STAMP): Makefile
