@@ -21,7 +21,7 @@ class PackedSequences(PackedSeqParams):
 
     lengths_S    true lengths, int64 [S]
     segments_t   the number of each token's sequence, -1 in padding
-    weights_S    each sequence's loss tokens, divided by the divisor of the mini-batch: its share in the losses
+    weights_S    each sequence's share of the mini-batch's loss tokens
     """
 
     lengths_S: Tensor | None = None
@@ -69,15 +69,17 @@ def pad_pack(pack: MicroBatch, num_tokens: int) -> MicroBatch:
     )
 
 
-def local_batch(pack: MicroBatch, context: ParallelContext, divisor: float = 1.0) -> LocalBatch:
-    """This rank's part of ``pack``, on its device; ``divisor`` is what the losses of its mini-batch are divided by."""
+def local_batch(pack: MicroBatch, context: ParallelContext, num_loss_tokens: float = 1.0) -> LocalBatch:
+    """This rank's part of ``pack``, on its device; ``num_loss_tokens`` are those of its mini-batch over all ranks."""
     device = context.device
     cu_seqlens = pack.cu_seqlens_S1.to(device)
     index_t = local_index(cu_seqlens, context.dims.cp, context.cp_rank)
     starts = torch.repeat_interleave(cu_seqlens[:-1], (cu_seqlens[1:] - cu_seqlens[:-1]).long())
     positions_t = index_t - starts[index_t]
     segments_T, lengths_S = torch.repeat_interleave((cu_seqlens[1:] - cu_seqlens[:-1]).long()), pack.lengths_S.to(device)
-    weights_S = torch.zeros(len(lengths_S), device=device).index_add_(0, segments_T, pack.loss_mask_T.to(device)) / divisor
+    weights_S = (
+        torch.zeros(len(lengths_S), device=device).index_add_(0, segments_T, pack.loss_mask_T.to(device)) / num_loss_tokens
+    )
     segments_t = torch.where(positions_t < lengths_S[segments_T[index_t]], segments_T[index_t], -1)
     params = PackedSequences(
         qkv_format="thd",

@@ -3,8 +3,8 @@
 How losses are scaled: the caller's loss is a SUM over this rank's tokens. Here, and nowhere else, it is divided by the
 mini-batch's global count, and Megatron's own scaling is switched off: with ``calculate_per_token_loss`` the schedules
 divide by nothing and data parallelism adds gradients up, and a token count of zero makes ``finalize_model_grads``
-divide by max(0, 1). The balancing losses of routers are divided by the same count (``rlx.parallel.packing``), and enter the
-gradients inside the model, past Megatron's scaling. So no split over DP, CP, PP or micro-batches can change a gradient.
+divide by max(0, 1). The balancing losses of routers are divided by the mini-batch's loss tokens, however the caller's loss
+is aggregated (``rlx.parallel.packing``), and enter the gradients inside the model, past Megatron's scaling. So no split over DP, CP, PP or micro-batches can change a gradient.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ def forward_backward(
     loss: Loss,
     *,
     divisor: float,
+    num_loss_tokens: float,
     context: ParallelContext,
 ) -> dict[str, Tensor]:
-    """Gradients of sum(loss) / divisor into the chunks' gradient buffers. Returns the summed statistics of this rank's
-    micro-batches ([2]: sum, count; empty off the last stage)."""
+    """Gradients of sum(loss) / divisor, and of the routers' balancing losses / num_loss_tokens, into the chunks' gradient
+    buffers; both counts are the whole mini-batch's. Returns the summed statistics of this rank's micro-batches ([2]: sum,
+    count; empty off the last stage)."""
 
     def step(batches: Iterator[LocalBatch], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
         batch = next(batches)
@@ -48,7 +50,7 @@ def forward_backward(
 
         return head(chunk, batch), finish
 
-    per_batch = _run(step, chunks, packs, context, divisor=divisor)
+    per_batch = _run(step, chunks, packs, context, num_loss_tokens=num_loss_tokens)
     totals: dict[str, Tensor] = {}
     for stats in per_batch:
         for name, stat in stats.items():
@@ -66,7 +68,7 @@ def forward_only(
         return head(chunk, batch), lambda outputs, non_loss_data: (batch, outputs)
 
     with torch.no_grad():
-        return list(_run(step, chunks, packs, context, divisor=None))
+        return list(_run(step, chunks, packs, context, num_loss_tokens=None))
 
 
 def _run(
@@ -75,14 +77,14 @@ def _run(
     packs: Sequence[MicroBatch],
     context: ParallelContext,
     *,
-    divisor: float | None,
+    num_loss_tokens: float | None,
 ) -> list:  # type: ignore[type-arg]
-    """Without a divisor there is no backward pass."""
+    """Without a number of tokens there is no backward pass."""
     longest = max(pack.tokens_T.shape[0] for pack in packs)
     if context.dims.vpp > 1:
         # The interleaved schedule exchanges tensors of one fixed shape.
         packs = [pad_pack(pack, longest) for pack in packs]
-    batches = [local_batch(pack, context, divisor or 1.0) for pack in packs]
+    batches = [local_batch(pack, context, num_loss_tokens or 1.0) for pack in packs]
     iterators = [iter(batches) for _ in chunks]
     results = get_forward_backward_func()(
         forward_step_func=step,
@@ -91,7 +93,7 @@ def _run(
         num_microbatches=len(batches),
         seq_length=longest,
         micro_batch_size=1,
-        forward_only=divisor is None,
-        collect_non_loss_data=divisor is None,
+        forward_only=num_loss_tokens is None,
+        collect_non_loss_data=num_loss_tokens is None,
     )
     return results if context.is_last_stage else []

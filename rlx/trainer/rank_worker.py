@@ -102,6 +102,7 @@ class RankWorker(ABC):
             trained.head,
             trained.loss,
             divisor=divisor(self.batch, mini_batch, trained.aggregation, self.config),
+            num_loss_tokens=float(max(1, sum(sample.num_loss_tokens for sample in self.batch.members(mini_batch)))),
             context=self.context,
         )
         result = trained.model.step()

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.timeout(1200)  # the first test waits for all ranks, on
 SP = {"tp": 2, "sequence_parallel": True}
 BALANCED = {"model": {"moe_aux_loss_coefficient": 0.2, "moe_z_loss_coefficient": 0.03}}
 PLAIN_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {1: {"one": {}}, 2: {"dp2": {}, "ep2": {"ep": 2}, "tp2": SP}}
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum")
 RESUMED = {"ep": 2, "distributed": True, "resume": True}
 
 
@@ -41,6 +42,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for world_size, layouts in PLAIN_LAYOUTS.items():
         balanced = {f"{name} balanced": layout | BALANCED for name, layout in layouts.items()}
         resumed = {"resumed": RESUMED | BALANCED} if world_size == 2 else {}
+        for aggregation in AGGREGATIONS if world_size == 1 else ():
+            row = {"algorithm": {"loss_aggregation": aggregation}, "clip": 0.0}
+            resumed |= {aggregation: row, f"{aggregation} balanced": row | BALANCED}
         out = folder / f"world{world_size}.pt"
         run_ranks(
             "tests.dist.programs.updates", world_size, arguments | {"layouts": layouts | balanced | resumed}, out, timeout_s=600
@@ -74,6 +78,20 @@ def test_balancing_moves_the_routers(results: dict[str, Any]) -> None:
     plain, balanced = (results[name]["grads"]["policy"] for name in ("one", "one balanced"))
     routers = [name for name in plain if name.endswith("mlp.gate.weight")]
     assert routers and all(relative(balanced[name], plain[name]) > 0.01 for name in routers)
+
+
+def test_balancing_weighs_the_same_however_the_loss_is_aggregated(results: dict[str, Any]) -> None:
+    """What the balancing losses add to a gradient is their own gradient alone."""
+    by_token, by_sequence = (
+        {
+            name: results[f"{kind} balanced"]["grads"]["policy"][name] - grad
+            for name, grad in results[kind]["grads"]["policy"].items()
+        }
+        for kind in AGGREGATIONS
+    )
+    routers = [name for name in by_token if name.endswith("mlp.gate.weight")]
+    assert routers and all(float(by_token[name].abs().max()) > 0 for name in routers)
+    assert all(relative(by_sequence[name], by_token[name]) <= 1e-3 for name in routers)
 
 
 def test_a_resumed_run_takes_the_same_step(results: dict[str, Any]) -> None:

@@ -84,7 +84,8 @@ def main(model_dir: Path, spec: str) -> None:
     def plain_step() -> None:
         model.zero_grad()
         packs = worker.batch.packs(0)
-        forward_backward(model.wrapped, packs, plain_head, plain_loss, divisor=float(NUM_SEQUENCES * LENGTH), context=context)
+        total = float(NUM_SEQUENCES * LENGTH)
+        forward_backward(model.wrapped, packs, plain_head, plain_loss, divisor=total, num_loss_tokens=total, context=context)
         model.step()
 
     torch.cuda.reset_peak_memory_stats()

@@ -61,7 +61,15 @@ def gradients(model: Trainable, arch: Architecture, sequences: list[list[int]], 
 
     model.zero_grad()
     total = sum(len(tokens) - 1 for tokens in sequences)
-    forward_backward(model.wrapped, packs_of(sequences, context), token_head(context, arch), loss, divisor=total, context=context)
+    forward_backward(
+        model.wrapped,
+        packs_of(sequences, context),
+        token_head(context, arch),
+        loss,
+        divisor=total,
+        num_loss_tokens=total,
+        context=context,
+    )
     return merged(
         {name: grad.clone() for name, grad in stage_weights(model.chunks, arch, context, lambda p: p.main_grad.detach())}, context
     )

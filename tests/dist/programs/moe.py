@@ -54,7 +54,15 @@ def gradients(model: Trainable, arch: Architecture, sequences: list[list[int]], 
         return LossOutput(loss=-(outputs[0] * local.loss_mask_t).sum(), stats={})
 
     model.zero_grad()
-    forward_backward(model.wrapped, batch.packs(0), token_head(context, arch), loss, divisor=sum(counts), context=context)
+    forward_backward(
+        model.wrapped,
+        batch.packs(0),
+        token_head(context, arch),
+        loss,
+        divisor=sum(counts),
+        num_loss_tokens=sum(counts),
+        context=context,
+    )
     found = {name: tensor.clone() for name, tensor in stage_weights(model.chunks, arch, context, gradient)}
     return {name: tensor for part in context.gather_objects(found) for name, tensor in part.items()}
 

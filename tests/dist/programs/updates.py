@@ -24,11 +24,13 @@ from rlx.trainer.worker import Trained, Worker
 from rlx.types import TrainSample
 from tests.dist.programs.layouts import context_of, main
 
+EXTRA_KEYS = ("distributed", "model", "algorithm", "clip", "resume")
+
 
 def config_of(
-    arguments: dict[str, Any], layout: dict[str, Any], distributed: bool, model: dict[str, Any] | None = None
+    arguments: dict[str, Any], layout: dict[str, Any], distributed: bool, model: dict[str, Any] | None = None, clip: float = 0.05
 ) -> Config:
-    optimizer = OptimizerConfig(lr=2e-3, clip_grad=0.05, distributed=distributed, weight_decay=0.01)
+    optimizer = OptimizerConfig(lr=2e-3, clip_grad=clip, distributed=distributed, weight_decay=0.01)
     return Config(
         model=ModelConfig(path=arguments["model"], reference_path=arguments["reference"], **(model or {})),
         data=DataConfig(train=""),
@@ -57,10 +59,12 @@ def collect(trained: Trained, worker: Worker, context: ParallelContext, what: st
 
 
 def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
-    """``layout`` may also say ``distributed`` (optimizer), ``model`` (more of its keys) and ``resume`` (try a checkpoint)."""
+    """``layout`` may also say ``distributed`` (optimizer), ``model`` and ``algorithm`` (more of their keys), ``clip`` (of
+    gradients) and ``resume`` (try a checkpoint)."""
     layout = dict(layout)
     distributed, model, resume = layout.pop("distributed", False), layout.pop("model", {}), layout.pop("resume", False)
-    config = config_of(arguments, layout, distributed, model)
+    algorithm, clip = arguments["algorithm"] | layout.pop("algorithm", {}), layout.pop("clip", 0.05)
+    config = config_of(arguments | {"algorithm": algorithm}, layout, distributed, model, clip)
     worker = Worker(config, context)
     samples = [TrainSample(**sample) for sample in arguments["samples"]]
     plan = plan_batch(
@@ -105,7 +109,7 @@ def checkpoint_folder(arguments: dict[str, Any]) -> Path:
 def program(arguments: dict[str, Any], world_size: int) -> None:
     results = {}
     for name, layout in arguments["layouts"].items():
-        dims = {key: value for key, value in layout.items() if key not in ("distributed", "model", "resume")}
+        dims = {key: value for key, value in layout.items() if key not in EXTRA_KEYS}
         with context_of(dims, world_size) as context:
             results[name] = run_layout(arguments, layout, context)
             if context.rank == 0:
