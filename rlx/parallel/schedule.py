@@ -1,15 +1,17 @@
 """Runs micro-batches through Megatron's schedules (no pipeline, 1F1B, interleaved).
 
 How losses are scaled: the caller's loss is a SUM over this rank's tokens. Here, and nowhere else, it is divided by the
-mini-batch's global count, and Megatron's own scaling is switched off: with ``calculate_per_token_loss`` the schedules
-divide by nothing and data parallelism adds gradients up, and a token count of zero makes ``finalize_model_grads``
-divide by max(0, 1). The balancing losses of routers are divided by the mini-batch's loss tokens, however the caller's loss
-is aggregated (``rlx.parallel.packing``), and enter the gradients inside the model, past Megatron's scaling. So no split over DP, CP, PP or micro-batches can change a gradient.
+mini-batch's global count, and Megatron's own scaling is switched off: with ``calculate_per_token_loss`` the schedules divide
+by nothing and data parallelism adds gradients up, and a token count of zero makes ``finalize_model_grads`` divide by max(0,
+1). The balancing losses of routers are divided by the mini-batch's loss tokens, however the caller's loss is aggregated
+(``rlx.parallel.packing``), and enter the gradients inside the model, past Megatron's scaling. So no split over DP, CP, PP or
+micro-batches can change a gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -26,19 +28,26 @@ Loss = Callable[[Tensor, LocalBatch], LossOutput]
 """Turns the head's per-token outputs into a summed loss and statistics."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divisors:
+    """Counts of the whole mini-batch over all ranks: what the caller's loss is divided by, and its loss tokens, which divide
+    the routers' balancing losses."""
+
+    loss: float
+    loss_tokens: float
+
+
 def forward_backward(
     chunks: Sequence[nn.Module],
     packs: Sequence[MicroBatch],
     head: Head,
     loss: Loss,
     *,
-    divisor: float,
-    num_loss_tokens: float,
+    divisors: Divisors,
     context: ParallelContext,
 ) -> dict[str, Tensor]:
-    """Gradients of sum(loss) / divisor, and of the routers' balancing losses / num_loss_tokens, into the chunks' gradient
-    buffers; both counts are the whole mini-batch's. Returns the summed statistics of this rank's micro-batches ([2]: sum,
-    count; empty off the last stage)."""
+    """Gradients of sum(loss), and of the routers' balancing losses, over their divisors into the chunks' gradient buffers.
+    Returns the summed statistics of this rank's micro-batches ([2]: sum, count; empty off the last stage)."""
 
     def step(batches: Iterator[LocalBatch], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
         batch = next(batches)
@@ -46,11 +55,11 @@ def forward_backward(
         def finish(outputs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             result = loss(outputs, batch)
             no_tokens = torch.zeros((), dtype=torch.int, device=outputs.device)
-            return result.loss / divisor, no_tokens, {name: stat.detach() for name, stat in result.stats.items()}
+            return result.loss / divisors.loss, no_tokens, {name: stat.detach() for name, stat in result.stats.items()}
 
         return head(chunk, batch), finish
 
-    per_batch = _run(step, chunks, packs, context, num_loss_tokens=num_loss_tokens)
+    per_batch = _run(step, chunks, packs, context, num_loss_tokens=divisors.loss_tokens)
     totals: dict[str, Tensor] = {}
     for stats in per_batch:
         for name, stat in stats.items():

@@ -29,7 +29,7 @@ from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Head, forward_backward, forward_only
 from rlx.trainer.batch import RankBatch
-from rlx.trainer.weighting import divisor
+from rlx.trainer.weighting import divisors
 from rlx.types import LossInputs, LossOutput, UpdateStats
 
 Means = dict[str, float]
@@ -101,8 +101,7 @@ class RankWorker(ABC):
             self.batch.packs(mini_batch),
             trained.head,
             trained.loss,
-            divisor=divisor(self.batch, mini_batch, trained.aggregation, self.config),
-            num_loss_tokens=float(max(1, sum(sample.num_loss_tokens for sample in self.batch.members(mini_batch)))),
+            divisors=divisors(self.batch, mini_batch, trained.aggregation, self.config),
             context=self.context,
         )
         result = trained.model.step()

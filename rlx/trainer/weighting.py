@@ -11,6 +11,7 @@ from torch import Tensor
 from rlx.algos.aggregation import loss_divisor, token_weight
 from rlx.algos.mismatch import drift, importance_weights
 from rlx.config.schema import Config
+from rlx.parallel.schedule import Divisors
 from rlx.trainer.batch import RankBatch, position_mask, position_rollout_logprobs
 
 Stats = dict[str, Tensor]
@@ -26,10 +27,11 @@ def add_weights(batch: RankBatch, aggregation: str) -> None:
     batch.columns["outcomes"] = {sample.sample_id: masks[sample.sample_id] * sample.reward for sample in batch.samples}
 
 
-def divisor(batch: RankBatch, mini_batch: int, aggregation: str, config: Config) -> float:
-    """The mini-batch's divisor, the same on every rank."""
+def divisors(batch: RankBatch, mini_batch: int, aggregation: str, config: Config) -> Divisors:
+    """The mini-batch's, the same on every rank."""
     counts = [sample.num_loss_tokens for sample in batch.members(mini_batch)]
-    return loss_divisor(aggregation, counts, config.algorithm.loss_constant or config.rollout.max_new_tokens)
+    loss = loss_divisor(aggregation, counts, config.algorithm.loss_constant or config.rollout.max_new_tokens)
+    return Divisors(loss=loss, loss_tokens=float(max(1, sum(counts))))
 
 
 def add_importance(batch: RankBatch, config: Config) -> Stats:

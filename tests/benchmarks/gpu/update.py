@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlx.data.plan import plan_batch
 from rlx.models.rotary import rotated_as_one
 from rlx.parallel.packing import LocalBatch
-from rlx.parallel.schedule import forward_backward, forward_only
+from rlx.parallel.schedule import Divisors, forward_backward, forward_only
 from rlx.trainer.worker import Worker
 from rlx.types import LossOutput, TrainSample
 from tests.benchmarks.gpu.trainer import config_of, one_rank
@@ -85,7 +85,9 @@ def main(model_dir: Path, spec: str) -> None:
         model.zero_grad()
         packs = worker.batch.packs(0)
         total = float(NUM_SEQUENCES * LENGTH)
-        forward_backward(model.wrapped, packs, plain_head, plain_loss, divisor=total, num_loss_tokens=total, context=context)
+        forward_backward(
+            model.wrapped, packs, plain_head, plain_loss, divisors=Divisors(loss=total, loss_tokens=total), context=context
+        )
         model.step()
 
     torch.cuda.reset_peak_memory_stats()

@@ -21,7 +21,7 @@ from rlx.models.hf_io import export_hf, load_hf, stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
-from rlx.parallel.schedule import forward_backward
+from rlx.parallel.schedule import Divisors, forward_backward
 from rlx.trainer.scoring import score_sequences
 from rlx.types import LossOutput, TrainSample
 from tests.dist.family_folders import folder_of, sequences
@@ -66,8 +66,7 @@ def gradients(model: Trainable, arch: Architecture, sequences: list[list[int]], 
         packs_of(sequences, context),
         token_head(context, arch),
         loss,
-        divisor=total,
-        num_loss_tokens=total,
+        divisors=Divisors(loss=total, loss_tokens=total),
         context=context,
     )
     return merged(

@@ -19,7 +19,7 @@ from rlx.models.hf_io import export_hf, load_hf, stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
-from rlx.parallel.schedule import forward_backward
+from rlx.parallel.schedule import Divisors, forward_backward
 from rlx.trainer.batch import RankBatch
 from rlx.trainer.scoring import score_sequences
 from rlx.types import LossOutput, TrainSample
@@ -59,8 +59,7 @@ def gradients(model: Trainable, arch: Architecture, sequences: list[list[int]], 
         batch.packs(0),
         token_head(context, arch),
         loss,
-        divisor=sum(counts),
-        num_loss_tokens=sum(counts),
+        divisors=Divisors(loss=sum(counts), loss_tokens=sum(counts)),
         context=context,
     )
     found = {name: tensor.clone() for name, tensor in stage_weights(model.chunks, arch, context, gradient)}
