@@ -6,6 +6,8 @@ import os
 import socket
 from dataclasses import dataclass
 
+import psutil
+
 from rlx.rollout.keys import EngineKeys
 
 # What Megatron says at every import, in every rank, about packages that are optional here.
@@ -74,9 +76,18 @@ def rendezvous() -> Rendezvous:
 
 
 def default_interface(address: str) -> None:
-    """When everybody is on this host, do not let gloo depend on the host name resolving."""
+    """Let gloo listen where ``address``, this node's own, is: it would else ask what the host's name resolves to."""
+    name = interface_of(address)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface with this address; None when it is not this host's."""
     if address in ("localhost", "127.0.0.1"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        return "lo"
+    found = psutil.net_if_addrs()
+    return next((name for name, entries in found.items() if any(entry.address == address for entry in entries)), None)
 
 
 def report_requeue() -> bool:

@@ -13,7 +13,7 @@ import time
 
 from torch.distributed import DistError
 
-from rlx.cluster.environment import RolloutNode, rollout_node
+from rlx.cluster.environment import RolloutNode, default_interface, rollout_node
 from rlx.cluster.node_engines import Node, NodeEngines
 from rlx.cluster.seating import machines_of, seats_of
 from rlx.cluster.stopping import end_on_signals
@@ -34,6 +34,7 @@ def serve_node() -> int:
     gpus_of = seats.engines_of(number)
     if not gpus_of:
         return 0
+    default_interface(place.meeting.own_address())
     asked = threading.Event()
     end_on_signals(lambda signal_number: asked.set())
     engines = NodeEngines(config, run_dir, Node(number=number, address=place.meeting.own_address()), gpus_of)

@@ -31,8 +31,8 @@ from rlx.cluster.node_engines import Assembly, Node, NodeEngines
 from rlx.cluster.placement import attached_fleet
 from rlx.cluster.preflight import preflight
 from rlx.cluster.progress import Progress
-from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir
-from rlx.cluster.seating import machines_of, seats_of
+from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir, wait_for_shared
+from rlx.cluster.seating import machines_of, refuse_spanning_engines, seats_of
 from rlx.cluster.seats import Machines, PlacementError, Seats
 from rlx.cluster.stopping import end_on_signals
 from rlx.config.load import ConfigError, dump_config, load_config
@@ -71,7 +71,7 @@ def join_run(
         seats = seats_of(config, _machines(config, place, meeting))
         duty = _Duty(config, run_dir, (place, meeting), _to_log(log_path(run_dir, "trainer", place.rank)))
         try:
-            default_interface(meeting.address)
+            default_interface(meeting.own_address())
             duty.begin(seats)
             yield JoinedRun(config=config, run_dir=run_dir, endpoints_file=run_dir / ENDPOINTS)
         except Exception as error:
@@ -112,7 +112,7 @@ def _agree(
     try:
         config = _load(path, overrides, place)
         preflight(config)
-        _check_engines(seats_of(config, _machines(config, place, meeting)))
+        refuse_spanning_engines(seats_of(config, _machines(config, place, meeting)))
         run_dir = stack.enter_context(open_run_dir(config))
     except (ConfigError, PlacementError) as error:
         problems = list(error.problems) if isinstance(error, ConfigError) else [str(error)]
@@ -133,17 +133,8 @@ def agreed_run(store: TCPStore, meeting: Rendezvous) -> Path:
         store.add(_TOLD_KEY, 1)
         raise SystemExit(2)
     run_dir = Path(found["run_dir"])
-    _wait_for(run_dir / "config.yaml")
+    wait_for_shared(run_dir / "config.yaml")
     return run_dir
-
-
-def _check_engines(seats: Seats) -> None:
-    spanning = [index for index, seat in enumerate(seats.engines) if len(seat.nodes) > 1]
-    if spanning:
-        raise PlacementError(
-            f"rollout.tp: engine {spanning[0]} would span {len(seats.engines[spanning[0]].nodes)} nodes, which no launcher here"
-            " starts: start such servers yourself and name them in rollout.endpoints"
-        )
 
 
 def _wait_until_told(store: TCPStore, num_ranks: int) -> None:
@@ -174,18 +165,6 @@ def _load(path: str, overrides: Sequence[str], place: RankEnvironment) -> Config
 
 def _machines(config: Config, place: RankEnvironment, meeting: Rendezvous) -> Machines:
     return machines_of(config, trainer_nodes=place.world_size // meeting.ranks_per_node)
-
-
-def _wait_for(path: Path) -> None:
-    """Network file systems show another node's new file after a while."""
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise FileNotFoundError(
-                f"{path}: rank 0 made it, but host {socket.gethostname()} does not see it after 60 s:"
-                " run.dir must be on a file system that all nodes share"
-            )
-        time.sleep(_LOOK_S)
 
 
 def _to_log(path: Path) -> TextIO:
@@ -233,7 +212,8 @@ class _Duty(threading.Thread):
         if seats is None:
             write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._config.rollout))
         else:
-            self._ticks.append(Assembly(self._run_dir, seats).tick)
+            nodes = [node for node in range(seats.machines.nodes) if seats.engines_of(node)]
+            self._ticks.append(Assembly(self._run_dir, nodes).tick)
         self._progress = Progress(self._run_dir, total_steps=self._config.run.steps, out=self._terminal)
         self._progress.say(f"{self._place.world_size} trainer rank(s) under torchrun; run folder: {self._run_dir}")
         self._ticks.append(self._progress.tick)

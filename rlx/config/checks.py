@@ -228,5 +228,8 @@ def _optimizer(section: str, optimizer: OptimizerConfig) -> Iterator[str]:
 
 
 def _device(config: Config) -> Iterator[str]:
+    address = config.cluster.ray_address or ""
+    if "://" in address or (address not in ("", "auto", "local") and not address.rpartition(":")[2].isdecimal()):
+        yield f"cluster.ray_address: {address} is no HOST:PORT; run this on a node of the cluster (its port is 6379 by default)"
     if config.cluster.device == "cpu" and config.model.layer_spec == "transformer_engine":
         yield "model.layer_spec: transformer_engine needs GPUs, but cluster.device is cpu; use auto or torch"
