@@ -8,6 +8,7 @@ from importlib import import_module
 
 from rlx.cluster.local import run_local
 from rlx.cluster.preflight import preflight
+from rlx.cluster.ray_address import find_cluster, prepare_environment
 from rlx.cluster.rundir import check_run_dir
 from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
@@ -38,10 +39,12 @@ def main(args: argparse.Namespace) -> int:
 
 def _run_ray(config: Config) -> int:
     """Ray is an extra: only this launcher needs it."""
+    where = find_cluster(config)
+    prepare_environment(where, config)
     try:
         launcher = import_module("rlx.cluster.ray_launch")
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         raise ConfigError(["cluster.launcher: ray needs the package ray: pip install 'rlx[ray]'"]) from error
-    return int(launcher.run_ray(config))
+    return int(launcher.run_ray(config, where))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 import rlx
 from rlx.cluster.environment import QUIET
+from rlx.cluster.ray_address import RayAddress
 from rlx.cluster.ray_plan import LackError, RayNode, bundles_of, busy_text, own_cpus, plan_job
 from rlx.cluster.seats import Seats
 from rlx.config.schema import Config
@@ -47,38 +47,20 @@ class Room:
 class RayCluster:
     """Joined at birth, left by ``leave``. ConnectionError when the cluster that was named does not answer."""
 
-    def __init__(self, config: Config, job_id: str, interrupted: Callable[[], bool]) -> None:
-        self._config, self._interrupted = config, interrupted
+    def __init__(self, config: Config, where: RayAddress, job_id: str, interrupted: Callable[[], bool]) -> None:
+        self._config, self._where, self._interrupted = config, where, interrupted
         self._folder: Path | None = None
-        address = config.cluster.ray_address or os.environ.get("RAY_ADDRESS") or _running_here()
-        # A job that was submitted brings a runtime environment; ours is to be merged with it.
-        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        shared: dict[str, Any] = {
-            "log_to_driver": False,
-            "logging_level": "ERROR",
-            "runtime_env": {"env_vars": start_environment(job_id)},
-        }
-        if address in (None, "local"):
-            self.name = "of this run's own"
+        shared: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        shared["runtime_env"] = {"env_vars": start_environment(job_id)}
+        if where.is_own:
             self._folder = Path(tempfile.mkdtemp(prefix="rlx-ray-"))
-            ray.init(
-                address="local",
-                num_cpus=own_cpus(config, len(os.sched_getaffinity(0))),
-                include_dashboard=False,
-                object_store_memory=_STORE_BYTES,
-                _temp_dir=str(self._folder),
-                _node_ip_address="127.0.0.1",
-                **shared,
-            )
-        else:
-            self.name = f"at {address}"
-            _check_reachable(str(address))
-            ray.init(address=address, **shared)
-
-    @property
-    def is_own(self) -> bool:
-        """Whether it lives for this run only."""
-        return self._folder is not None
+            own: dict[str, Any] = {"num_cpus": own_cpus(config, len(os.sched_getaffinity(0))), "include_dashboard": False}
+            ray.init("local", object_store_memory=_STORE_BYTES, _temp_dir=str(self._folder), **own, **shared)
+            return
+        try:
+            ray.init(where.address, **shared)
+        except ConnectionError as error:
+            raise ConnectionError(_refusal(where, error)) from error
 
     def leave(self) -> None:
         """Disconnect; a cluster of our own ends."""
@@ -92,7 +74,7 @@ class RayCluster:
         LackError after ``cluster.ray_wait_s`` without the nodes or the room (at once in a cluster of our own, which nobody
         joins and nobody else uses), PlacementError when no such cluster would do.
         """
-        deadline = time.monotonic() + (0 if self.is_own else self._config.cluster.ray_wait_s)
+        deadline = time.monotonic() + (0 if self._where.is_own else self._config.cluster.ray_wait_s)
         seats = self._plan(deadline, say)
         needed = bundles_of(self._config, seats)
         strategy = "STRICT_SPREAD" if len(needed) > 1 else "STRICT_PACK"
@@ -102,7 +84,7 @@ class RayCluster:
         except TimeoutError as error:
             text = busy_text(needed, ray.cluster_resources(), ray.available_resources())
             remove_placement_group(group)
-            raise LackError(f"the Ray cluster {self.name} {text} (cluster.ray_wait_s)") from error
+            raise LackError(f"the Ray cluster {self._where.name} {text} (cluster.ray_wait_s)") from error
         except Interrupted:
             remove_placement_group(group)
             raise
@@ -131,9 +113,9 @@ class RayCluster:
                 return plan_job(self._config, living_nodes())
             except LackError as error:
                 if time.monotonic() >= deadline:
-                    raise LackError(f"the Ray cluster {self.name} {error}") from error
+                    raise LackError(f"the Ray cluster {self._where.name} {error}") from error
                 if not told:
-                    say(f"waiting up to {self._config.cluster.ray_wait_s:g} s: the Ray cluster {self.name} {error}")
+                    say(f"waiting up to {self._config.cluster.ray_wait_s:g} s: the Ray cluster {self._where.name} {error}")
                     told = True
             if self._interrupted():
                 raise Interrupted
@@ -166,25 +148,10 @@ def actor_environment(config: Config, given: Mapping[str, str]) -> dict[str, str
     return {"TOKENIZERS_PARALLELISM": "false", "NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"} | env
 
 
-def _running_here() -> str | None:
-    """The cluster that ``ray start`` made on this host, where Ray remembers one that still answers."""
-    remembered = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    if not remembered.is_file():
-        return None
-    address = remembered.read_text().strip()
-    return address if _answers(address) else None
-
-
-def _check_reachable(address: str) -> None:
-    """Ray would try for minutes. ``auto`` is looked for by Ray itself."""
-    if address != "auto" and not _answers(address):
-        raise ConnectionError(f"no Ray cluster answers at {address} (cluster.ray_address, RAY_ADDRESS)")
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=5.0):
-            return True
-    except (OSError, ValueError):
-        return False
+def _refusal(where: RayAddress, error: BaseException) -> str:
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    if any("InvalidAuthToken" in str(link) for link in chain):
+        return f"the Ray cluster {where.name} asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token"
+    return f"the Ray cluster {where.name} does not take this run: {error}"

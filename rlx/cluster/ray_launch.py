@@ -27,6 +27,7 @@ from rlx.cluster.interrupts import Interrupts
 from rlx.cluster.placement import attached_fleet
 from rlx.cluster.progress import Progress
 from rlx.cluster.ray_actors import EngineActor, Host, Job, Keeper, TrainerActor
+from rlx.cluster.ray_address import RayAddress
 from rlx.cluster.ray_cluster import Interrupted, RayCluster, Room, actor_environment
 from rlx.cluster.ray_plan import LackError, bundles_of
 from rlx.cluster.ray_watch import ActorChild, ActorSpec, HostWatch, RayEngines
@@ -44,7 +45,7 @@ _STOP_S = 12.0
 _PROBE_S = 5.0
 
 
-def run_ray(config: Config) -> int:
+def run_ray(config: Config, address: RayAddress) -> int:
     """Run the whole job and report on stdout and stderr. Must be called in the main thread.
 
     Returns 0 when the training is done, 75 when SIGUSR1 asked to save and leave, 1 after a failure (its cause is in the last
@@ -53,7 +54,7 @@ def run_ray(config: Config) -> int:
     with open_run_dir(config) as run_dir, Interrupts() as interrupts:
         (run_dir / "config.yaml").write_text(dump_config(config))
         progress = Progress(run_dir, total_steps=config.run.steps)
-        launch = RayLaunch(config, run_dir, progress, interrupts)
+        launch = RayLaunch(config, address, run_dir, progress, interrupts)
         try:
             outcome = launch.run()
         finally:
@@ -77,8 +78,9 @@ def run_ray(config: Config) -> int:
 class RayLaunch:
     """The actors of one run, from start to stop."""
 
-    def __init__(self, config: Config, run_dir: Path, progress: Progress, interrupts: Interrupts) -> None:
-        self._config, self._run_dir, self._progress, self._interrupts = config, run_dir, progress, interrupts
+    def __init__(self, config: Config, address: RayAddress, run_dir: Path, progress: Progress, interrupts: Interrupts) -> None:
+        self._config, self._address, self._run_dir = config, address, run_dir
+        self._progress, self._interrupts = progress, interrupts
         self._stop_request = StopRequest()
         env = actor_environment(config, os.environ)
         self._job = Job(id=uuid.uuid4().hex, run_dir=run_dir, folder=os.getcwd(), env=env)
@@ -132,7 +134,7 @@ class RayLaunch:
         return [*self._trainers, *(() if self._engines is None else self._engines.children())]
 
     def _run(self) -> Outcome:
-        self._cluster = RayCluster(self._config, self._job.id, self._interrupts.is_set)
+        self._cluster = RayCluster(self._config, self._address, self._job.id, self._interrupts.is_set)
         self._open.callback(self._cluster.leave)
         self._open.callback(lambda: self._job.stop_file.unlink(missing_ok=True))
         room = self._cluster.reserve(self._progress.say)
@@ -151,9 +153,8 @@ class RayLaunch:
         return self._with_lost_host(supervisor.watch(leave_timeout_s=self._config.run.failure_timeout_s))
 
     def _tell(self, seats: Seats, hosts: Sequence[Host]) -> None:
-        assert self._cluster is not None
         counts = f"{seats.trainer_ranks} trainer rank(s) and {len(seats.engines)} engine(s)"
-        self._progress.say(f"{counts} on the Ray cluster {self._cluster.name}; run folder: {self._run_dir}")
+        self._progress.say(f"{counts} on the Ray cluster {self._address.name}; run folder: {self._run_dir}")
         for line in picture(seats):
             self._progress.say(line)
         names = ", ".join(f"{number} {host.name}" for number, host in enumerate(hosts[:16]))
@@ -168,7 +169,8 @@ class RayLaunch:
             keepers.append(_actor(Keeper, place).remote(self._job))
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         found = self._cluster.wait_for([keeper.look.remote() for keeper in keepers], _START_S, "the keepers of the nodes")
-        hosts = [replace(host, address=addresses[host.ray_id]) for host in found]
+        # In a cluster of our own everybody is here: listen to nobody outside.
+        hosts = [replace(host, address="127.0.0.1" if self._address.is_own else addresses[host.ray_id]) for host in found]
         self._keepers = list(zip(hosts, keepers, strict=True))
         return hosts
 
