@@ -13,14 +13,16 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from rlx.cluster.environment import RankEnvironment, rank_environment, report_requeue
 from rlx.cluster.parent import watch_parent
-from rlx.cluster.rank import run_rank
 from rlx.cluster.stopping import REQUEUE_STATUS, StopRequest
 from rlx.cluster.torchrun import join_run
 from rlx.config.load import ConfigError, load_config
+from rlx.config.schema import Config
 from rlx.obs.log import log_failure, start_log
 
 
@@ -43,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         config = load_config(str(Path(args.run) / "config.yaml"), [])
-        done = run_rank(config, where, args.endpoints_file, stop.is_set)
+        done = _run_rank(config, where, args.endpoints_file, stop.is_set)
     except Exception as error:
         log_failure(error)
         # Peers may be inside a collective with us: leave without the orderly shutdown that would wait for them.
@@ -55,12 +57,18 @@ def main(args: argparse.Namespace) -> int:
 def _main_from_config(args: argparse.Namespace, where: RankEnvironment, stop: StopRequest) -> int:
     try:
         with join_run(args.run, args.overrides, where, stop.is_set) as joined:
-            done = run_rank(joined.config, where, joined.endpoints_file, stop.is_set)
+            done = _run_rank(joined.config, where, joined.endpoints_file, stop.is_set)
     except ConfigError as error:
         for problem in error.problems:
             print(f"rlx: error: {problem}", file=sys.stderr)
         return 2
     return 0 if done or report_requeue() else REQUEUE_STATUS
+
+
+def _run_rank(config: Config, where: RankEnvironment, engines: Path, stop_asked: Callable[[], bool]) -> bool:
+    """The models' libraries take seconds to import: not before the run is known to begin."""
+    run_rank: Callable[..., bool] = import_module("rlx.cluster.rank").run_rank
+    return run_rank(config, where, engines, stop_asked)
 
 
 if __name__ == "__main__":

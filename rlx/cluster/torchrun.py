@@ -42,7 +42,8 @@ from rlx.obs.log import current_phase, log_failure, logger
 MEET_S = 300.0
 END_KEY = "rlx/end"
 _LOOK_S = 0.2
-_TOLD_KEY, _TELL_S = "rlx/told", 20.0
+_TOLD_KEY, _TELL_S = "rlx/told", 60.0
+_HOSTED_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,18 +88,22 @@ def join_run(
 
 def meet(meeting: Rendezvous, rank: int) -> TCPStore:
     """The store that all ranks share: the launcher's where it keeps one, else rank 0's."""
+    # The launchers met at theirs before they started any rank: when it does not answer now, rank 0 has left.
+    limit_s = _HOSTED_S if meeting.is_hosted and rank >= 0 else MEET_S
     try:
-        return TCPStore(
+        store = TCPStore(
             meeting.address,
             meeting.port,
             is_master=rank == 0 and not meeting.is_hosted,
             wait_for_workers=False,
             multi_tenant=True,
-            timeout=timedelta(seconds=MEET_S),
+            timeout=timedelta(seconds=limit_s),
         )
     except RuntimeError as error:
         at = f"{meeting.address}:{meeting.port} (MASTER_ADDR, MASTER_PORT)"
         raise ConnectionError(f"rank {rank} on {socket.gethostname()} did not reach rank 0 at {at}: {error}") from error
+    store.set_timeout(timedelta(seconds=MEET_S))
+    return store
 
 
 def _agree(
