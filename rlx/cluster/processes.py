@@ -117,10 +117,17 @@ def living_members(sessions: Collection[int], launch_id: str | None, *, variable
     return found
 
 
-def kill_members(sessions: Collection[int], launch_id: str | None, limit_s: float, *, variable: str = LAUNCH_ID) -> list[int]:
-    """SIGKILL all members until none lives or the limit is over. Returns those that still live."""
+def kill_members(
+    sessions: Collection[int],
+    launch_id: str | None,
+    limit_s: float,
+    *,
+    variable: str = LAUNCH_ID,
+    spare: Collection[int] = (),
+) -> list[int]:
+    """SIGKILL all members but ``spare`` until none lives or the limit is over. Returns those that still live."""
     deadline = time.monotonic() + limit_s
-    while alive := living_members(sessions, launch_id, variable=variable):
+    while alive := [pid for pid in living_members(sessions, launch_id, variable=variable) if pid not in spare]:
         if time.monotonic() > deadline:
             break
         for pid in alive:

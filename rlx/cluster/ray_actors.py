@@ -50,10 +50,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """One node of the plan: its name, Ray's id and address of it, and the GPUs that it holds for us."""
+    """One node of the plan: its name, Ray's id and address of it, its keeper's process and the GPUs that it holds for us."""
 
     name: str
     ray_id: str
+    keeper: int
     address: str = ""
     gpus: tuple[str, ...] = ()
 
@@ -79,14 +80,14 @@ class Keeper:
         wait_for_shared(self._job.run_dir / "config.yaml")
         ray_context = ray.get_runtime_context()
         gpus = tuple(str(number) for number in ray_context.get_accelerator_ids().get("GPU", ()))
-        return Host(name=socket.gethostname(), ray_id=ray_context.get_node_id(), gpus=gpus)
+        return Host(name=socket.gethostname(), ray_id=ray_context.get_node_id(), keeper=os.getpid(), gpus=gpus)
 
     def ping(self) -> None:
         """The host is there."""
 
-    def end_leftovers(self) -> list[int]:
-        """SIGKILL every process of the job here; the numbers of those that did not end."""
-        return kill_members((), self._job.id, 5.0, variable=JOB_ID)
+    def end_leftovers(self, keepers: tuple[int, ...]) -> list[int]:
+        """SIGKILL every process of the job on this host but its keepers; the numbers of those that did not end."""
+        return kill_members((), self._job.id, 5.0, variable=JOB_ID, spare=keepers)
 
 
 class TrainerActor:

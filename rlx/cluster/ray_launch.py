@@ -23,8 +23,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlx.cluster.causes import Cause, where
 from rlx.cluster.environment import RankEnvironment
 from rlx.cluster.fleet import write_fleet
+from rlx.cluster.guard import Guard
 from rlx.cluster.interrupts import Interrupts
 from rlx.cluster.placement import attached_fleet
+from rlx.cluster.processes import LAUNCH_ID
 from rlx.cluster.progress import Progress
 from rlx.cluster.ray_actors import EngineActor, Host, Job, Keeper, TrainerActor
 from rlx.cluster.ray_address import RayAddress
@@ -120,7 +122,10 @@ class RayLaunch:
             _answers([engine.stop.remote() for engine in engines], _STOP_S)
         for child in self._children():
             ray.kill(child.handle)
-        calls = [keeper.end_leftovers.remote() for _, keeper in self._keepers]
+        calls = []
+        for host, keeper in self._keepers:
+            others = tuple(other.keeper for other, _ in self._keepers if other.name == host.name)
+            calls.append(keeper.end_leftovers.remote(others))
         found = _answers(calls, _STOP_S)
         left = [
             f"{numbers} on {host.name}" if numbers is not None else f"unknown on {host.name}, which does not answer"
@@ -134,6 +139,8 @@ class RayLaunch:
         return [*self._trainers, *(() if self._engines is None else self._engines.children())]
 
     def _run(self) -> Outcome:
+        if self._address.is_own:
+            self._guard_own_cluster()
         self._cluster = RayCluster(self._config, self._address, self._job.id, self._interrupts.is_set)
         self._open.callback(self._cluster.leave)
         self._open.callback(lambda: self._job.stop_file.unlink(missing_ok=True))
@@ -151,6 +158,14 @@ class RayLaunch:
         engines = NoEngines() if self._engines is None else self._engines
         supervisor = Supervisor(self._trainers, engines, interrupted=self._interrupts.is_set, tick=self._tick)
         return self._with_lost_host(supervisor.watch(leave_timeout_s=self._config.run.failure_timeout_s))
+
+    def _guard_own_cluster(self) -> None:
+        """Ray ends with its driver, however that ends, but for some of its helpers."""
+        env = dict(os.environ)
+        log = log_path(self._run_dir, "trainer", 0)
+        guard = Guard(launch_id=self._job.id, launcher_pid=os.getpid(), log=log, env=env)
+        self._open.callback(guard.dismiss)
+        os.environ[LAUNCH_ID] = self._job.id  # what Ray starts here inherits it
 
     def _tell(self, seats: Seats, hosts: Sequence[Host]) -> None:
         counts = f"{seats.trainer_ranks} trainer rank(s) and {len(seats.engines)} engine(s)"

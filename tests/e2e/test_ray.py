@@ -125,8 +125,8 @@ def test_killed_trainer_actor_ends_the_job_with_the_cause(start: Start, nodes: R
     run = start(9999, *SMALL, address=nodes.address)
     run.wait_for_step(2)
     os.kill(run.actor("trainer", rank), signal.SIGKILL)
-    assert run.finish(60) == 1
-    assert not run.members()
+    assert run.finish(120) == 1
+    assert not run.members() and "could not end" not in run.out
     lines = last_lines(run)
     assert re.fullmatch(rf'rlx: FAILED trainer rank {rank} on \S+ in phase "[^"]+" of step \d+', lines[0]), lines
     assert "was killed or crashed (Ray: Worker unexpectedly exits" in lines[1]
@@ -165,7 +165,8 @@ def test_a_cluster_that_lacks_resources_is_told_in_time(start: Start, nodes: Ray
     assert busy.finish(120) == 1
     assert re.search(r"has no CPU to spare: the job needs .* there are 0 of 4 CPU free; others use the rest", last_lines(busy)[1])
     os.killpg(holder.process.pid, signal.SIGINT)
-    assert holder.finish(60) == 130
+    assert holder.finish(120) == 130, holder.out[-3000:]
+    assert "could not end" not in holder.out
     assert f"rlx: SIGINT: stopped; run folder: {holder.dir}" in holder.out and not holder.members()
     wait_until_free(nodes)
 
@@ -195,7 +196,10 @@ def test_killed_launcher_leaves_nothing(start: Start, nodes: RayNodes, own: bool
     run.process.kill()
     run.process.wait()
     run.wait_until_gone(60)
-    assert not raylets(run)
+    deadline = time.monotonic() + 30
+    while raylets(run):
+        assert time.monotonic() < deadline, raylets(run)
+        time.sleep(0.2)
     if not own:
         wait_until_free(nodes)
 

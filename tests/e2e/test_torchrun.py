@@ -103,7 +103,8 @@ def test_killed_engine_ends_the_job_with_its_name(demo: Path, tmp_path: Path, no
 
 
 def is_worker(pid: int) -> bool:
-    return b"\0-m\0rlx.cli.worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"\0-m\0rlx.cli.worker\0" in command and b"torch.distributed.run" not in command
 
 
 def environment(pid: int) -> list[bytes]:
