@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -101,6 +102,15 @@ def report_requeue() -> bool:
     with open(path, "w") as file:
         file.write("requeue\n")
     return True
+
+
+def report_cause(lines: Sequence[str]) -> None:
+    """Give a wrapping script, through the file that RLX_CAUSE_FILE names, what to say last: torchrun's own account follows
+    ours on the terminal."""
+    path = os.environ.get("RLX_CAUSE_FILE")
+    if path:
+        with open(path, "a") as file:
+            file.write("\n".join(lines) + "\n")
 
 
 def leave_launcher_store() -> None:

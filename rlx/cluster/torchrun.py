@@ -25,12 +25,13 @@ from typing import TextIO
 from torch._C._distributed_c10d import TCPStore
 
 from rlx.cluster.causes import Cause, speaks_of_lost_peer, where
-from rlx.cluster.environment import RankEnvironment, Rendezvous, default_interface, rendezvous
+from rlx.cluster.environment import RankEnvironment, Rendezvous, default_interface, rendezvous, report_cause
 from rlx.cluster.fleet import write_fleet
 from rlx.cluster.node_engines import Assembly, Node, NodeEngines
 from rlx.cluster.placement import attached_fleet
 from rlx.cluster.preflight import preflight
 from rlx.cluster.progress import Progress
+from rlx.cluster.pulse import Pulse
 from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir, wait_for_shared
 from rlx.cluster.seating import machines_of, refuse_spanning_engines, seats_of
 from rlx.cluster.seats import Machines, PlacementError, Seats
@@ -70,7 +71,9 @@ def join_run(
         run_dir = _agree(store, config_path, overrides, (place, meeting), stack)
         config = load_config(str(run_dir / "config.yaml"), [])
         seats = seats_of(config, _machines(config, place, meeting))
-        duty = _Duty(config, run_dir, (place, meeting), _to_log(log_path(run_dir, "trainer", place.rank)))
+        nodes = range(seats.machines.nodes)
+        pulse = Pulse(meet(meeting, place.rank), meeting.node, nodes, run=meeting.attempt, end=END_KEY)
+        duty = _Duty(config, run_dir, (place, meeting), _to_log(log_path(run_dir, "trainer", place.rank)), pulse)
         try:
             default_interface(meeting.own_address())
             duty.begin(seats)
@@ -188,14 +191,16 @@ class _Duty(threading.Thread):
     """What a rank does beside training. One thread; it consumes the engines' states and the run folder, produces the
     list of engines and lines on the terminal, waits for nobody and stops when told."""
 
-    def __init__(self, config: Config, run_dir: Path, where_: tuple[RankEnvironment, Rendezvous], terminal: TextIO) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, where_: tuple[RankEnvironment, Rendezvous], terminal: TextIO, pulse: Pulse
+    ) -> None:
         super().__init__(name="node-duty", daemon=True)
         self._place, self._meeting = where_
-        self._config, self._run_dir, self._terminal = config, run_dir, terminal
+        self._config, self._run_dir, self._terminal, self._pulse = config, run_dir, terminal, pulse
         self._stopping = threading.Event()
         self._once = threading.Lock()
         self._engines: NodeEngines | None = None
-        self._ticks: list[Callable[[], None]] = [self._watch_agent]
+        self._ticks: list[Callable[[], None]] = [self._watch_agent, self._watch_hosts]
         self._agent = os.getppid()
 
     def begin(self, seats: Seats) -> None:
@@ -211,6 +216,8 @@ class _Duty(threading.Thread):
             here = Node(number=node, address=self._meeting.own_address())
             self._engines = NodeEngines(self._config, self._run_dir, here, gpus_of)
             self._ticks.append(self._tend_engines)
+        if self._place.local_rank == 0:
+            self._pulse.start()
         self.start()
 
     def _begin_rank_0(self, seats: Seats | None) -> None:
@@ -258,11 +265,14 @@ class _Duty(threading.Thread):
         number = self._place.rank if rank is None else rank
         host = socket.gethostname()
         if role == "trainer" and speaks_of_lost_peer(cause):
+            lost = self._pulse.lost(0)
+            cause = cause if lost is None else f"{lost}; {cause}"
             lines = [f"rlx: trainer rank {number} on {host} lost a peer: {cause.splitlines()[0]}"]
         else:
             lines = [f"rlx: FAILED {role} rank {number} on {host} {where(current_phase())}", f"rlx: cause: {cause}"]
             lines.append(f"rlx: logs: {log}")
         print("\n".join(lines), file=self._terminal, flush=True)
+        report_cause(lines)
         self.stop()
         # Peers may be inside a collective with us: leave without the orderly shutdown that would wait for them.
         os._exit(1)
@@ -272,6 +282,11 @@ class _Duty(threading.Thread):
             self.fail(
                 f"torchrun's own process (pid {self._agent}) died", str(log_path(self._run_dir, "trainer", self._place.rank))
             )
+
+    def _watch_hosts(self) -> None:
+        lost = self._pulse.lost(self._config.run.failure_timeout_s)
+        if lost is not None:
+            self.fail(str(lost), str(log_path(self._run_dir, "trainer", self._place.rank)))
 
     def _tend_engines(self) -> None:
         with self._once:

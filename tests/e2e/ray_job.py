@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rlx.cluster.processes import JOB_ID
 from tests.e2e.job import ROOT
+from tests.e2e.two_hosts import TwoHosts
 from tests.ports import free_port
 
 START_S = 120.0
@@ -24,24 +25,29 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 class RayNodes:
     """A head and further nodes, each ``{"num-cpus": 2, ...}``; processes of this test that end with ``close``."""
 
-    def __init__(self, *nodes: dict[str, int]) -> None:
+    def __init__(self, *nodes: dict[str, int], hosts: TwoHosts | None = None) -> None:
+        self._hosts = hosts
         self._folder = Path(tempfile.mkdtemp(prefix="rlx-ray-"))  # pytest's own paths are too long for sockets
         self.nodes: list[subprocess.Popen[bytes]] = []
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"{hosts.addresses[0] if hosts else '127.0.0.1'}:{free_port()}"
         head = ["--head", f"--port={self.address.split(':')[1]}", f"--temp-dir={self._folder}", "--include-dashboard=false"]
         try:
             self.nodes.append(self._start(head, nodes[0]))
-            wait_for_nodes(self.address, 1)
-            self.nodes += [self._start([f"--address={self.address}"], node) for node in nodes[1:]]
-            wait_for_nodes(self.address, len(nodes))
+            wait_for_nodes(self.address, 1, hosts)
+            for node in nodes[1:]:
+                self.nodes.append(self._start([f"--address={self.address}"], node))
+            wait_for_nodes(self.address, len(nodes), hosts)
         except BaseException:
             self.close()
             raise
 
     def _start(self, arguments: Sequence[str], has: dict[str, int]) -> subprocess.Popen[bytes]:
         shares = [f"--{name}={count}" for name, count in has.items()]
-        common = ["--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", f"--object-store-memory={80 * 2**20}"]
+        number = len(self.nodes)
+        address = self._hosts.addresses[number] if self._hosts else "127.0.0.1"
+        common = ["--block", f"--node-ip-address={address}", "--disable-usage-stats", f"--object-store-memory={80 * 2**20}"]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, *common, *shares]
+        command = self._hosts.command(number, command) if self._hosts else command
         with (self._folder / "start.log").open("ab") as log:
             return subprocess.Popen(command, env=os.environ | TOKEN, stdout=log, stderr=log, start_new_session=True)
 
@@ -57,24 +63,27 @@ class RayNodes:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def ask_ray(address: str, expression: str) -> str:
+def ask_ray(address: str, expression: str, hosts: TwoHosts | None = None) -> str:
     """What a Ray driver of its own sees; empty when it cannot join."""
     program = f"import ray; ray.init({address!r}, logging_level='ERROR', log_to_driver=False); print({expression})"
     command = [sys.executable, "-c", program]
+    command = hosts.command(0, command) if hosts else command
     done = subprocess.run(command, env=os.environ | TOKEN, capture_output=True, text=True, timeout=60, check=False)
     return done.stdout.strip()
 
 
-def wait_for_nodes(address: str, count: int) -> None:
+def wait_for_nodes(address: str, count: int, hosts: TwoHosts | None) -> None:
     deadline = time.monotonic() + START_S
-    while ask_ray(address, "sum(node['Alive'] for node in ray.nodes())") != str(count):
+    while ask_ray(address, "sum(node['Alive'] for node in ray.nodes())", hosts) != str(count):
         assert time.monotonic() < deadline, f"{count} Ray nodes did not start"
 
 
 class RayRun:
     """``rlx train`` with the Ray launcher, in a process group of its own as a shell would start it."""
 
-    def __init__(self, folder: Path, run_dir: Path, arguments: Sequence[str], address: str = "local") -> None:
+    def __init__(
+        self, folder: Path, run_dir: Path, arguments: Sequence[str], address: str = "local", hosts: TwoHosts | None = None
+    ) -> None:
         self.dir = run_dir
         self._out = folder / f"{run_dir.name}.out"
         self._jobs: set[bytes] = set()
@@ -82,6 +91,7 @@ class RayRun:
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({} if address == "local" else TOKEN)
         settings = ["cluster.launcher=ray", f"cluster.ray_address={address}"]
         command = [sys.executable, "-m", "rlx.cli.main", "train", *arguments, *settings]
+        command = hosts.command(0, command) if hosts else command
         with self._out.open("w") as out:
             self.process = subprocess.Popen(
                 command, env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
