@@ -18,7 +18,7 @@ from rlx.cluster.ray_actors import Host
 from rlx.cluster.stopping import REQUEUE_STATUS
 from rlx.cluster.supervisor import Watched
 
-_KILLED = -9
+_KILLED, _LOST = -9, -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +59,9 @@ class ActorChild:
             return log.read().decode("utf-8", errors="replace")
 
     def give_up(self, why: str) -> None:
-        """Take it for dead, whatever Ray says."""
+        """Take it for dead, with its host, whatever Ray says."""
         if self._status is None:
-            self._status, self._why = _KILLED, why
+            self._status, self._why = _LOST, why
 
     def _end(self) -> None:
         try:
@@ -137,7 +137,7 @@ class RayEngines:
         return self._assembly.is_complete
 
     def _may_replace(self, slot: _Slot) -> bool:
-        """Only an actor that was killed: one whose own code failed would fail again."""
+        """Only an actor that was killed: one whose own code failed would fail again, and a lost host takes its ranks along."""
         return slot.child.poll() == _KILLED and slot.incarnation < self._max_restarts
 
     def _note_restarts(self, slot: _Slot) -> None:
