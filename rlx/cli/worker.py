@@ -17,7 +17,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from rlx.cluster.environment import RankEnvironment, rank_environment, report_requeue
+from rlx.cluster.environment import RankEnvironment, rank_environment, report_cause, report_requeue
 from rlx.cluster.parent import watch_parent
 from rlx.cluster.stopping import REQUEUE_STATUS, StopRequest
 from rlx.cluster.torchrun import join_run
@@ -59,8 +59,9 @@ def _main_from_config(args: argparse.Namespace, where: RankEnvironment, stop: St
         with join_run(args.run, args.overrides, where, stop.is_set) as joined:
             done = _run_rank(joined.config, where, joined.endpoints_file, stop.is_set)
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"rlx: error: {problem}", file=sys.stderr)
+        lines = [f"rlx: error: {problem}" for problem in error.problems]
+        print("\n".join(lines), file=sys.stderr)
+        report_cause(lines)
         return 2
     return 0 if done or report_requeue() else REQUEUE_STATUS
 

@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 import rlx
 from rlx.cluster.environment import QUIET
+from rlx.cluster.processes import JOB_ID, LAUNCH_ID
 from rlx.cluster.ray_address import RayAddress
 from rlx.cluster.ray_plan import LackError, RayNode, bundles_of, busy_text, own_cpus, plan_job
 from rlx.cluster.seats import Seats
@@ -29,6 +30,8 @@ _STORE_BYTES = 80 * 2**20  # what Ray asks for at least; no tensor of ours trave
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 # What users set in the launcher's shell for the libraries in the ranks; other nodes would not have it.
 _HANDED_ON = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "HF_", "TRANSFORMERS_", "WANDB_", "SGLANG_", "NVTE_", "RLX_", *_THREADS)
+# Keys of engines, which travel in a file, and marks by which other runs find their processes.
+_KEPT = ("RLX_ENGINE_", LAUNCH_ID, JOB_ID)
 Say = Callable[[str], None]
 
 
@@ -55,7 +58,11 @@ class RayCluster:
         if where.is_own:
             self._folder = Path(tempfile.mkdtemp(prefix="rlx-ray-"))
             own: dict[str, Any] = {"num_cpus": own_cpus(config, len(os.sched_getaffinity(0))), "include_dashboard": False}
-            ray.init("local", object_store_memory=_STORE_BYTES, _temp_dir=str(self._folder), **own, **shared)
+            try:
+                ray.init("local", object_store_memory=_STORE_BYTES, _temp_dir=str(self._folder), **own, **shared)
+            except BaseException:
+                self.leave()
+                raise
             return
         try:
             ray.init(where.address, **shared)
@@ -135,12 +142,12 @@ def start_environment(job_id: str) -> dict[str, str]:
     """What the actors' processes must have when they start: the mark of the job, and where to import rlx from."""
     root = str(Path(rlx.__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return QUIET | {"RLX_JOB_ID": job_id, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return QUIET | {JOB_ID: job_id, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def actor_environment(config: Config, given: Mapping[str, str]) -> dict[str, str]:
     """What the actors add to their environment: the launcher's settings of libraries, thread counts, NCCL's defaults."""
-    env = {name: value for name, value in given.items() if name.startswith(_HANDED_ON) and not name.startswith("RLX_ENGINE_")}
+    env = {name: value for name, value in given.items() if name.startswith(_HANDED_ON) and not name.startswith(_KEPT)}
     threads = config.cluster.threads_per_rank
     for name in _THREADS:
         env[name] = str(threads) if threads is not None else env.get(name, "1")

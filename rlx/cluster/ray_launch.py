@@ -10,7 +10,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,8 @@ class RayLaunch:
         if not self._interrupts.is_urgent():
             _answers([engine.stop.remote() for engine in engines], _STOP_S)
         for child in self._children():
-            ray.kill(child.handle)
+            with suppress(RayError):
+                ray.kill(child.handle)
         calls = []
         for host, keeper in self._keepers:
             others = tuple(other.keeper for other, _ in self._keepers if other.name == host.name)

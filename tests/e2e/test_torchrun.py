@@ -49,7 +49,7 @@ def test_same_losses_as_the_local_launcher(demo: Path, tmp_path: Path, nodes: li
 def test_wrong_configuration_is_told_once_and_starts_nothing(demo: Path, tmp_path: Path, nodes: list[Nodes]) -> None:
     nodes.append(Nodes(tmp_path, [*demo_overrides(demo, tmp_path / "run", 2), "parallel.tp=4"], 2))
     assert all(nodes[0].finish(200))
-    assert "cluster.num_trainer_ranks: 2 is not a multiple of parallel.tp" in nodes[0].out(0)
+    assert "cluster.num_trainer_ranks: 2 is not a multiple of parallel.tp" in nodes[0].out(0).splitlines()[-1]
     assert "rlx: error" not in nodes[0].out(1)
     assert not (tmp_path / "run").exists()
 
