@@ -161,7 +161,8 @@ class RayLaunch:
         return self._with_lost_host(supervisor.watch(leave_timeout_s=self._config.run.failure_timeout_s))
 
     def _guard_own_cluster(self) -> None:
-        """Ray ends with its driver, however that ends, but for some of its helpers."""
+        """A cluster of our own ends with this process, however that ends; the guard makes sure of it and tells the terminal.
+        Two helpers of Ray's hide from it (their titles overwrite their environment) and leave by themselves within minutes."""
         env = dict(os.environ)
         log = log_path(self._run_dir, "trainer", 0)
         guard = Guard(launch_id=self._job.id, launcher_pid=os.getpid(), log=log, env=env)
