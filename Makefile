@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-rewards bench-convert test-sglang
+.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-rewards bench-convert bench-startup test-sglang
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -73,11 +73,13 @@ lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict rlx converters
 
-bench: $(STAMP)  ## the measurements of tests/benchmarks
-	$(PY) -m pytest -m 'not gpu and not sglang' -s tests/benchmarks $(ARGS)
+bench: bench-rewards bench-startup  ## the measurements that any machine does in minutes (bench-convert wants 10 GB)
 
 bench-rewards: $(STAMP)  ## answers a second of the reward pool, and what endless verifiers cost
 	$(PY) -m tests.benchmarks.bench_rewards $(ARGS)
+
+bench-startup: $(STAMP)  ## from the command to the first rollout, by launcher
+	$(PY) -m tests.benchmarks.bench_startup $(ARGS)
 
 bench-convert: $(STAMP)  ## the converter against a plain copy and against transformers (10 GB of temporary space)
 	$(PY) tests/benchmarks/bench_convert.py $(ARGS)

@@ -24,6 +24,7 @@ EXTRAS = {
         "pytest-asyncio",
         "pytest-timeout",
         "pytest-xdist",
+        "ray>=2.50",
         "reasoning-gym",
         "ruff",
         "types-PyYAML",

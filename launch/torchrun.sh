@@ -13,8 +13,9 @@ if (($# == 0)); then
 fi
 
 RLX_REQUEUE_FILE=$(mktemp "${TMPDIR:-/tmp}/rlx-requeue.XXXXXX")
-export RLX_REQUEUE_FILE
-trap 'rm -f "$RLX_REQUEUE_FILE"' EXIT
+RLX_CAUSE_FILE=$(mktemp "${TMPDIR:-/tmp}/rlx-cause.XXXXXX")
+export RLX_REQUEUE_FILE RLX_CAUSE_FILE
+trap 'rm -f "$RLX_REQUEUE_FILE" "$RLX_CAUSE_FILE"' EXIT
 
 # What Megatron says at every import, in every rank, about packages that are optional here.
 notices="ignore:Transformer Engine and Apex are not installed,ignore:Apex is not installed,ignore:full scope is deprecated"
@@ -53,4 +54,6 @@ done
 if ((status == 0)) && [[ -s $RLX_REQUEUE_FILE ]]; then
   exit 75
 fi
+# Below torchrun's own account: what the rank that failed first had to say.
+((status == 0)) || head -n 3 "$RLX_CAUSE_FILE" >&2
 exit "$status"

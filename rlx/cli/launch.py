@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from rlx.cluster.slurm import RUNTIMES, SlurmJob, render, submit
+from rlx.cluster.slurm import FLAVOURS, RUNTIMES, SlurmJob, render, submit
 from rlx.config.load import ConfigError
 
 
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's; right after CONFIG")
     slurm.add_argument("--nodes", type=_positive, required=True, help="all nodes of the job")
     slurm.add_argument("--gpus-per-node", type=int, required=True, help="0: a job on CPUs")
+    slurm.add_argument("--flavour", choices=FLAVOURS, default="torchrun", help="what starts the ranks on the nodes")
     slurm.add_argument("--rollout-nodes", type=int, default=0, help="of the nodes, those for engines only")
     slurm.add_argument("--partition", help="SLURM partition; none: the cluster's default")
     slurm.add_argument("--time", default="24:00:00", help="time limit of one start; the job goes on in the next")
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument("--mount", action="append", default=[], metavar="PATH[:PATH]", help="further folder for the container")
     slurm.add_argument("--pass", dest="passed", action="append", default=[], metavar="NAME", help="variable to hand to the job")
     slurm.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="further #SBATCH option: account=me")
-    slurm.add_argument("--template", type=Path, help="template of your own, in place of launch/slurm/torchrun.sbatch.j2")
+    slurm.add_argument("--template", type=Path, help="template of your own, in place of launch/slurm/FLAVOUR.sbatch.j2")
     slurm.add_argument("--out", type=Path, help="where to keep the script; default: LOG_DIR/NAME.sbatch")
     slurm.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
 
@@ -42,6 +43,7 @@ def main(args: argparse.Namespace) -> int:
         name=args.name,
         nodes=args.nodes,
         gpus_per_node=args.gpus_per_node,
+        flavour=args.flavour,
         rollout_nodes=args.rollout_nodes,
         partition=args.partition,
         time=args.time,

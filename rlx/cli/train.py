@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from rlx.cluster.local import run_local
 from rlx.cluster.preflight import preflight
+from rlx.cluster.ray_address import find_cluster, prepare_environment
 from rlx.cluster.rundir import check_run_dir
 from rlx.config.load import ConfigError, load_config
+from rlx.config.schema import Config
 
 _STARTS = "launch/torchrun.sh and rlx launch slurm"
 
@@ -34,11 +37,24 @@ def start(path: str, overrides: Sequence[str], command: str) -> int:
                 [f"finetune.objective: {config.finetune.objective} is not for rlx {command}; use rlx {config.finetune.command}"]
             )
         config = preflight(config)
-        if config.cluster.launcher != "local":
-            raise ConfigError([f"cluster.launcher: {config.cluster.launcher} is not started by rlx {command}; see {_STARTS}"])
+        if config.cluster.launcher == "torchrun":
+            raise ConfigError([f"cluster.launcher: torchrun is not started by rlx {command}; see {_STARTS}"])
         check_run_dir(config)
-        return run_local(config)
+        return _run_ray(config) if config.cluster.launcher == "ray" else run_local(config)
     except ConfigError as error:
         for problem in error.problems:
             print(f"rlx: error: {problem}", file=sys.stderr)
         return 2
+
+
+def _run_ray(config: Config) -> int:
+    """Ray is an extra: only this launcher needs it."""
+    where = find_cluster(config)
+    prepare_environment(where, config)
+    try:
+        launcher = import_module("rlx.cluster.ray_launch")
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ConfigError(["cluster.launcher: ray needs the package ray: pip install 'rlx[ray]'"]) from error
+    return int(launcher.run_ray(config, where))

@@ -13,26 +13,17 @@ import argparse
 import os
 import signal
 import sys
-import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
-from rlx.cluster.colocation import clear_devices
-from rlx.cluster.environment import RankEnvironment, leave_launcher_store, rank_environment, report_requeue
-from rlx.cluster.finetuning import drive_finetuning
-from rlx.cluster.fleet import Fleet, read_fleet
+from rlx.cluster.environment import RankEnvironment, rank_environment, report_cause, report_requeue
 from rlx.cluster.parent import watch_parent
-from rlx.cluster.ranks import Ranks
 from rlx.cluster.stopping import REQUEUE_STATUS, StopRequest
 from rlx.cluster.torchrun import join_run
-from rlx.cluster.training import drive
 from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
-from rlx.obs.log import log_failure, logger, phase, start_log
-from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
-from rlx.sync.occupation import EngineMemory
-from rlx.trainer.finetune_worker import FinetuneWorker
-from rlx.trainer.worker import Worker
-from rlx.types import ParallelDims
+from rlx.obs.log import log_failure, start_log
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         config = load_config(str(Path(args.run) / "config.yaml"), [])
-        done = run_rank(config, where, args.endpoints_file, stop)
+        done = _run_rank(config, where, args.endpoints_file, stop.is_set)
     except Exception as error:
         log_failure(error)
         # Peers may be inside a collective with us: leave without the orderly shutdown that would wait for them.
@@ -66,76 +57,19 @@ def main(args: argparse.Namespace) -> int:
 def _main_from_config(args: argparse.Namespace, where: RankEnvironment, stop: StopRequest) -> int:
     try:
         with join_run(args.run, args.overrides, where, stop.is_set) as joined:
-            done = run_rank(joined.config, where, joined.endpoints_file, stop)
+            done = _run_rank(joined.config, where, joined.endpoints_file, stop.is_set)
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"rlx: error: {problem}", file=sys.stderr)
+        lines = [f"rlx: error: {problem}" for problem in error.problems]
+        print("\n".join(lines), file=sys.stderr)
+        report_cause(lines)
         return 2
     return 0 if done or report_requeue() else REQUEUE_STATUS
 
 
-def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path, stop: StopRequest) -> bool:
-    """Join the world, build the models, then drive (rank 0) or serve. False on rank 0 when asked to stop early."""
-    if config.cluster.colocated and not config.is_finetuning:
-        # Engines size their memory by what the GPU has free as they start, and then make room before a model is built.
-        _wait_for_engines(endpoints_file, config)
-    with phase("connect"):
-        context = _join(config, where)
-    worker = FinetuneWorker(config, context) if config.is_finetuning else _with_engines(config, context, endpoints_file)
-    ranks = Ranks(worker)
-    done = True
-    if where.rank == 0:
-        if config.is_finetuning:
-            done = drive_finetuning(config, ranks, stop_asked=stop.is_set)
-        else:
-            done = drive(config, ranks, endpoints_file, stop_asked=stop.is_set)
-        ranks.stop()
-    else:
-        ranks.serve()
-    worker.close()
-    context.barrier()
-    shut_down()
-    logger.info("done" if done else "saved and left, as SIGUSR1 asked")
-    return done
-
-
-def _with_engines(config: Config, context: ParallelContext, endpoints_file: Path) -> Worker:
-    memory = EngineMemory()
-    if config.cluster.colocated:
-        memory = clear_devices(config, context, read_fleet(endpoints_file))
-    worker = Worker(config, context)
-    worker.engines.use(_wait_for_engines(endpoints_file, config).keys, memory)
-    return worker
-
-
-def _join(config: Config, where: RankEnvironment) -> ParallelContext:
-    layout = config.parallel
-    dims = ParallelDims(
-        world_size=where.world_size,
-        tp=layout.tp,
-        pp=layout.pp,
-        vpp=layout.vpp,
-        cp=layout.cp,
-        ep=layout.ep,
-        etp=layout.etp,
-        sequence_parallel=layout.sequence_parallel,
-    )
-    device = choose_device(config.cluster.device, where.local_rank)
-    limit_s = config.run.failure_timeout_s
-    connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=limit_s)
-    leave_launcher_store()
-    return build_context(dims, device, seed=config.run.seed, timeout_s=limit_s)
-
-
-def _wait_for_engines(file: Path, config: Config) -> Fleet:
-    with phase("wait for engines"):
-        timeout_s = config.rollout.start_timeout_s + 60
-        deadline = time.monotonic() + timeout_s
-        while not file.exists():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no engines in {file} after {timeout_s:.0f} s")
-            time.sleep(0.05)
-        return read_fleet(file)
+def _run_rank(config: Config, where: RankEnvironment, engines: Path, stop_asked: Callable[[], bool]) -> bool:
+    """The models' libraries take seconds to import: not before the run is known to begin."""
+    run_rank: Callable[..., bool] = import_module("rlx.cluster.rank").run_rank
+    return run_rank(config, where, engines, stop_asked)
 
 
 if __name__ == "__main__":

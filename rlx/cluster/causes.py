@@ -32,7 +32,8 @@ _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
     """A child that ended badly. ``seen_alive`` and ``seen_ended`` are ISO times (UTC) of the looks around its end;
-    ``returncode`` is minus the signal; ``log`` is what it wrote; ``phase`` where it, or the job, was."""
+    ``returncode`` is minus the signal; ``log`` is what it wrote; ``phase`` where it, or the job, was; ``why`` how it ended,
+    where more is known than the status."""
 
     role: str
     rank: int
@@ -42,6 +43,7 @@ class Ended:
     log: str
     log_path: Path
     phase: Phase
+    why: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,7 @@ def cause_of(ended: Ended) -> Cause:
     sudden = ended.returncode < 0 and -ended.returncode != signal.SIGABRT
     consequence = not sudden and ended.returncode != 0 and speaks_of_lost_peer(tail(ended.log, 15))
     when = ended.seen_alive if sudden else ended.seen_ended
-    return _cause(ended, ended.phase, describe(ended.returncode), when, consequence=consequence, told=False)
+    return _cause(ended, ended.phase, ended.why or describe(ended.returncode), when, consequence=consequence, told=False)
 
 
 def first_cause(causes: Sequence[Cause]) -> Cause:

@@ -16,7 +16,7 @@ from signal import SIGKILL
 from rlx.cluster.causes import Cause, is_port_taken, tail
 from rlx.cluster.fleet import Fleet, Member, take_request, write_fleet
 from rlx.cluster.processes import Child, kill_members
-from rlx.cluster.supervisor import now_text
+from rlx.cluster.supervisor import Watched, now_text
 from rlx.config.schema import RolloutConfig
 from rlx.obs.log import Phase
 from rlx.rollout.keys import EngineKeys
@@ -75,10 +75,11 @@ class Engines:
         self._failure: Cause | None = None
         self._num_restarts = 0
 
-    def start(self, indices: Iterable[int]) -> None:
-        """Start these; returns at once."""
+    def start(self, indices: Iterable[int], incarnation: int = 0) -> None:
+        """Start these; returns at once. ``incarnation``: how many lives they had under others."""
+        self._num_restarts = incarnation
         for index in indices:
-            self._slots.append(_Slot(index, *self._launch(index)))
+            self._slots.append(_Slot(index, *self._launch(index), incarnation=incarnation))
 
     def tick(self) -> None:
         """Look at every engine: note those that became healthy, replace those that ended, announce what changed."""
@@ -100,7 +101,7 @@ class Engines:
         """The engine that did not become healthy, if any."""
         return self._failure
 
-    def forgives(self, child: Child) -> bool:
+    def forgives(self, child: Watched) -> bool:
         """Whether this engine's end is not the run's: it is replaced already, or will be at the next tick."""
         slot = next((slot for slot in self._slots if slot.child is child), None)
         if slot is None:

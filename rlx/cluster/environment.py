@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import psutil
 
 from rlx.rollout.keys import EngineKeys
 
@@ -74,9 +77,18 @@ def rendezvous() -> Rendezvous:
 
 
 def default_interface(address: str) -> None:
-    """When everybody is on this host, do not let gloo depend on the host name resolving."""
+    """Let gloo listen where ``address``, this node's own, is: it would else ask what the host's name resolves to."""
+    name = interface_of(address)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface with this address; None when it is not this host's."""
     if address in ("localhost", "127.0.0.1"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        return "lo"
+    found = psutil.net_if_addrs()
+    return next((name for name, entries in found.items() if any(entry.address == address for entry in entries)), None)
 
 
 def report_requeue() -> bool:
@@ -90,6 +102,15 @@ def report_requeue() -> bool:
     with open(path, "w") as file:
         file.write("requeue\n")
     return True
+
+
+def report_cause(lines: Sequence[str]) -> None:
+    """Give a wrapping script, through the file that RLX_CAUSE_FILE names, what to say last: torchrun's own account follows
+    ours on the terminal."""
+    path = os.environ.get("RLX_CAUSE_FILE")
+    if path:
+        with open(path, "a") as file:
+            file.write("\n".join(lines) + "\n")
 
 
 def leave_launcher_store() -> None:

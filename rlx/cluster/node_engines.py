@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,6 @@ from rlx.cluster.local import child_environment, inherited_pipe
 from rlx.cluster.placement import EngineSite, plan_engine
 from rlx.cluster.processes import LAUNCH_ID, Child, ChildSpec, stop_all
 from rlx.cluster.rundir import ENDPOINTS, log_path
-from rlx.cluster.seats import Seats
 from rlx.cluster.supervisor import now_text
 from rlx.config.schema import Config
 from rlx.obs.log import Phase, last_phase, logger
@@ -51,7 +50,9 @@ class Node:
 class NodeEngines:
     """Starts at once. Raises ValueError for settings that no engine can be started with, with nothing started."""
 
-    def __init__(self, config: Config, run_dir: Path, node: Node, gpus_of: Mapping[int, tuple[int, ...]]) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, node: Node, gpus_of: Mapping[int, tuple[int, ...]], *, incarnation: int = 0
+    ) -> None:
         self._run_dir = run_dir
         self._id = uuid.uuid4().hex
         self._open = ExitStack()
@@ -75,18 +76,16 @@ class NodeEngines:
             env={name: value for name, value in env.items() if name != LAUNCH_ID},
         )
         self._open.callback(self._guard.dismiss)
-        part = part_path(run_dir, node.number)
-        part.unlink(missing_ok=True)
         self._engines = Engines(
             config.rollout,
             keys,
-            part,
+            part_path(run_dir, node.number),
             plan=plan,
             spawn=lambda index, found: self._spawn(index, found, pipe),
             say=lambda text: logger.info("%s", text),
         )
         self._open.callback(self._engines.cancel)
-        self._engines.start(gpus_of)
+        self._engines.start(gpus_of, incarnation)
 
     def tick(self) -> Cause | None:
         """Announce the engines once they are healthy; the cause when one is not, or has ended."""
@@ -127,12 +126,16 @@ class NodeEngines:
 
 
 class Assembly:
-    """On rank 0's node: from the nodes' parts to ``RUN_DIR/engines.json``, which all trainer ranks wait for."""
+    """From the parts that ``nodes`` announce to ``RUN_DIR/engines.json``, which all trainer ranks wait for."""
 
-    def __init__(self, run_dir: Path, seats: Seats) -> None:
-        self._run_dir = run_dir
-        self._nodes = [node for node in range(seats.machines.nodes) if seats.engines_of(node)]
+    def __init__(self, run_dir: Path, nodes: Sequence[int]) -> None:
+        self._run_dir, self._nodes = run_dir, nodes
         self._written: Fleet | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all parts were there."""
+        return self._written is not None
 
     def tick(self) -> None:
         """Write the list once every part is there, and again whenever one has changed."""

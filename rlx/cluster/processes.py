@@ -17,6 +17,8 @@ from pathlib import Path
 
 LAUNCH_ID = "RLX_LAUNCH_ID"
 """Environment variable that every process of one launch inherits: finds those that left their session."""
+JOB_ID = "RLX_JOB_ID"
+"""The same of a job on many nodes, which holds several launches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,10 @@ class Child:
             log.seek(self._log_start)
             return log.read().decode("utf-8", errors="replace")
 
+    def why(self) -> str | None:
+        """Nothing is known of a process's end but its status."""
+        return None
+
     def signal_group(self, number: int) -> None:
         """Signal the child and those of its descendants that stayed in its process group."""
         if self._reaped:
@@ -90,9 +96,10 @@ class Child:
         self._reaped = True
 
 
-def living_members(sessions: Collection[int], launch_id: str | None) -> list[int]:
-    """Numbers of living processes (no zombies) in one of the sessions, or born with the launch id. Needs /proc."""
-    marker = None if launch_id is None else f"{LAUNCH_ID}={launch_id}".encode()
+def living_members(sessions: Collection[int], launch_id: str | None, *, variable: str = LAUNCH_ID) -> list[int]:
+    """Numbers of living processes (no zombies) in one of the sessions, or born with ``variable`` = ``launch_id``. Needs
+    /proc."""
+    marker = None if launch_id is None else f"{variable}={launch_id}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -110,10 +117,17 @@ def living_members(sessions: Collection[int], launch_id: str | None) -> list[int
     return found
 
 
-def kill_members(sessions: Collection[int], launch_id: str | None, limit_s: float) -> list[int]:
-    """SIGKILL all members until none lives or the limit is over. Returns those that still live."""
+def kill_members(
+    sessions: Collection[int],
+    launch_id: str | None,
+    limit_s: float,
+    *,
+    variable: str = LAUNCH_ID,
+    spare: Collection[int] = (),
+) -> list[int]:
+    """SIGKILL all members but ``spare`` until none lives or the limit is over. Returns those that still live."""
     deadline = time.monotonic() + limit_s
-    while alive := living_members(sessions, launch_id):
+    while alive := [pid for pid in living_members(sessions, launch_id, variable=variable) if pid not in spare]:
         if time.monotonic() > deadline:
             break
         for pid in alive:

@@ -11,10 +11,9 @@ import sys
 import threading
 import time
 
-from torch.distributed import DistError
-
-from rlx.cluster.environment import RolloutNode, rollout_node
+from rlx.cluster.environment import RolloutNode, default_interface, rollout_node
 from rlx.cluster.node_engines import Node, NodeEngines
+from rlx.cluster.pulse import Pulse
 from rlx.cluster.seating import machines_of, seats_of
 from rlx.cluster.stopping import end_on_signals
 from rlx.cluster.torchrun import END_KEY, agreed_run, meet
@@ -34,8 +33,11 @@ def serve_node() -> int:
     gpus_of = seats.engines_of(number)
     if not gpus_of:
         return 0
+    default_interface(place.meeting.own_address())
     asked = threading.Event()
     end_on_signals(lambda signal_number: asked.set())
+    pulse = Pulse(store, number, range(seats.machines.nodes), run=place.meeting.attempt, end=END_KEY)
+    pulse.start()
     engines = NodeEngines(config, run_dir, Node(number=number, address=place.meeting.own_address()), gpus_of)
     try:
         while not asked.is_set():
@@ -44,10 +46,11 @@ def serve_node() -> int:
                 print(f"rlx: FAILED {cause.role} rank {cause.rank} on {socket.gethostname()}", file=sys.stderr)
                 print(f"rlx: cause: {cause.cause}\nrlx: logs: {cause.log_path}", file=sys.stderr, flush=True)
                 return 1
-            try:
-                if store.check([END_KEY]):
-                    return 0
-            except DistError:
+            lost = pulse.lost(config.run.failure_timeout_s)
+            if lost is not None:
+                print(f"rlx: FAILED engines on {socket.gethostname()}\nrlx: cause: {lost}", file=sys.stderr, flush=True)
+                return 1
+            if pulse.is_over:
                 return 0
             time.sleep(_LOOK_S)
         return 0

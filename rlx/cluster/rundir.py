@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from rlx.config.load import ConfigError
 from rlx.config.schema import Config
 
 ENDPOINTS = "engines.json"
+_SHARED_S = 60.0
 _OURS = ("metrics.jsonl", "checkpoints", "hf", "tensorboard", "logs", "config.yaml", "sync", "engines", "report.html", ENDPOINTS)
 
 
@@ -67,6 +70,18 @@ def open_run_dir(config: Config) -> Iterator[Path]:
         yield run_dir
     finally:
         os.close(lock)
+
+
+def wait_for_shared(path: Path) -> None:
+    """Network file systems show another node's new file after a while. FileNotFoundError when it does not come."""
+    deadline = time.monotonic() + _SHARED_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"{path}: another node made it, but host {socket.gethostname()} does not see it after {_SHARED_S:g} s:"
+                " run.dir must be on a file system that all nodes share"
+            )
+        time.sleep(0.2)
 
 
 def _remove(path: Path) -> None:

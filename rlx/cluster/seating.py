@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlx.cluster.seats import Demand, Machines, Seats, plan_seats
+from rlx.cluster.seats import Demand, Machines, PlacementError, Seats, plan_seats
 from rlx.config.schema import Config
 
 
@@ -33,3 +33,13 @@ def machines_of(config: Config, trainer_nodes: int | None = None) -> Machines:
 def seats_of(config: Config, machines: Machines | None = None) -> Seats:
     """Who sits where; PlacementError when it does not fit."""
     return plan_seats(machines or machines_of(config), demand_of(config))
+
+
+def refuse_spanning_engines(seats: Seats) -> None:
+    """PlacementError for engines that several nodes would have to start together."""
+    spanning = [index for index, seat in enumerate(seats.engines) if len(seat.nodes) > 1]
+    if spanning:
+        raise PlacementError(
+            f"rollout.tp: engine {spanning[0]} would span {len(seats.engines[spanning[0]].nodes)} nodes, which no launcher here"
+            " starts: start such servers yourself and name them in rollout.endpoints"
+        )

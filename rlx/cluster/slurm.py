@@ -23,6 +23,7 @@ from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
 
 RUNTIMES = ("pyxis", "apptainer")
+FLAVOURS = ("torchrun", "ray")
 _OWN_OPTIONS = ("nodes", "ntasks", "ntasks-per-node", "export", "signal", "requeue", "open-mode", "output", "time", "partition")
 _SUBMIT_LIMIT_S = 60.0
 
@@ -37,6 +38,7 @@ class SlurmJob:
     nodes: int
     gpus_per_node: int
     log_dir: str
+    flavour: str = "torchrun"
     rollout_nodes: int = 0
     partition: str | None = None
     time: str = "24:00:00"
@@ -51,13 +53,15 @@ class SlurmJob:
 
 def job_config(path: str, overrides: Sequence[str], job: SlurmJob) -> tuple[Config, list[str]]:
     """The configuration as the job will see it, and the overrides that make it so. ConfigError as usual."""
-    added = ["cluster.launcher=torchrun", f"cluster.nodes={job.nodes}", f"cluster.rollout_nodes={job.rollout_nodes}"]
+    added = [f"cluster.launcher={job.flavour}", f"cluster.nodes={job.nodes}", f"cluster.rollout_nodes={job.rollout_nodes}"]
     if job.gpus_per_node:
         added.append(f"cluster.gpus_per_node={job.gpus_per_node}")
         given = load_config(path, overrides).cluster.num_trainer_ranks
         if job.rollout_nodes and given is None:
             added.append(f"cluster.num_trainer_ranks={(job.nodes - job.rollout_nodes) * job.gpus_per_node}")
-    everything = [*overrides, *added, "run.resume=auto", "run.overwrite=false"]
+    # Ray's nodes may join minutes after its head.
+    first = ["cluster.ray_wait_s=600"] if job.flavour == "ray" else []
+    everything = [*first, *overrides, *added, "run.resume=auto", "run.overwrite=false"]
     return load_config(path, everything), everything
 
 
@@ -69,9 +73,13 @@ def render(path: str, overrides: Sequence[str], job: SlurmJob, template: Path | 
         seats = seats_of(config)
     except PlacementError as error:
         raise ConfigError([str(error)]) from error
-    source = template or template_folder() / "torchrun.sbatch.j2"
+    source = template or template_folder() / f"{job.flavour}.sbatch.j2"
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=jinja2.FileSystemLoader(template_folder()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["q"] = shlex.quote
     root = Path(rlx.__file__).resolve().parents[1]
@@ -94,12 +102,6 @@ def render(path: str, overrides: Sequence[str], job: SlurmJob, template: Path | 
         return environment.from_string(source.read_text()).render(values)
     except (OSError, jinja2.TemplateError) as error:
         raise ConfigError([f"--template {source}: {error}"]) from error
-
-
-def _mounts(config: Config, root: Path, job: SlurmJob) -> list[str]:
-    """What a container must see: the working folder, rlx, the run's folder, and what the user adds."""
-    folders = [str(Path.cwd()), str(root), str(Path(config.run.dir).resolve().parent), "/tmp"]
-    return list(dict.fromkeys([*folders, *job.mounts]))
 
 
 def template_folder() -> Path:

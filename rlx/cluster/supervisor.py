@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Protocol
 
 from rlx.cluster.causes import Cause, Ended, cause_of, first_cause
-from rlx.cluster.processes import Child
 from rlx.obs.log import Phase, last_phase
 
 _POLL_S = 0.2
@@ -40,10 +40,42 @@ def now_text() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
 
 
+class Identity(Protocol):
+    """Whom a supervisor names."""
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def log_path(self) -> Path: ...
+
+
+class Watched(Protocol):
+    """A process or an actor that a supervisor looks at."""
+
+    @property
+    def spec(self) -> Identity: ...
+
+    def poll(self) -> int | None:
+        """None while it lives; then 0, an exit status or minus a signal."""
+        ...
+
+    def log_text(self) -> str:
+        """What it wrote."""
+        ...
+
+    def why(self) -> str | None:
+        """How it ended, where more is known than its status."""
+        ...
+
+
 class EngineWatch(Protocol):
     """The engines of a launch, as far as their supervisor asks."""
 
-    def children(self) -> Sequence[Child]:
+    def children(self) -> Sequence[Watched]:
         """The present ones."""
         ...
 
@@ -51,7 +83,7 @@ class EngineWatch(Protocol):
         """An engine that runs but never became healthy."""
         ...
 
-    def forgives(self, child: Child) -> bool:
+    def forgives(self, child: Watched) -> bool:
         """Whether this engine's end is made good."""
         ...
 
@@ -63,13 +95,13 @@ class EngineWatch(Protocol):
 class NoEngines:
     """Of a launch that starts none."""
 
-    def children(self) -> Sequence[Child]:
+    def children(self) -> Sequence[Watched]:
         return ()
 
     def failed(self) -> Cause | None:
         return None
 
-    def forgives(self, child: Child) -> bool:
+    def forgives(self, child: Watched) -> bool:
         return False
 
     def serving(self) -> bool:
@@ -81,7 +113,7 @@ class Supervisor:
 
     def __init__(
         self,
-        trainers: Sequence[Child],
+        trainers: Sequence[Watched],
         engines: EngineWatch,
         *,
         interrupted: Callable[[], bool],
@@ -91,7 +123,7 @@ class Supervisor:
         self._engines = engines
         self._interrupted = interrupted
         self._tick = tick
-        self._exits: dict[Child, _Exit] = {}
+        self._exits: dict[Watched, _Exit] = {}
         self._last_look = now_text()
         self._first_done: float | None = None
 
@@ -139,7 +171,7 @@ class Supervisor:
         unhealthy = None if causes else self._engines.failed()
         return causes if unhealthy is None else [unhealthy]
 
-    def _is_failure(self, child: Child, seen: _Exit) -> bool:
+    def _is_failure(self, child: Watched, seen: _Exit) -> bool:
         """A trainer may end well; an engine is to serve until we stop it, which is after the last trainer ended."""
         if child in self._trainers:
             return seen.returncode != 0
@@ -149,7 +181,7 @@ class Supervisor:
             trainer in self._exits and self._exits[trainer].returncode == 0 for trainer in self._trainers
         )
 
-    def _ended(self, child: Child, seen: _Exit) -> Ended:
+    def _ended(self, child: Watched, seen: _Exit) -> Ended:
         log = child.log_text()
         return Ended(
             role=child.spec.role,
@@ -160,9 +192,10 @@ class Supervisor:
             log=log,
             log_path=child.spec.log_path,
             phase=self._phase(child, log),
+            why=child.why(),
         )
 
-    def _phase(self, child: Child, log: str) -> Phase:
+    def _phase(self, child: Watched, log: str) -> Phase:
         """Where a child is. An engine that serves has no step of its own: it is where the job is."""
         own = last_phase(log)
         if child not in self._trainers and own.step < 0:

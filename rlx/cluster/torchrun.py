@@ -25,14 +25,15 @@ from typing import TextIO
 from torch._C._distributed_c10d import TCPStore
 
 from rlx.cluster.causes import Cause, speaks_of_lost_peer, where
-from rlx.cluster.environment import RankEnvironment, Rendezvous, default_interface, rendezvous
+from rlx.cluster.environment import RankEnvironment, Rendezvous, default_interface, rendezvous, report_cause
 from rlx.cluster.fleet import write_fleet
 from rlx.cluster.node_engines import Assembly, Node, NodeEngines
 from rlx.cluster.placement import attached_fleet
 from rlx.cluster.preflight import preflight
 from rlx.cluster.progress import Progress
-from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir
-from rlx.cluster.seating import machines_of, seats_of
+from rlx.cluster.pulse import Pulse
+from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir, wait_for_shared
+from rlx.cluster.seating import machines_of, refuse_spanning_engines, seats_of
 from rlx.cluster.seats import Machines, PlacementError, Seats
 from rlx.cluster.stopping import end_on_signals
 from rlx.config.load import ConfigError, dump_config, load_config
@@ -42,7 +43,8 @@ from rlx.obs.log import current_phase, log_failure, logger
 MEET_S = 300.0
 END_KEY = "rlx/end"
 _LOOK_S = 0.2
-_TOLD_KEY, _TELL_S = "rlx/told", 20.0
+_TOLD_KEY, _TELL_S = "rlx/told", 60.0
+_HOSTED_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +71,11 @@ def join_run(
         run_dir = _agree(store, config_path, overrides, (place, meeting), stack)
         config = load_config(str(run_dir / "config.yaml"), [])
         seats = seats_of(config, _machines(config, place, meeting))
-        duty = _Duty(config, run_dir, (place, meeting), _to_log(log_path(run_dir, "trainer", place.rank)))
+        nodes = range(seats.machines.nodes)
+        pulse = Pulse(meet(meeting, place.rank), meeting.node, nodes, run=meeting.attempt, end=END_KEY)
+        duty = _Duty(config, run_dir, (place, meeting), _to_log(log_path(run_dir, "trainer", place.rank)), pulse)
         try:
-            default_interface(meeting.address)
+            default_interface(meeting.own_address())
             duty.begin(seats)
             yield JoinedRun(config=config, run_dir=run_dir, endpoints_file=run_dir / ENDPOINTS)
         except Exception as error:
@@ -87,18 +91,22 @@ def join_run(
 
 def meet(meeting: Rendezvous, rank: int) -> TCPStore:
     """The store that all ranks share: the launcher's where it keeps one, else rank 0's."""
+    # The launchers met at theirs before they started any rank: when it does not answer now, rank 0 has left.
+    limit_s = _HOSTED_S if meeting.is_hosted and rank >= 0 else MEET_S
     try:
-        return TCPStore(
+        store = TCPStore(
             meeting.address,
             meeting.port,
             is_master=rank == 0 and not meeting.is_hosted,
             wait_for_workers=False,
             multi_tenant=True,
-            timeout=timedelta(seconds=MEET_S),
+            timeout=timedelta(seconds=limit_s),
         )
     except RuntimeError as error:
         at = f"{meeting.address}:{meeting.port} (MASTER_ADDR, MASTER_PORT)"
         raise ConnectionError(f"rank {rank} on {socket.gethostname()} did not reach rank 0 at {at}: {error}") from error
+    store.set_timeout(timedelta(seconds=MEET_S))
+    return store
 
 
 def _agree(
@@ -111,7 +119,7 @@ def _agree(
         return agreed_run(store, meeting)
     try:
         config = preflight(_load(path, overrides, place))
-        _check_engines(seats_of(config, _machines(config, place, meeting)))
+        refuse_spanning_engines(seats_of(config, _machines(config, place, meeting)))
         run_dir = stack.enter_context(open_run_dir(config))
     except (ConfigError, PlacementError) as error:
         problems = list(error.problems) if isinstance(error, ConfigError) else [str(error)]
@@ -132,17 +140,8 @@ def agreed_run(store: TCPStore, meeting: Rendezvous) -> Path:
         store.add(_TOLD_KEY, 1)
         raise SystemExit(2)
     run_dir = Path(found["run_dir"])
-    _wait_for(run_dir / "config.yaml")
+    wait_for_shared(run_dir / "config.yaml")
     return run_dir
-
-
-def _check_engines(seats: Seats) -> None:
-    spanning = [index for index, seat in enumerate(seats.engines) if len(seat.nodes) > 1]
-    if spanning:
-        raise PlacementError(
-            f"rollout.tp: engine {spanning[0]} would span {len(seats.engines[spanning[0]].nodes)} nodes, which no launcher here"
-            " starts: start such servers yourself and name them in rollout.endpoints"
-        )
 
 
 def _wait_until_told(store: TCPStore, num_ranks: int) -> None:
@@ -175,18 +174,6 @@ def _machines(config: Config, place: RankEnvironment, meeting: Rendezvous) -> Ma
     return machines_of(config, trainer_nodes=place.world_size // meeting.ranks_per_node)
 
 
-def _wait_for(path: Path) -> None:
-    """Network file systems show another node's new file after a while."""
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise FileNotFoundError(
-                f"{path}: rank 0 made it, but host {socket.gethostname()} does not see it after 60 s:"
-                " run.dir must be on a file system that all nodes share"
-            )
-        time.sleep(_LOOK_S)
-
-
 def _to_log(path: Path) -> TextIO:
     """Send this process's output, children's included, to ``path``; returns the terminal."""
     sys.stdout.flush()
@@ -203,14 +190,16 @@ class _Duty(threading.Thread):
     """What a rank does beside training. One thread; it consumes the engines' states and the run folder, produces the
     list of engines and lines on the terminal, waits for nobody and stops when told."""
 
-    def __init__(self, config: Config, run_dir: Path, where_: tuple[RankEnvironment, Rendezvous], terminal: TextIO) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, where_: tuple[RankEnvironment, Rendezvous], terminal: TextIO, pulse: Pulse
+    ) -> None:
         super().__init__(name="node-duty", daemon=True)
         self._place, self._meeting = where_
-        self._config, self._run_dir, self._terminal = config, run_dir, terminal
+        self._config, self._run_dir, self._terminal, self._pulse = config, run_dir, terminal, pulse
         self._stopping = threading.Event()
         self._once = threading.Lock()
         self._engines: NodeEngines | None = None
-        self._ticks: list[Callable[[], None]] = [self._watch_agent]
+        self._ticks: list[Callable[[], None]] = [self._watch_agent, self._watch_hosts]
         self._agent = os.getppid()
 
     def begin(self, seats: Seats) -> None:
@@ -225,13 +214,16 @@ class _Duty(threading.Thread):
             here = Node(number=node, address=self._meeting.own_address())
             self._engines = NodeEngines(self._config, self._run_dir, here, gpus_of)
             self._ticks.append(self._tend_engines)
+        if self._place.local_rank == 0:
+            self._pulse.start()
         self.start()
 
     def _begin_rank_0(self, seats: Seats | None) -> None:
         if seats is None:
             write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._config.rollout))
         else:
-            self._ticks.append(Assembly(self._run_dir, seats).tick)
+            nodes = [node for node in range(seats.machines.nodes) if seats.engines_of(node)]
+            self._ticks.append(Assembly(self._run_dir, nodes).tick)
         self._progress = Progress(self._run_dir, total_steps=self._config.run.steps, out=self._terminal)
         self._progress.say(f"{self._place.world_size} trainer rank(s) under torchrun; run folder: {self._run_dir}")
         self._ticks.append(self._progress.tick)
@@ -271,11 +263,14 @@ class _Duty(threading.Thread):
         number = self._place.rank if rank is None else rank
         host = socket.gethostname()
         if role == "trainer" and speaks_of_lost_peer(cause):
+            lost = self._pulse.lost(0)
+            cause = cause if lost is None else f"{lost}; {cause}"
             lines = [f"rlx: trainer rank {number} on {host} lost a peer: {cause.splitlines()[0]}"]
         else:
             lines = [f"rlx: FAILED {role} rank {number} on {host} {where(current_phase())}", f"rlx: cause: {cause}"]
             lines.append(f"rlx: logs: {log}")
         print("\n".join(lines), file=self._terminal, flush=True)
+        report_cause(lines)
         self.stop()
         # Peers may be inside a collective with us: leave without the orderly shutdown that would wait for them.
         os._exit(1)
@@ -285,6 +280,11 @@ class _Duty(threading.Thread):
             self.fail(
                 f"torchrun's own process (pid {self._agent}) died", str(log_path(self._run_dir, "trainer", self._place.rank))
             )
+
+    def _watch_hosts(self) -> None:
+        lost = self._pulse.lost(self._config.run.failure_timeout_s)
+        if lost is not None:
+            self.fail(str(lost), str(log_path(self._run_dir, "trainer", self._place.rank)))
 
     def _tend_engines(self) -> None:
         with self._once:

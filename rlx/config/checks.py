@@ -283,6 +283,9 @@ def _optimizer(section: str, optimizer: OptimizerConfig) -> Iterator[str]:
 
 
 def _device(config: Config) -> Iterator[str]:
+    address = config.cluster.ray_address or ""
+    if "://" in address or (address not in ("", "auto", "local") and not address.rpartition(":")[2].isdecimal()):
+        yield f"cluster.ray_address: {address} is no HOST:PORT; run this on a node of the cluster (its port is 6379 by default)"
     if config.cluster.device == "cpu" and config.model.layer_spec == "transformer_engine":
         yield "model.layer_spec: transformer_engine needs GPUs, but cluster.device is cpu; use auto or torch"
 
@@ -307,6 +310,8 @@ def _colocation(config: Config) -> Iterator[str]:
         return
     if not own:
         yield "cluster.colocated: needs engines that rlx starts; leave rollout.endpoints and rollout.replay empty"
+    if cluster.launcher == "ray":
+        yield "cluster.colocated: the ray launcher gives engines GPUs of their own; use cluster.launcher=local or torchrun"
     if cluster.rollout_nodes:
         yield f"cluster.colocated: contradicts cluster.rollout_nodes {cluster.rollout_nodes}, nodes for engines alone"
     if rollout.num_engines * rollout.tp > config.num_trainer_ranks:

@@ -33,7 +33,7 @@ class RunConfig:
 class ClusterConfig:
     """Where processes live."""
 
-    launcher: str = option("local", "who starts the processes", choices=("local", "torchrun"))
+    launcher: str = option("local", "who starts the processes", choices=("local", "torchrun", "ray"))
     device: str = option("auto", "auto: cuda when visible, else cpu", choices=("auto", "cpu", "cuda"))
     num_trainer_ranks: int | None = option(None, "trainer processes; none: tp x pp x cp", minimum=1)
     nodes: int | None = option(None, "machines, all alike; none: one, or as many as the launcher has", minimum=1)
@@ -47,6 +47,8 @@ class ClusterConfig:
         "what co-located trainers keep in host memory while engines generate; all: weights too; auto: optimizer on GPUs",
         choices=("auto", "none", "optimizer", "all"),
     )
+    ray_address: str | None = option(None, "Ray cluster HOST:PORT; none: RAY_ADDRESS, else one that runs here, else an own one")
+    ray_wait_s: float = option(60.0, "limit for a Ray cluster to have the nodes and room that the job needs", minimum=0)
     threads_per_rank: int | None = option(None, "CPU threads of a trainer rank or engine; none: cores / processes", minimum=1)
 
 

@@ -13,8 +13,6 @@ import pytest
 from tests.e2e.job import demo_overrides, make_demo, numbers, rlx
 from tests.e2e.torchrun_job import Nodes
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -33,6 +31,7 @@ def nodes(tmp_path: Path) -> Iterator[list[Nodes]]:
             time.sleep(0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_same_losses_as_the_local_launcher(demo: Path, tmp_path: Path, nodes: list[Nodes]) -> None:
     record = tmp_path / "rollouts.jsonl"
@@ -50,9 +49,23 @@ def test_same_losses_as_the_local_launcher(demo: Path, tmp_path: Path, nodes: li
 def test_wrong_configuration_is_told_once_and_starts_nothing(demo: Path, tmp_path: Path, nodes: list[Nodes]) -> None:
     nodes.append(Nodes(tmp_path, [*demo_overrides(demo, tmp_path / "run", 2), "parallel.tp=4"], 2))
     assert all(nodes[0].finish(200))
-    assert "cluster.num_trainer_ranks: 2 is not a multiple of parallel.tp" in nodes[0].out(0)
+    assert "cluster.num_trainer_ranks: 2 is not a multiple of parallel.tp" in nodes[0].out(0).splitlines()[-1]
     assert "rlx: error" not in nodes[0].out(1)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_rank_that_comes_after_the_refusal_does_not_wait(demo: Path, tmp_path: Path, nodes: list[Nodes]) -> None:
+    nodes.append(Nodes(tmp_path, [*demo_overrides(demo, tmp_path / "run", 2), "parallel.tp=4"], 2))
+    late: list[int] = []
+    while not late:
+        assert all(script.poll() is None for script in nodes[0].scripts)
+        late = [pid for pid in nodes[0].members() if is_worker(pid) and b"NODE_RANK=1" in environment(pid)]
+    os.kill(late[0], signal.SIGSTOP)
+    assert nodes[0].scripts[0].wait(200) != 0
+    os.kill(late[0], signal.SIGCONT)
+    assert nodes[0].scripts[1].wait(120) != 0
+    assert "rank 1 on" in nodes[0].out(1) and "did not reach rank 0" in nodes[0].out(1)
 
 
 @pytest.mark.slow
@@ -87,3 +100,12 @@ def test_killed_engine_ends_the_job_with_its_name(demo: Path, tmp_path: Path, no
     assert all(nodes[0].finish(200))
     assert "rlx: FAILED engine rank 0" in nodes[0].out(0) and "SIGKILL" in nodes[0].out(0)
     assert not nodes[0].members()
+
+
+def is_worker(pid: int) -> bool:
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"\0-m\0rlx.cli.worker\0" in command and b"torch.distributed.run" not in command
+
+
+def environment(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.e2e.job import ROOT
+from tests.e2e.two_hosts import TwoHosts
 from tests.ports import free_port
 
 MARK = "RLX_TORCHRUN_TEST"
@@ -18,14 +19,19 @@ MARK = "RLX_TORCHRUN_TEST"
 class Nodes:
     """The nodes' scripts as processes; everything they start inherits a mark in its environment."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], num_nodes: int) -> None:
+    def __init__(self, folder: Path, arguments: Sequence[str], num_nodes: int, hosts: TwoHosts | None = None) -> None:
         self.mark, self._outs = str(folder), [folder / f"node-{number}.out" for number in range(num_nodes)]
-        shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NNODES": str(num_nodes)}
+        shared = os.environ | {
+            "MASTER_ADDR": hosts.addresses[0] if hosts else "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "NNODES": str(num_nodes),
+        }
         shared |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: self.mark}
         self.scripts = []
         for number, path in enumerate(self._outs):
             with path.open("w") as out:
                 command = [str(ROOT / "launch" / "torchrun.sh"), *arguments]
+                command = hosts.command(number, command) if hosts else command
                 env = shared | {"NODE_RANK": str(number), "NPROC_PER_NODE": "1"}
                 self.scripts.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT))
 

@@ -45,12 +45,13 @@ def submit(slurm: Slurm, monkeypatch: pytest.MonkeyPatch, name: str, arguments: 
     return slurm.run("squeue", "-h", "-o", "%i", "--name", name)
 
 
-def members(run_dir: Path) -> list[int]:
-    """Living processes that name the run's folder."""
+def members(*names: str) -> list[int]:
+    """Living processes that name the run's folder, or the job's."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and str(run_dir).encode() in (entry / "cmdline").read_bytes():
+            command = (entry / "cmdline").read_bytes()
+            if entry.name.isdigit() and any(name.encode() in command for name in names):
                 found.append(int(entry.name))
         except OSError:
             continue
@@ -66,16 +67,19 @@ def wait_for_rows(run_dir: Path, count: int) -> int:
     return metrics.read_text().count("\n")
 
 
+@pytest.mark.parametrize("flavour", ["torchrun", "ray"])
 def test_signal_saves_and_requeues_and_the_next_start_goes_on(
-    slurm: Slurm, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm: Slurm, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str
 ) -> None:
     run_dir = tmp_path / "run"
-    job = submit(slurm, monkeypatch, "requeued", [*demo_overrides(demo, run_dir, 9999), "run.export_hf=false"])
+    arguments = [*demo_overrides(demo, run_dir, 9999), "run.export_hf=false", "parallel.tp=1", "--flavour", flavour]
+    job = submit(slurm, monkeypatch, f"requeued-{flavour}", arguments)
+    names = (str(run_dir), f"/tmp/rlx-job-{job}/")
     wait_for_rows(run_dir, 2)
     slurm.run("scancel", "--batch", "--signal=USR1", job)  # what SLURM does when the time is nearly up
     slurm.wait_for(job, "PENDING", limit_s=START_S)
     done = (run_dir / "metrics.jsonl").read_text().count("\n")
-    assert not members(run_dir)
+    assert not members(*names)
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
     wait_for_rows(run_dir, done + 1)
     log = (slurm.folder / "logs" / f"{job}.log").read_text()
@@ -84,8 +88,8 @@ def test_signal_saves_and_requeues_and_the_next_start_goes_on(
     slurm.run("scancel", job)
     slurm.wait_for(job, "CANCELLED", limit_s=START_S)
     deadline = time.monotonic() + 20
-    while members(run_dir):
-        assert time.monotonic() < deadline, f"left: {members(run_dir)}"
+    while left := members(*names):
+        assert time.monotonic() < deadline, f"left: {left}"
         time.sleep(0.2)
 
 

@@ -50,9 +50,25 @@ def test_splits_nodes_and_passes_nothing_by_accident(config: Path, capsys: pytes
     assert f"'{config}'" in script, "a path with a space is quoted"
 
 
+def test_ray_flavour_starts_a_node_in_each_task_and_the_run_on_the_first(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = rendered(capsys, config, "--rollout-nodes", "1", "--flavour", "ray", "--partition", "gpu")
+    assert "cluster.launcher=ray cluster.nodes=3 cluster.rollout_nodes=1 cluster.gpus_per_node=8" in script
+    assert "cluster.num_trainer_ranks=16" in script and "run.resume=auto" in script
+    assert "ray.scripts.scripts start" in script and "RAY_AUTH_MODE=token" in script and "--nodes=3 " in script
+    assert '"cluster.ray_address=$MASTER_ADDR:$MASTER_PORT"' in script and "torchrun.sh" not in script
+
+
+def test_ray_flavour_waits_for_its_nodes_unless_told(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = rendered(capsys, config, "cluster.ray_wait_s=5", "--rollout-nodes", "1", "--flavour", "ray")
+    assert "cluster.ray_wait_s=600 cluster.ray_wait_s=5 " in script, "the last one wins"
+
+
+@pytest.mark.parametrize("flavour", ["torchrun", "ray"])
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
-def test_container(config: Path, capsys: pytest.CaptureFixture[str], runtime: str) -> None:
-    options = ["--container", "/images/rlx", "--container-runtime", runtime, "--mount", "/data"]
+def test_container(config: Path, capsys: pytest.CaptureFixture[str], runtime: str, flavour: str) -> None:
+    options = ["--container", "/images/rlx", "--container-runtime", runtime, "--mount", "/data", "--flavour", flavour]
     script = rendered(capsys, config, "cluster.num_trainer_ranks=6", *options)
     assert "/images/rlx" in script and ",/data" in script
     assert ("--container-image=" in script) == (runtime == "pyxis")
