@@ -17,6 +17,7 @@ from torch.distributed import DistError
 
 _BEAT_S = 1.0
 _LEAST_S = 10.0
+_STOP_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +33,8 @@ class Lost:
 
 
 class Pulse(threading.Thread):
-    """Consumes the other ``nodes``' signs and the key ``end``, produces this one's; waits for the store only and stops with
-    the process. ``store`` must be a connection of its own. Node 0 keeps the store."""
+    """Consumes the other ``nodes``' signs and the key ``end``, produces this one's; waits for the store only and stops when
+    told or at ``end``. ``store`` must be a connection of its own. Node 0 keeps the store."""
 
     def __init__(self, store: TCPStore, node: int, nodes: Sequence[int], *, run: str, end: str) -> None:
         super().__init__(name="pulse", daemon=True)
@@ -60,10 +61,16 @@ class Pulse(threading.Thread):
                         self._heard[other] = (sign.partition(" ")[2], time.monotonic())
                 over = self._store.check([self._end])
                 self._round = time.monotonic()
-                self.is_over = over
+                self.is_over = self.is_over or over
                 time.sleep(_BEAT_S)
         except (DistError, RuntimeError):
             self.is_over = True
+
+    def stop(self) -> None:
+        """End the thread, unless a cut cable holds it: an interpreter that ends while it is inside torch is aborted."""
+        self.is_over = True
+        if self.is_alive():
+            self.join(_STOP_S)
 
     def lost(self, limit_s: float) -> Lost | None:
         """The node that has been silent for longer, one at most; the store's own when nothing comes through."""

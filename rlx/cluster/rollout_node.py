@@ -56,3 +56,4 @@ def serve_node() -> int:
         return 0
     finally:
         engines.stop()
+        pulse.stop()

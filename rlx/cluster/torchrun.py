@@ -240,6 +240,7 @@ class _Duty(threading.Thread):
     def finish(self, note: str | None) -> None:
         """The training is done, or left as ``note`` says: end the engines, say the last words."""
         self.stop()
+        self._pulse.stop()
         if self._place.rank == 0:
             self._progress.close()
             print(f"rlx: {note}" if note else self._progress.summary(), file=self._terminal, flush=True)
@@ -247,6 +248,7 @@ class _Duty(threading.Thread):
     def stop(self) -> None:
         """End the thread and the engines."""
         self._stopping.set()
+        self._pulse.is_over = True
         with self._once:
             if self._engines is not None:
                 self._engines.stop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from torch.distributed import TCPStore
@@ -20,12 +20,15 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[Pulse, Pulse]:
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pulse, Pulse]]:
     monkeypatch.setattr(module, "_BEAT_S", 0.05)
     monkeypatch.setattr(module, "_LEAST_S", 1.0)
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
-    return Pulse(server, 0, range(2), run="r", end="end"), Pulse(client, 1, range(2), run="r", end="end")
+    both = Pulse(server, 0, range(2), run="r", end="end"), Pulse(client, 1, range(2), run="r", end="end")
+    yield both
+    for one in both:
+        one.stop()
 
 
 def test_silence_is_noticed_and_a_node_that_never_came_is_not(pair: tuple[Pulse, Pulse]) -> None:
