@@ -38,8 +38,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """One Megatron parameter of the whole model: its row, with layer and expert (None where it has none) filled in."""
+    """One Megatron parameter of the whole model: its row, with layer and expert (None where it has none) filled in. ``name``
+    is the row's Megatron name, with ``{layer}`` and ``{expert}`` left open."""
 
+    name: str
     row: Row
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
@@ -78,10 +80,11 @@ def parameters(arch: Architecture) -> list[Parameter]:
     """Every parameter of the model, in the order of the table."""
     found = []
     for name, row in weight_table(arch).items():
-        experts: Iterable[int | None] = range(_num_experts(arch)) if "{expert}" in name else (None,)
+        experts: Iterable[int | None] = range(num_experts(arch)) if "{expert}" in name else (None,)
         for layer, expert in itertools.product(layers_of(name, arch), experts):
             found.append(
                 Parameter(
+                    name=name,
                     row=row,
                     hf_names=tuple(hf_name.format(layer=layer, expert=expert) for hf_name in row.hf_names),
                     hf_shapes=row.hf_shapes(arch),
@@ -95,7 +98,8 @@ def parameters(arch: Architecture) -> list[Parameter]:
     return sorted(found, key=lambda p: (order[p.is_first_stage] if p.layer is None else p.layer, p.expert or -1))
 
 
-def _num_experts(arch: Architecture) -> int:
+def num_experts(arch: Architecture) -> int:
+    """Routed experts of a layer that has them; 0 for a dense model."""
     return 0 if arch.experts is None else arch.experts.num_experts
 
 
@@ -114,11 +118,11 @@ def layout_problems(arch: Architecture, layout: Layout) -> Iterator[str]:
         )
     if layout.pp > arch.num_layers:
         yield f"--pp {layout.pp} is more than the {arch.num_layers} layers of config.json (num_hidden_layers)"
-    num_experts = _num_experts(arch)
-    if layout.ep > 1 and not num_experts:
+    experts = num_experts(arch)
+    if layout.ep > 1 and not experts:
         yield f"--ep {layout.ep} needs a mixture-of-experts model, but config.json describes a dense one; use --ep 1"
-    elif num_experts % layout.ep:
-        yield f"--ep {layout.ep} does not divide the {num_experts} experts of config.json"
+    elif experts % layout.ep:
+        yield f"--ep {layout.ep} does not divide the {experts} experts of config.json"
 
 
 class Cutter:
@@ -190,7 +194,7 @@ def rank_of(part: Part, arch: Architecture, layout: Layout) -> int:
     if parameter.row.is_split:
         inside = part.shard.rank * (layout.tp if parameter.expert is None else layout.etp) // part.shard.size
     if parameter.expert is not None:
-        inside += layout.etp * (parameter.expert * layout.ep // _num_experts(arch))
+        inside += layout.etp * (parameter.expert * layout.ep // num_experts(arch))
     return stage * layout.ranks_per_stage + inside
 
 
