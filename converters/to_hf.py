@@ -122,7 +122,6 @@ class ToHuggingFace:
     def _write(self, path: Path, file: _HfFile, advance: Advance) -> None:
         with path.open("wb") as stream:
             stream.write(file.header)
-            stream.truncate(len(file.header) + file.size)
             stream.flush()
             for parameter in file.parameters:
                 extents = self._exporter.extents(parameter)

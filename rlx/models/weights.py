@@ -118,7 +118,10 @@ class Vocab:
         start = min(shard.rank * rows, arch.vocab_size)
         stop = min(start + rows, arch.vocab_size)
         real = read(names[0], 0, start, stop)
-        return torch.cat([real, real.new_zeros(rows - (stop - start), *real.shape[1:])])
+        if len(real) == rows:
+            return real
+        # Not new_zeros, which on the meta device imports the compiler.
+        return torch.cat([real, torch.zeros((rows - len(real), *real.shape[1:]), dtype=real.dtype, device=real.device)])
 
     def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
         return (_join(shards)[: arch.vocab_size],)
