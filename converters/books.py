@@ -86,7 +86,7 @@ def _keep(connection: Connection, parents: Connection, arch: Architecture) -> No
     logging.disable(logging.WARNING)
     with suppress(BrokenPipeError):
         try:
-            _without_compiler()
+            without_compiler()
             skeleton = importlib.import_module("converters.skeleton").skeleton(arch)
             connection.send((skeleton.pieces, None))
             folder, tensors, files = connection.recv()
@@ -100,7 +100,7 @@ def _keep(connection: Connection, parents: Connection, arch: Architecture) -> No
             connection.send((None, traceback.format_exc()))
 
 
-def _without_compiler() -> None:
+def without_compiler() -> None:
     """Megatron decorates functions with ``torch.compile`` on import, which loads the whole compiler; none of them runs here."""
 
     def keep(function: Any = None, **options: Any) -> Any:

@@ -60,12 +60,15 @@ class RowNumbers:
 
     def _load(self, parameter: Parameter, shard: Shard) -> Tensor | None:
         firsts = dict(zip(parameter.hf_names, accumulate((s[0] + 1 for s in parameter.hf_shapes), initial=0), strict=False))
-        ranks = {name: len(shape) for name, shape in zip(parameter.hf_names, parameter.hf_shapes, strict=True)}
+        shapes = dict(zip(parameter.hf_names, parameter.hf_shapes, strict=True))
 
         def read(name: str, dim: int, start: int, stop: int) -> Tensor:
+            shape = shapes[name]
             if dim:
-                raise _NotRows
-            return torch.arange(firsts[name] + start, firsts[name] + stop).view(-1, *[1] * (ranks[name] - 1))
+                if (start, stop) != (0, shape[dim]):
+                    raise _NotRows
+                start, stop = 0, shape[0]
+            return torch.arange(firsts[name] + start, firsts[name] + stop).view(-1, *[1] * (len(shape) - 1))
 
         try:
             return parameter.row.load(read, parameter.hf_names, shard, self._arch)

@@ -126,7 +126,8 @@ def layout_problems(arch: Architecture, layout: Layout) -> Iterator[str]:
 
 
 class Cutter:
-    """Finds out, with tensors that have no data, along which axis and how finely each row can be split."""
+    """Finds out along which axis and how finely each row can be split, with tensors of one column, or one row. (Tensors of the
+    meta device would do, but joining them imports the compiler.)"""
 
     def __init__(self, arch: Architecture) -> None:
         self._arch = arch
@@ -141,13 +142,16 @@ class Cutter:
 
     def shape(self, parameter: Parameter, shard: Shard) -> tuple[int, ...]:
         """Shape of a slice of the Megatron parameter."""
-        shapes = dict(zip(parameter.hf_names, parameter.hf_shapes, strict=True))
+        axes: set[int] = set()
 
         def read(name: str, dim: int, start: int, stop: int) -> Tensor:
-            shape = shapes[name]
-            return torch.empty((*shape[:dim], stop - start, *shape[dim + 1 :]), device="meta")
+            axes.add(dim)
+            return torch.empty([stop - start if axis == dim else 1 for axis in range(num_axes)])
 
-        return tuple(parameter.row.load(read, parameter.hf_names, shard, self._arch).shape)
+        num_axes = len(parameter.hf_shapes[0])
+        found = parameter.row.load(read, parameter.hf_names, shard, self._arch).shape
+        assert len(axes) == 1, f"{parameter.name} is cut along several axes"
+        return tuple(found[axis] if axis in axes else extent for axis, extent in enumerate(parameter.hf_shapes[0]))
 
     def _probe(self, parameter: Parameter, size: int) -> int | None:
         if size == 1:

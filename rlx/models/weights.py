@@ -120,8 +120,7 @@ class Vocab:
         real = read(names[0], 0, start, stop)
         if len(real) == rows:
             return real
-        # Not new_zeros, which on the meta device imports the compiler.
-        return torch.cat([real, torch.zeros((rows - len(real), *real.shape[1:]), dtype=real.dtype, device=real.device)])
+        return torch.cat([real, real.new_zeros(rows - len(real), *real.shape[1:])])
 
     def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
         return (_join(shards)[: arch.vocab_size],)
