@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -103,5 +104,12 @@ def _finish(conversion: Any, out: Path, proof: str | None) -> int:
     return 0
 
 
+def _end(status: int) -> NoReturn:
+    """End without taking torch apart module by module, which takes a third of a second. Nothing is open here any more."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())
