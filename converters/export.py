@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from converters.extents import Extent, RowNumbers, cut, stretches, worth_copying
+from converters.places import Piece, Places
 from converters.plan import Parameter
-from converters.skeleton import Piece, Skeleton
 from converters.source import row_blocks
 from converters.storage import StoredCheckpoint
 from rlx.models.architecture import Architecture
@@ -18,13 +19,14 @@ from rlx.models.weights import Vocab
 class Exporter:
     """Reads parameters by their pieces and turns them into Hugging Face tensors of the types in ``dtypes``."""
 
-    def __init__(self, stored: StoredCheckpoint, arch: Architecture, places: Skeleton, dtypes: Mapping[str, torch.dtype]) -> None:
+    def __init__(self, stored: StoredCheckpoint, arch: Architecture, places: Places, dtypes: Mapping[str, torch.dtype]) -> None:
         self._stored, self._arch, self._places, self._dtypes = stored, arch, places, dtypes
+        self._numbers = RowNumbers(arch)
 
     def problems(self) -> Iterator[str]:
         """What the checkpoint lacks of the model."""
         seen = set()
-        for pieces in self._places.pieces.values():
+        for pieces in self._places.values():
             for piece in pieces:
                 if piece.key in seen:
                     continue
@@ -40,11 +42,31 @@ class Exporter:
 
     def dtype(self, name: str, parameter: Parameter) -> torch.dtype:
         """The type of an exported tensor: what was noted, or else what is stored."""
-        return self._dtypes.get(name) or self._stored.tensors[self._places.pieces[parameter.hf_names][0].key].dtype
+        return self._dtypes.get(name) or self._stored.tensors[self._places[parameter.hf_names][0].key].dtype
+
+    def extents(self, parameter: Parameter) -> dict[str, list[Extent]] | None:
+        """Where the bytes of the parameter's tensors lie, by name; None when they are quicker read as ``blocks``, or only
+        come about in memory."""
+        pieces, parts = self._places[parameter.hf_names], []
+        stored = self._stored.tensors[pieces[0].key].dtype
+        if any(self.dtype(name, parameter) != stored for name in parameter.hf_names):
+            return None
+        for piece in pieces:
+            part = self._stored.extents(piece)
+            if part is None:
+                return None
+            parts += part
+        num_rows = sum(piece.shape[piece.num_prepended] for piece in pieces)
+        row_bytes = sum(extent.length for extent in parts) // num_rows
+        found = {}
+        for name, numbers in zip(parameter.hf_names, self._numbers.exported(parameter, num_rows), strict=True):
+            runs = [(first * row_bytes, count * row_bytes) for first, count in stretches(numbers)]
+            found[name] = [extent for start, length in runs for extent in cut(parts, start, length)]
+        return found if worth_copying([extent for extents in found.values() for extent in extents]) else None
 
     def blocks(self, parameter: Parameter) -> Iterator[tuple[str, int, Tensor]]:
         """(name, first row, rows) of the parameter's tensors: large vocabularies block by block, the others whole."""
-        pieces = self._places.pieces[parameter.hf_names]
+        pieces = self._places[parameter.hf_names]
         if isinstance(parameter.row, Vocab):
             name, shape = parameter.hf_names[0], parameter.hf_shapes[0]
             for start, stop in row_blocks(shape, parameter.num_elements * 4):

@@ -38,8 +38,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """One Megatron parameter of the whole model: its row, with layer and expert (None where it has none) filled in."""
+    """One Megatron parameter of the whole model: its row, with layer and expert (None where it has none) filled in. ``name``
+    is the row's Megatron name, with ``{layer}`` and ``{expert}`` left open."""
 
+    name: str
     row: Row
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
@@ -78,10 +80,11 @@ def parameters(arch: Architecture) -> list[Parameter]:
     """Every parameter of the model, in the order of the table."""
     found = []
     for name, row in weight_table(arch).items():
-        experts: Iterable[int | None] = range(_num_experts(arch)) if "{expert}" in name else (None,)
+        experts: Iterable[int | None] = range(num_experts(arch)) if "{expert}" in name else (None,)
         for layer, expert in itertools.product(layers_of(name, arch), experts):
             found.append(
                 Parameter(
+                    name=name,
                     row=row,
                     hf_names=tuple(hf_name.format(layer=layer, expert=expert) for hf_name in row.hf_names),
                     hf_shapes=row.hf_shapes(arch),
@@ -95,7 +98,8 @@ def parameters(arch: Architecture) -> list[Parameter]:
     return sorted(found, key=lambda p: (order[p.is_first_stage] if p.layer is None else p.layer, p.expert or -1))
 
 
-def _num_experts(arch: Architecture) -> int:
+def num_experts(arch: Architecture) -> int:
+    """Routed experts of a layer that has them; 0 for a dense model."""
     return 0 if arch.experts is None else arch.experts.num_experts
 
 
@@ -114,15 +118,16 @@ def layout_problems(arch: Architecture, layout: Layout) -> Iterator[str]:
         )
     if layout.pp > arch.num_layers:
         yield f"--pp {layout.pp} is more than the {arch.num_layers} layers of config.json (num_hidden_layers)"
-    num_experts = _num_experts(arch)
-    if layout.ep > 1 and not num_experts:
+    experts = num_experts(arch)
+    if layout.ep > 1 and not experts:
         yield f"--ep {layout.ep} needs a mixture-of-experts model, but config.json describes a dense one; use --ep 1"
-    elif num_experts % layout.ep:
-        yield f"--ep {layout.ep} does not divide the {num_experts} experts of config.json"
+    elif experts % layout.ep:
+        yield f"--ep {layout.ep} does not divide the {experts} experts of config.json"
 
 
 class Cutter:
-    """Finds out, with tensors that have no data, along which axis and how finely each row can be split."""
+    """Finds out along which axis and how finely each row can be split, with tensors of one column, or one row. (Tensors of the
+    meta device would do, but joining them imports the compiler.)"""
 
     def __init__(self, arch: Architecture) -> None:
         self._arch = arch
@@ -137,13 +142,16 @@ class Cutter:
 
     def shape(self, parameter: Parameter, shard: Shard) -> tuple[int, ...]:
         """Shape of a slice of the Megatron parameter."""
-        shapes = dict(zip(parameter.hf_names, parameter.hf_shapes, strict=True))
+        axes: set[int] = set()
 
         def read(name: str, dim: int, start: int, stop: int) -> Tensor:
-            shape = shapes[name]
-            return torch.empty((*shape[:dim], stop - start, *shape[dim + 1 :]), device="meta")
+            axes.add(dim)
+            return torch.empty([stop - start if axis == dim else 1 for axis in range(num_axes)])
 
-        return tuple(parameter.row.load(read, parameter.hf_names, shard, self._arch).shape)
+        num_axes = len(parameter.hf_shapes[0])
+        found = parameter.row.load(read, parameter.hf_names, shard, self._arch).shape
+        assert len(axes) == 1, f"{parameter.name} is cut along several axes"
+        return tuple(found[axis] if axis in axes else extent for axis, extent in enumerate(parameter.hf_shapes[0]))
 
     def _probe(self, parameter: Parameter, size: int) -> int | None:
         if size == 1:
@@ -190,7 +198,7 @@ def rank_of(part: Part, arch: Architecture, layout: Layout) -> int:
     if parameter.row.is_split:
         inside = part.shard.rank * (layout.tp if parameter.expert is None else layout.etp) // part.shard.size
     if parameter.expert is not None:
-        inside += layout.etp * (parameter.expert * layout.ep // _num_experts(arch))
+        inside += layout.etp * (parameter.expert * layout.ep // num_experts(arch))
     return stage * layout.ranks_per_stage + inside
 
 

@@ -1,6 +1,6 @@
 """Where each parameter lies in a Megatron checkpoint, asked of the model itself, built without data on the meta device.
 
-The names and offsets are those of the model's own ``sharded_state_dict``: no second set of rules that could disagree.
+The names and offsets are those of the model's own ``sharded_state_dict``, which has the last word over ``places``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
+from converters.places import Piece, Places
 from rlx.models.architecture import Architecture
 from rlx.models.build import BuildOptions, build_model
 from rlx.models.hf_io import slots
@@ -23,23 +24,10 @@ from rlx.types import ParallelDims
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A block of a stored tensor that one parameter, or one of its halves, fills. Shapes count the axes of layers and
-    experts, ``num_prepended`` of them, which the parameter itself does not have."""
-
-    key: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    num_prepended: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
-    """``pieces`` by the Hugging Face names of a parameter, in the order in which they make it up along its first axis;
-    ``objects`` are what the model stores beside tensors."""
+    """``objects`` are what the model stores beside tensors."""
 
-    pieces: Mapping[tuple[str, ...], tuple[Piece, ...]]
+    pieces: Places
     objects: Mapping[str, Any]
     content_metadata: Mapping[str, Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -10,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from converters.plan import Parameter
 from rlx.models.architecture import Architecture, ConfigJson
@@ -20,7 +19,6 @@ from rlx.models.families import family_of
 from rlx.models.hf_folder import HfFolder
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 NO_TOKENIZER = "none"
 # Recomputed from the configuration by every reader.
@@ -58,11 +56,9 @@ def resolve(name: str) -> Path:
         return folder
     if folder.exists() or not _HUB_ID.fullmatch(name):
         raise ValueError(f"--hf {name}: no such folder, and no hub id of the form owner/name")
-    try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise ConnectionError(f"--hf {name}: no such folder, and it cannot be downloaded from the hub: {first_line}") from error
+    # A module of its own because the hub's client takes long to import, and most conversions start from a folder.
+    downloaded: Path = importlib.import_module("converters.hub").download(name)
+    return downloaded
 
 
 def find_companions(folder: Path, config: str | None, tokenizer: str | None) -> Companions:

@@ -1,8 +1,4 @@
-"""The torch_dist format: files of torch-saved items, and one description of which item is which block of which tensor.
-
-Written here item by item, because Megatron's own saver wants every tensor in memory at once; read back by stock
-``dist_checkpointing``.
-"""
+"""Reads blocks of tensors out of torch_dist checkpoints, or tells where in which file they lie."""
 
 from __future__ import annotations
 
@@ -10,127 +6,24 @@ import io
 import math
 import os
 import pickle
+import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.serialization import get_crc32_options, set_crc32_options
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.serialization import skip_data
 
-Position = tuple[int, ...]
-OBJECTS_FILE = "__0_objects.distcp"
+from converters.extents import Extent
+from converters.items import Position
+from converters.places import GlobalTensor, Piece
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """One written block: ``offset`` and ``shape`` in the global tensor ``key``, ``position`` and ``length`` in its file."""
-
-    key: str
-    offset: Position
-    shape: Position
-    position: int
-    length: int
-
-    def as_json(self) -> dict[str, Any]:
-        return {"key": self.key, "offset": self.offset, "shape": self.shape, "position": self.position, "length": self.length}
-
-    @classmethod
-    def from_json(cls, note: Mapping[str, Any]) -> Item:
-        offset, shape = tuple(note["offset"]), tuple(note["shape"])
-        return cls(key=note["key"], offset=offset, shape=shape, position=note["position"], length=note["length"])
-
-
-@contextmanager
-def without_crc() -> Iterator[None]:
-    """Leave out the zip archive's own checksums, which no torch reader looks at and which cost as much as the writing."""
-    before = get_crc32_options()
-    set_crc32_options(False)
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
-
-
-class ItemFile:
-    """Appends tensors to one file."""
-
-    def __init__(self, path: Path) -> None:
-        self._stream = path.open("wb", buffering=0)
-        self.items: list[Item] = []
-
-    def add(self, key: str, offset: Position, tensor: Tensor) -> None:
-        """Write ``tensor``, which has all axes of the global tensor ``key``, as its block at ``offset``."""
-        position = self._stream.tell()
-        torch.save(_of_its_own_storage(tensor), self._stream)
-        length = self._stream.tell() - position
-        self.items.append(Item(key=key, offset=offset, shape=tuple(tensor.shape), position=position, length=length))
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-def _of_its_own_storage(tensor: Tensor) -> Tensor:
-    """The same values where torch.save, which writes whole storages, finds nothing else; without a copy if contiguous."""
-    if tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    if not tensor.is_contiguous() or not tensor.numel():
-        return tensor.clone(memory_format=torch.contiguous_format)
-    raw = tensor.view(-1).view(torch.uint8).numpy()
-    return torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GlobalTensor:
-    """Shape and type of a stored tensor."""
-
-    shape: Position
-    dtype: torch.dtype
-
-
-def write_description(
-    folder: Path, tensors: Mapping[str, GlobalTensor], files: Mapping[str, Sequence[Item]], objects: Mapping[str, Any]
-) -> None:
-    """Write what makes item files a checkpoint: objects, ``.metadata`` and, last, ``metadata.json``."""
-    described: dict[str, Any] = {
-        key: TensorStorageMetadata(properties=TensorProperties(dtype=tensor.dtype), size=torch.Size(tensor.shape), chunks=[])
-        for key, tensor in tensors.items()
-    }
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    for name, items in files.items():
-        for item in items:
-            chunks = described[item.key].chunks
-            offset = torch.Size(item.offset)
-            places[MetadataIndex(item.key, offset, len(chunks))] = _StorageInfo(name, item.position, item.length)
-            chunks.append(ChunkStorageMetadata(offsets=offset, sizes=torch.Size(item.shape)))
-    with (folder / OBJECTS_FILE).open("wb") as stream:
-        for key, value in objects.items():
-            position = stream.tell()
-            torch.save([value], stream)  # Megatron keeps an object as the list of its shards
-            described[key] = BytesStorageMetadata()
-            places[MetadataIndex(key)] = _StorageInfo(OBJECTS_FILE, position, stream.tell() - position)
-    with (folder / ".metadata").open("wb") as stream:
-        pickle.dump(Metadata(state_dict_metadata=described, storage_data=places), stream)
-    save_config(CheckpointingConfig(sharded_backend="torch_dist"), str(folder))
-
-
-def common_state_key() -> str:
-    """Under which Megatron looks for what is not sharded."""
-    return str(ShardedObject("common_state", None, (1,), (0,)).unique_key)
+_LOCAL_HEADER_BYTES = 30  # of a zip archive; the lengths of name and extra field are its last two words
 
 
 class _Window(io.RawIOBase):
@@ -177,6 +70,7 @@ class StoredCheckpoint:
                     self._chunks.setdefault(key, {}).setdefault(chunk.offsets[0] if chunk.offsets else 0, []).append(chunk)
         self._places: Mapping[MetadataIndex, Any] = metadata.storage_data
         self._descriptors: dict[str, int] = {}
+        self._starts: dict[tuple[str, Position], int | None] = {}
         self._lock = threading.Lock()
 
     def read(self, key: str, offset: Position, shape: Position) -> Tensor:
@@ -192,6 +86,23 @@ class StoredCheckpoint:
         if filled != math.prod(shape):
             raise ValueError(f"{self.folder}: {key} is not whole at {list(offset)}: {filled} of {math.prod(shape)} elements")
         return result
+
+    def extents(self, piece: Piece) -> list[Extent] | None:
+        """Where the bytes of a piece lie, in its order; None when they are not in one row of stretches (a tensor cut along
+        another axis than the parameter's first)."""
+        axis, found = piece.num_prepended, []
+        row_bytes = math.prod(piece.shape[axis + 1 :]) * self.tensors[piece.key].dtype.itemsize
+        at, end = piece.offset[axis], piece.offset[axis] + piece.shape[axis]
+        for chunk in sorted(self._chunks_of(piece), key=lambda chunk: chunk.offsets[axis]):
+            first, last = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
+            start = self._start(piece.key, chunk)
+            if first > at or start is None or not _spans(chunk, piece):
+                return None
+            descriptor = self._descriptor(self.folder / self._place(piece.key, chunk).relative_path, piece.key)
+            stop = min(last, end)
+            found.append(Extent(descriptor, start + (at - first) * row_bytes, (stop - at) * row_bytes))
+            at = stop
+        return found if at == end else None
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
@@ -217,15 +128,72 @@ class StoredCheckpoint:
                 self._descriptors[path.name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             return self._descriptors[path.name]
 
+    def _chunks_of(self, piece: Piece) -> list[ChunkStorageMetadata]:
+        """The chunks that have a part of the piece."""
+        chunks = self._chunks.get(piece.key, {})
+        near = chunks.get(piece.offset[0], []) if piece.num_prepended else [c for several in chunks.values() for c in several]
+        return [
+            chunk
+            for chunk in near
+            if all(
+                max(a, b) < min(a + n, b + m)
+                for a, n, b, m in zip(piece.offset, piece.shape, chunk.offsets, chunk.sizes, strict=True)
+            )
+        ]
+
+    def _place(self, key: str, chunk: ChunkStorageMetadata) -> Any:
+        return self._places[MetadataIndex(key, chunk.offsets)]
+
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._places[MetadataIndex(key, chunk.offsets)]
+        place = self._place(key, chunk)
         path = self.folder / place.relative_path
-        descriptor = self._descriptor(path, key)
+        window: Any = _Window(self._descriptor(path, key), place.offset, place.length)
         try:
-            window: Any = _Window(descriptor, place.offset, place.length)
             tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} is broken at byte {place.offset}, in {key}: {error}") from error
         if tensor.shape != chunk.sizes:
             raise ValueError(f"{path}: a part of {key} has shape {tuple(tensor.shape)}, expected {tuple(chunk.sizes)}")
         return tensor
+
+    def _start(self, key: str, chunk: ChunkStorageMetadata) -> int | None:
+        """The first byte of a chunk in its file; None when its data are not simply there, row after row."""
+        known = (key, tuple(chunk.offsets))
+        if known not in self._starts:
+            place = self._place(key, chunk)
+            window = _Window(self._descriptor(self.folder / place.relative_path, key), place.offset, place.length)
+            try:
+                inside = _start_of_data(window)
+            except (zipfile.BadZipFile, OSError):
+                inside = None  # reading it says what is wrong
+            with skip_data():
+                plain = self._load(key, chunk) if inside else None
+            simple = plain is not None and plain.is_contiguous() and plain.untyped_storage().nbytes() == plain.nbytes
+            self._starts[known] = place.offset + inside if simple and inside else None
+        return self._starts[known]
+
+
+def _spans(chunk: ChunkStorageMetadata, piece: Piece) -> bool:
+    """Whether the chunk has all of the piece's columns and nothing of other layers and experts."""
+    axes = [axis for axis in range(len(piece.shape)) if axis != piece.num_prepended]
+    return all((chunk.offsets[a], chunk.sizes[a]) == (piece.offset[a], piece.shape[a]) for a in axes)
+
+
+def _start_of_data(window: _Window) -> int | None:
+    """The first byte of the only data record of a torch-saved tensor; None when it is of another kind."""
+    with zipfile.ZipFile(window) as archive:
+        records = {record.filename.split("/", 1)[1]: record for record in archive.infolist()}
+    data = [name for name in records if name.startswith("data/")]
+    order = records.get("byteorder")
+    if len(data) != 1 or order is None or records[data[0]].compress_type != zipfile.ZIP_STORED:
+        return None
+    window.seek(_start_of_record(window, order))
+    # Not by the archive's own reader, which wants the checksums that writers may leave out.
+    is_native = window.read(order.file_size) == sys.byteorder.encode()
+    return _start_of_record(window, records[data[0]]) if is_native else None
+
+
+def _start_of_record(window: _Window, record: zipfile.ZipInfo) -> int:
+    window.seek(record.header_offset)
+    header = window.read(_LOCAL_HEADER_BYTES)
+    return record.header_offset + _LOCAL_HEADER_BYTES + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from converters.books import Books
+from converters.differences import Difference, differences_of
 from converters.export import Exporter
+from converters.extents import copy, write_all
 from converters.journal import Output, check_free, fingerprint
+from converters.places import places
 from converters.plan import Parameter, batched, file_bytes, parameters
-from converters.skeleton import skeleton
-from converters.source import Companions, row_blocks, same_bits, same_tensor
+from converters.source import Companions
 from converters.storage import StoredCheckpoint
-from converters.verify import Difference
 from converters.work import Advance, run_all
 from rlx.models.companions import MANIFEST
 from rlx.models.hf_folder import DTYPE_NAMES, INDEX, SINGLE, HfFolder
@@ -50,8 +51,8 @@ class ToHuggingFace:
         if self._against is not None:
             _ = self._against.files  # broken or missing: say so before any work
         self._arch = companions.architecture()
-        self._stored = StoredCheckpoint(megatron)
-        self._exporter = Exporter(self._stored, self._arch, skeleton(self._arch), _noted_dtypes(megatron))
+        self._stored, self._places = StoredCheckpoint(megatron), places(self._arch)
+        self._exporter = Exporter(self._stored, self._arch, self._places, _noted_dtypes(megatron))
         problems = list(self._exporter.problems())
         if problems:
             raise ValueError("\n".join(problems[:20]))
@@ -60,8 +61,10 @@ class ToHuggingFace:
     def run(self) -> list[Difference]:
         """Write; with ``against``, compare what was written before it is given its name. The differences found."""
         differences = []
-        with Output(self._out, fingerprint(self._megatron, self._arch), resume=self._resume) as output:
+        mark = fingerprint(self._megatron, self._arch)
+        with Books(self._arch) as books, Output(self._out, mark, resume=self._resume) as output:
             self._convert(output)
+            books.check(self._places)
             if self._against is not None:
                 differences = differences_of(HfFolder(output.folder), self._against, self._num_workers)
             if not differences:
@@ -119,19 +122,14 @@ class ToHuggingFace:
     def _write(self, path: Path, file: _HfFile, advance: Advance) -> None:
         with path.open("wb") as stream:
             stream.write(file.header)
-            stream.truncate(len(file.header) + file.size)
             stream.flush()
             for parameter in file.parameters:
-                for name, row, block in self._exporter.blocks(parameter):
+                extents = self._exporter.extents(parameter)
+                for name, found in (extents or {}).items():
+                    advance(copy(found, stream.fileno(), len(file.header) + file.starts[name]))
+                for name, row, block in self._exporter.blocks(parameter) if extents is None else ():
                     start = len(file.header) + file.starts[name] + row * (block.nbytes // max(1, block.shape[0]))
-                    _write_all(stream.fileno(), memoryview(block.view(-1).view(torch.uint8).numpy()), start)
-                    advance(block.nbytes)
-
-
-def _write_all(descriptor: int, data: memoryview, position: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)
+                    advance(write_all(stream.fileno(), memoryview(block.view(-1).view(torch.uint8).numpy()), start))
 
 
 def _noted_dtypes(folder: Path) -> dict[str, torch.dtype]:
@@ -141,38 +139,3 @@ def _noted_dtypes(folder: Path) -> dict[str, torch.dtype]:
         return {}
     known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES.values()}
     return {name: known[dtype] for name, dtype in json.loads(manifest.read_text())["dtypes"].items()}
-
-
-def differences_of(found: HfFolder, expected: HfFolder, num_workers: int) -> list[Difference]:
-    """Name by name, bit by bit. A tied output matrix that ``found`` leaves to the embedding counts as there."""
-    differences = [Difference(name=name, what="is not in the reference") for name in found.files if name not in expected.files]
-    both = []
-    for name in expected.files:
-        if name in found.files:
-            both.append(name)
-        elif not _is_implied(name, found, expected):
-            differences.append(Difference(name=name, what="is missing"))
-
-    def check(name: str, advance: Advance) -> None:
-        a, b = found.tensor(name), expected.tensor(name)
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            what = f"has shape {list(a.shape)} and {a.dtype}, expected {list(b.shape)} and {b.dtype}"
-            differences.append(Difference(name=name, what=what))
-            return
-        for start, stop in row_blocks(a.shape, a.num_bytes):
-            block = found.read(name, 0, start, stop)
-            if not same_bits(block, expected.read(name, 0, start, stop)):
-                differences.append(Difference(name=name, what=f"differs in rows {start} to {stop - 1}"))
-                return
-            advance(block.nbytes)
-
-    total = sum(found.tensor(name).num_bytes for name in both)
-    run_all("verifying", both, check, num_workers=num_workers, total_bytes=total)
-    return sorted(differences, key=lambda difference: difference.name)
-
-
-def _is_implied(name: str, found: HfFolder, expected: HfFolder) -> bool:
-    if name.endswith(".rotary_emb.inv_freq"):
-        return True
-    embedding = "model.embed_tokens.weight"
-    return name == "lm_head.weight" and embedding in found.files and same_tensor(expected, name, found, embedding)

@@ -10,22 +10,15 @@ from pathlib import Path
 
 import torch
 
+from converters.differences import Difference
 from converters.export import Exporter
+from converters.places import Places
 from converters.plan import Parameter, parameters
-from converters.skeleton import Skeleton
 from converters.source import same_bits
 from converters.storage import StoredCheckpoint
 from converters.work import Advance, run_all
 from rlx.models.architecture import Architecture
 from rlx.models.hf_folder import HfFolder
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """A tensor that is not what it should be, and how."""
-
-    name: str
-    what: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -39,7 +32,7 @@ class Line:
 
 
 def compare(
-    folder: Path, source: HfFolder, arch: Architecture, places: Skeleton, num_workers: int, total_bytes: int
+    folder: Path, source: HfFolder, arch: Architecture, places: Places, num_workers: int, total_bytes: int
 ) -> tuple[list[Difference], list[Line]]:
     """Re-read the checkpoint in ``folder`` and compare every tensor with ``source``, cast to the stored type."""
     stored = StoredCheckpoint(folder)

@@ -106,6 +106,12 @@ class HfFolder:
             self.bytes_read += run * rows
         return result
 
+    def locate(self, name: str) -> tuple[int, int, int]:
+        """Where a whole tensor lies: an open descriptor of its file, the first byte, the number of bytes. What is read
+        through it is the caller's to count."""
+        stored = self.tensor(name)
+        return self._descriptor(stored.file), stored.start, stored.num_bytes
+
     def close(self) -> None:
         """Give the files back; reading opens them again."""
         with self._lock:

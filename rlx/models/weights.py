@@ -118,7 +118,9 @@ class Vocab:
         start = min(shard.rank * rows, arch.vocab_size)
         stop = min(start + rows, arch.vocab_size)
         real = read(names[0], 0, start, stop)
-        return torch.cat([real, real.new_zeros(rows - (stop - start), arch.hidden_size)])
+        if len(real) == rows:
+            return real
+        return torch.cat([real, real.new_zeros(rows - len(real), *real.shape[1:])])
 
     def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
         return (_join(shards)[: arch.vocab_size],)

@@ -4,36 +4,53 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from converters import to_hf
+from converters import extents, items, places, to_hf
 from converters.__main__ import main as convert
-from converters.storage import ItemFile
+from converters.books import without_compiler
+from converters.items import ItemFile
 from tests.dist.programs import layouts
 
 Add = Callable[..., None]
+_GATHER_BYTES = 2**40  # nothing is that long: all is gathered in memory
 
 
-def disk_full_after(count: int, add: Add) -> Add:
-    written = [0]
-
-    def fail(file: ItemFile, *arguments: Any) -> None:
-        written[0] += 1
-        if written[0] > count:
-            raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
-        add(file, *arguments)
-
-    return fail
+def out_of_space(*arguments: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
 
 
-def wrong_weight(key_part: str, add: Add) -> Add:
+@contextlib.contextmanager
+def disk_full_after(count: int) -> Iterator[None]:
+    """Room for ``count`` items, whichever way they are written."""
+    written, adds = [0], (ItemFile.add, ItemFile.add_copy)
+
+    def limited(add: Add) -> Add:
+        def write(*arguments: Any) -> None:
+            written[0] += 1
+            (out_of_space if written[0] > count else add)(*arguments)
+
+        return write
+
+    ItemFile.add, ItemFile.add_copy = limited(adds[0]), limited(adds[1])  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ItemFile.add, ItemFile.add_copy = adds  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def wrong_weight(key_part: str) -> Iterator[None]:
     """Changes the last bit of one element of the layer 1 block of a tensor as it is written."""
+    add = ItemFile.add
 
     def change(file: ItemFile, key: str, offset: tuple[int, ...], tensor: torch.Tensor) -> None:
         if key_part in key and offset[0] == 1:
@@ -41,16 +58,7 @@ def wrong_weight(key_part: str, add: Add) -> Add:
             tensor.view(-1)[5:6].view(torch.int32).bitwise_xor_(1)
         add(file, key, offset, tensor)
 
-    return change
-
-
-@contextlib.contextmanager
-def fault(kind: str | None, value: Any) -> Iterator[None]:
-    if kind is None:
-        yield
-        return
-    add = ItemFile.add
-    ItemFile.add = {"disk full": disk_full_after, "wrong weight": wrong_weight}[kind](value, add)  # type: ignore[method-assign, operator]
+    ItemFile.add = change  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -58,23 +66,46 @@ def fault(kind: str | None, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hf_disk_full(active: bool) -> Iterator[None]:
-    write = to_hf._write_all
-
-    def fail(*arguments: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
-
-    to_hf._write_all = fail if active else write
-    try:
+def hf_disk_full(_: Any) -> Iterator[None]:
+    with mock.patch.object(to_hf, "write_all", out_of_space), mock.patch.object(to_hf, "copy", out_of_space):
         yield
-    finally:
-        to_hf._write_all = write
+
+
+@contextlib.contextmanager
+def other_rule(_: Any) -> Iterator[None]:
+    with mock.patch.object(places, "_FUSED_NORMS", {}):
+        yield
+
+
+FAULTS: dict[str | None, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
+    None: contextlib.nullcontext,
+    "disk full": disk_full_after,
+    "wrong weight": wrong_weight,
+    "disk full on the way back": hf_disk_full,
+    "other rule": other_rule,
+}
+
+
+@contextlib.contextmanager
+def copies(gather: bool) -> Iterator[list[int]]:
+    """The bytes copied in the kernel: of tensors of any size, as of large ones, or of none."""
+    copied, real = [0], extents.copy
+
+    def copy(*arguments: Any) -> int:
+        count = real(*arguments)
+        copied[0] += count
+        return count
+
+    with mock.patch.object(extents, "MIN_EXTENT_BYTES", _GATHER_BYTES if gather else 1):
+        with mock.patch.object(items, "copy", copy), mock.patch.object(to_hf, "copy", copy):
+            yield copied
 
 
 def one(command: dict[str, Any]) -> dict[str, Any]:
     out, err = io.StringIO(), io.StringIO()
-    faults = (fault(command.get("fault"), command.get("value")), hf_disk_full(command.get("hf_disk_full", False)))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), faults[0], faults[1]:
+    written = copies(command.get("gather", False))
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with streams[0], streams[1], written as copied, FAULTS[command.get("fault")](command.get("value")):
         try:
             code = convert(command["argv"])
         except SystemExit as ended:
@@ -82,7 +113,8 @@ def one(command: dict[str, Any]) -> dict[str, Any]:
     words = command["argv"]
     folder = Path(words[len(words) - words[::-1].index("--out")])  # the last one counts
     files = {file.name: file.stat().st_mtime_ns for file in (folder.glob("*") if folder.is_dir() else ())}
-    return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "exists": folder.is_dir(), "files": files}
+    texts = {"out": out.getvalue(), "err": err.getvalue()}
+    return {"code": code, **texts, "exists": folder.is_dir(), "files": files, "copied": copied[0]}
 
 
 def program(arguments: dict[str, Any]) -> None:
@@ -92,4 +124,6 @@ def program(arguments: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    without_compiler()
+    importlib.import_module("converters.description")  # with Megatron: once here, not once a command in its forked process
     program(layouts.arguments())
