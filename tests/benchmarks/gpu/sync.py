@@ -20,8 +20,9 @@ from rlx.models.heads import token_head
 from rlx.models.hf_io import expected_shapes, stage_weights
 from rlx.parallel.context import shut_down
 from rlx.sync.canary import CanarySpec
+from rlx.sync.crew import PublisherPlace
 from rlx.sync.group import Endpoint
-from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget
+from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.trainer.scoring import score_sequences
 from tests.benchmarks.gpu.trainer import one_rank, random_model, randomise
 
