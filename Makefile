@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-rewards bench-convert test-sglang
+.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-sync bench-rewards bench-convert test-sglang
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -75,6 +75,9 @@ lint: $(STAMP)  ## ruff and mypy
 
 bench: $(STAMP)  ## the measurements of tests/benchmarks
 	$(PY) -m pytest -m 'not gpu and not sglang' -s tests/benchmarks $(ARGS)
+
+bench-sync: $(STAMP)  ## weight sync in every way beside a plain broadcast; on GPUs the table of docs/gpu.md
+	$(PY) -m tests.benchmarks.bench_sync $(ARGS)
 
 bench-rewards: $(STAMP)  ## answers a second of the reward pool, and what endless verifiers cost
 	$(PY) -m tests.benchmarks.bench_rewards $(ARGS)

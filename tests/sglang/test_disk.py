@@ -32,7 +32,7 @@ def disk_publisher(engine: RunningEngine, model, path: Path, *, shift: float = 0
         device=torch.device("cpu"),
         keys=engine.keys,
         transport="disk",
-        folder=SyncFolder(path=path / "sync", model=Path(engine.plan.argv[engine.plan.argv.index(model_flag(engine)) + 1])),
+        folder=SyncFolder(path=path / "sync", model=engine.model),
         sharing=None if room is None else Sharing(memory=memory, make_room=lambda: room.append("made")),
     )
     canary = CanarySpec(
@@ -44,10 +44,6 @@ def disk_publisher(engine: RunningEngine, model, path: Path, *, shift: float = 0
     )
     place = PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)
     return Publisher(place, target, SyncConfig(bucket_bytes=30_000, timeout_s=60), lambda text: [text], canary)
-
-
-def model_flag(engine: RunningEngine) -> str:
-    return "--model-path" if engine.kind == "sglang" else "--model"
 
 
 def test_versions_through_a_folder(engine: RunningEngine, tmp_path: Path) -> None:
