@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-rewards bench-convert bench-startup test-sglang
+.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-sync bench-rewards bench-convert bench-startup test-sglang
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -74,6 +74,9 @@ lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m mypy --strict rlx converters
 
 bench: bench-rewards bench-startup  ## the measurements that any machine does in minutes (bench-convert wants 10 GB)
+
+bench-sync: $(STAMP)  ## weight sync in every way beside a plain broadcast; on GPUs the table of docs/gpu.md
+	$(PY) -m tests.benchmarks.bench_sync $(ARGS)
 
 bench-rewards: $(STAMP)  ## answers a second of the reward pool, and what endless verifiers cost
 	$(PY) -m tests.benchmarks.bench_rewards $(ARGS)

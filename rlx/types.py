@@ -285,13 +285,27 @@ class WeightChunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryReport:
+    """How far the engines' scores were from the trainer's after a publication that passed.
+
+    ``difference`` is the mean |difference| of log-probs in nats, of the engine that is farthest. ``doubts`` has a sentence
+    for each engine that was farther than the tolerance although no tensor differs.
+    """
+
+    difference: float
+    doubts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """What one publication of weights delivered: every tensor once."""
+    """What one publication of weights delivered: every tensor once. ``canary`` is None where none was due."""
 
     version: int
     tensors: tuple[TensorInfo, ...]
     num_bytes: int
     seconds: float
+    phase_s: Mapping[str, float] = field(default_factory=dict)
+    canary: CanaryReport | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,12 @@
-"""What a launcher looks at before it starts anything: prompts or examples, tokenizer, verifier."""
+"""What a launcher looks at before it starts anything: prompts or examples, tokenizer, verifier, the folder of weight syncs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
+from pathlib import Path
+from tempfile import TemporaryFile
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +39,7 @@ def preflight(config: Config) -> Config:
     else:
         attempt(lambda: make_verifier(config.reward))
         attempt(lambda: problems.extend(_check_data(config)))
+        attempt(lambda: _check_sync_folder(config))
     if problems:
         raise ConfigError(problems)
     return config if config.finetune.epochs is None or not config.is_finetuning else _in_steps(config, config.finetune.epochs)
@@ -48,6 +51,16 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 def _check_data(config: Config) -> list[str]:
     return check_prompts(config, _tokenizer(config), lambda source: needs_label(config.reward, source))
+
+
+def _check_sync_folder(config: Config) -> None:
+    if config.transport == "disk" and config.sync.dir is not None and not config.rollout.replay:
+        try:
+            Path(config.sync.dir).mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=config.sync.dir):
+                pass
+        except OSError as error:
+            raise ValueError(f"sync.dir: cannot write to {config.sync.dir}: {error.strerror or error}") from error
 
 
 def _check_model(config: Config) -> None:

@@ -303,6 +303,8 @@ def _colocation(config: Config) -> Iterator[str]:
         yield f"sync.transport: {config.transport} joins processes of one machine, cluster.nodes and rollout_nodes ask for more"
     if config.transport == "broadcast" and cluster.colocated and cluster.device != "cpu":
         yield "sync.transport: broadcast cannot join two processes on one GPU (NCCL); use ipc or disk with cluster.colocated"
+    if config.sync.dir is not None and config.transport != "disk":
+        yield f"sync.dir: only sync.transport=disk writes there, this run's is {config.transport}; leave it out or set disk"
     if not cluster.colocated:
         for key, value in (("cluster.offload", cluster.offload), ("rollout.release", rollout.release)):
             if value not in ("auto", "none"):

@@ -191,14 +191,14 @@ class SyncConfig:
         " folder; auto: ipc on one shared GPU, shm on several, else broadcast",
         choices=("auto", "broadcast", "ipc", "shm", "disk"),
     )
-    dir: str | None = option(None, "folder of transport disk, seen by trainers and engines; none: RUN_DIR/sync")
+    dir: str | None = option(None, "transport disk: a folder that trainers and engines see under this path; none: RUN_DIR/sync")
     bucket_bytes: int = option(512 * 2**20, "bytes a request; small tensors are flattened together", minimum=1)
     flatten_below_bytes: int = option(16 * 2**20, "tensors smaller than this travel flattened", minimum=0)
     timeout_s: float = option(300.0, "limit of one request or broadcast", minimum=1)
     canary_first: int = option(3, "verify after each of the first N syncs", minimum=0)
     canary_every: int = option(10, "then after every N-th; 0: never", minimum=0)
     canary_tolerance: float | None = option(
-        None, "largest mean |log-prob| difference; none: 1e-3 in fp32, 0.1 in bf16", minimum=0
+        None, "mean |log-prob| difference beyond which tensors are compared; none: 1e-3 in fp32, 0.1 in bf16", minimum=0
     )
 
 

@@ -155,8 +155,13 @@ class EngineControl:
         self._call("POST", "/resume_memory_occupation", {"tags": list(tags)})
 
     def update_weights_from_disk(self, path: str, version: str) -> None:
-        """Load a Hugging Face folder that the engine can read."""
-        self._post("/update_weights_from_disk", {"model_path": path, "weight_version": version})
+        """Load a Hugging Face folder that the engine can read, and forget cached keys and values.
+
+        SGLang says yes to a folder that lacks tensors, and ends itself on one whose shapes do not fit.
+        """
+        # The format is said because a server started on dummy weights would otherwise "load" dummies again.
+        body = {"model_path": path, "load_format": "safetensors", "weight_version": version}
+        self._post("/update_weights_from_disk", {**body, "flush_cache": True, "abort_all_requests": False})
 
     def weights_by_name(self, name: str, num_rows: int) -> object:
         """The first rows of a tensor, by Hugging Face name, as nested lists of float32; an error where it cannot be had.

@@ -2,7 +2,7 @@
 
 An engine may say "success" with wrong weights inside. Log-probabilities depend on nearly every one of them, so a few
 short random sequences show a tensor that is corrupt, swapped or old. Where the engine can hand out its tensors,
-``find_culprits`` then names the ones that differ.
+``rlx.sync.search`` then names the ones that differ.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from rlx.rollout.control import EngineControl, EngineControlError
+from rlx.sync.search import Findings
 
 NUM_SEQUENCES = 6
 MIN_TOKENS, MAX_TOKENS = 5, 24
 DEFAULT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
-_TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Tensors come back as JSON: of larger ones only the first rows are compared.
-_COMPARED_ELEMENTS = 2**22
+# Times the tolerance: how far off an engine may be whose tensors are proved equal, and one of which only the scores are known.
+WIDE, NARROW = 10.0, 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,18 +50,18 @@ class CanaryResult:
     """
 
     mean_difference: float
+    median_difference: float
     max_difference: float
     worst_sequence: int
     worst_position: int
     passed: bool
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Culprit:
-    """A tensor that the engine holds differently; ``max_difference`` is NaN where shapes do not even match."""
-
-    name: str
-    max_difference: float
+    @property
+    def words(self) -> str:
+        return (
+            f"mean difference {self.mean_difference:.3g}, median {self.median_difference:.3g}, largest {self.max_difference:.3g}"
+            f" at sequence {self.worst_sequence}, position {self.worst_position}"
+        )
 
 
 def is_due(sync_number: int, canary_first: int, canary_every: int) -> bool:
@@ -98,6 +97,7 @@ def compare(
     mean = sum(differences.values()) / len(differences)
     return CanaryResult(
         mean_difference=mean,
+        median_difference=median(differences.values()),
         max_difference=differences[worst],
         worst_sequence=worst[0],
         worst_position=worst[1],
@@ -105,34 +105,28 @@ def compare(
     )
 
 
-def find_culprits(control: EngineControl, tensors: Iterator[tuple[str, Tensor]], dtype: str) -> list[Culprit]:
-    """The tensors that the engine holds differently from ``tensors`` (compared bit for bit in the engine's ``dtype``).
+def judge(first: CanaryResult, second: CanaryResult | None, found: Findings, tolerance: float) -> tuple[bool, str]:
+    """Whether an engine that did not pass is at fault, and why (not). ``second`` are its scores with empty caches, None when
+    tensors differ.
 
-    Drives ``tensors`` to its end. Raises EngineControlError when the engine cannot hand out its tensors. Of a tensor of
-    more than 4 Mi elements only the first rows are compared, and of a tensor-parallel engine its first rank's share.
+    With tensors proved equal it may be ``WIDE`` times the tolerance off: what computes another way rounds another way, and
+    a wrong cache or configuration shows in nats. Where the engine does not hand out (all of) its tensors, rounding is believed
+    of a difference that sits in few places: the median within the tolerance, the mean within ``NARROW`` times it.
     """
-    culprits: list[Culprit] = []
-    refusal: EngineControlError | None = None
-    for name, tensor in tensors:
-        if refusal is not None:
-            continue
-        try:
-            difference = _difference(control, name, tensor.detach().to(_TORCH_DTYPE[dtype]).float().cpu())
-        except EngineControlError as error:
-            refusal = error
-            continue
-        if difference != 0.0:
-            culprits.append(Culprit(name=name, max_difference=difference))
-    if refusal is not None:
-        raise refusal
-    return culprits
-
-
-def _difference(control: EngineControl, name: str, ours: Tensor) -> float:
-    rows = max(1, _COMPARED_ELEMENTS * ours.shape[0] // max(1, ours.numel()))
-    theirs = torch.tensor(control.weights_by_name(name, rows), dtype=torch.float32)
-    if theirs.dim() != ours.dim() or any(got > own for got, own in zip(theirs.shape, ours.shape, strict=True)):
-        return math.nan
-    share = ours[tuple(slice(extent) for extent in theirs.shape)]
-    differs = ~((share == theirs) | (share.isnan() & theirs.isnan()))
-    return float((share - theirs).abs()[differs].max()) if bool(differs.any()) else 0.0
+    if found.culprits or second is None:
+        return True, f"Tensors that differ: {', '.join(found.culprits)}"
+    again = f"with empty caches {second.words}"
+    if found.is_proof:
+        some = f" ({found.num_by_rows} large ones by their first rows)" if found.num_by_rows else ""
+        equal = f"Tensors that differ: none found, {found.num_tensors} are equal to the trainer's{some}; {again}"
+        if second.mean_difference <= WIDE * tolerance:
+            return False, f"{equal}; rounding, up to {WIDE:g} times the tolerance of {tolerance:g}, is let pass"
+        return True, (
+            f"{equal}. The weights are equal but the engine computes otherwise: a stale cache, or another configuration of the"
+            " model (rope, norms, heads) or of the server"
+        )
+    unknown = "; ".join(found.refusals) or f"of {found.num_by_share} tensors only the first rank's share is known"
+    text = f"Tensors that differ: none found, but {unknown}; {again}"
+    if second.median_difference <= tolerance and second.mean_difference <= NARROW * tolerance:
+        return False, f"{text}; the median is within the tolerance of {tolerance:g}, as with rounding"
+    return True, f"{text}; that is more than rounding"

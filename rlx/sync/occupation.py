@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from rlx.sync.group import Endpoint, Engine
 
@@ -36,3 +37,11 @@ class EngineMemory:
         if wanted:
             engine.control.resume_memory(wanted)
             given.difference_update(wanted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """Engines on the trainers' own devices: what they have given back, and how this rank makes room for them again."""
+
+    memory: EngineMemory
+    make_room: Callable[[], None]

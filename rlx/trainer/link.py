@@ -6,7 +6,9 @@ mend is an answer, a ``SyncFailure``, and the same on every rank.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -16,11 +18,13 @@ from rlx.parallel.context import ParallelContext
 from rlx.parallel.memory import GIB, TrainerMemory, device_used
 from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import CanarySpec
+from rlx.sync.crew import PublisherPlace
+from rlx.sync.disk import SyncFolder
 from rlx.sync.errors import CanaryError, SyncError, SyncFailure
 from rlx.sync.group import Endpoint
-from rlx.sync.occupation import EngineMemory
-from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget, Sharing
-from rlx.types import WeightManifest
+from rlx.sync.occupation import EngineMemory, Sharing
+from rlx.sync.publisher import Publisher, PublisherTarget
+from rlx.types import CanaryReport, WeightManifest
 
 
 class EngineLink:
@@ -40,6 +44,7 @@ class EngineLink:
         self._publisher: Publisher | None = None
         self._endpoints: tuple[Endpoint, ...] = ()
         self._told = False
+        self._num_doubts = 0
 
     def use(self, keys: EngineKeys, memory: EngineMemory) -> None:
         """Open every engine with these keys from now on; ``memory`` records what co-located ones gave back so far."""
@@ -75,12 +80,20 @@ class EngineLink:
         try:
             manifest = self._to(endpoints).publish(version, self._canary.export())
             self._tell_once()
+            self._warn(version, manifest.canary)
             return manifest
         except CanaryError:
             raise
         except SyncError as error:
             self.close()
             return SyncFailure(message=str(error), engines=error.engines)
+
+    def _warn(self, version: int, canary: CanaryReport | None) -> None:
+        """Doubts that the canary left go to the log: the first and then every tenth. ``sync/canary_doubts`` counts all."""
+        for doubt in canary.doubts if canary is not None and self._context.rank == 0 else ():
+            if self._num_doubts % 10 == 0:
+                notice(f"WARNING canary in doubt after weight sync {version}: {doubt}")
+            self._num_doubts += 1
 
     def _tell_once(self) -> None:
         """How full the shared device is, now that the engines generate."""
@@ -116,8 +129,18 @@ class EngineLink:
             device=self._context.device,
             keys=self._keys,
             transport=self._config.transport,
+            folder=sync_folder(self._config) if self._config.transport == "disk" else None,
             sharing=Sharing(memory=self._engine_memory, make_room=self._memory.put_away) if shares else None,
         )
+
+
+def sync_folder(config: Config) -> SyncFolder:
+    """Where this run's versions go. Below a ``sync.dir`` that several runs may share, each has a folder of its own."""
+    run_dir = Path(config.run.dir).resolve()
+    path = run_dir / "sync"
+    if config.sync.dir is not None:
+        path = Path(config.sync.dir).resolve() / f"{run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
+    return SyncFolder(path=path, model=Path(config.model.path))
 
 
 def make_publisher(config: Config, context: ParallelContext, target: PublisherTarget, canary: CanarySpec) -> Publisher:

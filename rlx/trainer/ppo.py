@@ -181,7 +181,10 @@ def _update_metrics(role: str, stats: Sequence[UpdateStats]) -> dict[str, float]
 def _sync_metrics(manifest: WeightManifest | None) -> dict[str, float]:
     if manifest is None:
         return {}
-    return {"sync/seconds": manifest.seconds, "sync/bytes": float(manifest.num_bytes), "sync/version": float(manifest.version)}
+    metrics = {"seconds": manifest.seconds, "bytes": float(manifest.num_bytes), "version": float(manifest.version)}
+    if manifest.canary is not None:
+        metrics |= {"canary_difference": manifest.canary.difference, "canary_doubts": float(len(manifest.canary.doubts))}
+    return {f"sync/{name}": value for name, value in metrics.items()}
 
 
 def _perf_metrics(timer: StepTimer, samples: Sequence[TrainSample]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.bench_gpu --out OUT [--parts raw,scores,update,sync,rollout] [--gpus 1]
 
-The trainer has the first GPU, servers the last. With one GPU the parts raw, scores and sync, which need two, are left out.
+The trainer has the first GPU, servers the last. With one GPU the parts raw and scores, which need two, are left out, and sync
+goes through CUDA IPC. Servers run in RLX_SGLANG_PYTHON where that is set. Exit status 1 when a part failed.
 
 Every part is a process of its own with a time limit; results go to OUT/bench.json, logs to OUT/bench-PART.log.
 """
@@ -20,7 +21,8 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlx.rollout.flags import flags
@@ -28,6 +30,7 @@ from tests.benchmarks.gpu.models import SHAPES, write_config
 
 PARTS = ("raw", "scores", "update", "sync", "rollout")
 # Unequal settings on trainer and server break the first broadcast; SGLang sets these for itself.
+HEALTHY_S = 200.0  # a cold machine compiles kernels first
 NCCL = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 SERVER: dict[str, object] = {
     "attention-backend": "triton",
@@ -42,11 +45,33 @@ SERVER: dict[str, object] = {
 }
 
 
+@dataclass(frozen=True)
+class Server:
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait_healthy(self, limit_s: float) -> str | None:
+        """None once it is healthy; otherwise what is wrong."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                return f"it ended with status {self.process.returncode}"
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                    if answer.status == 200:
+                        return None
+            except OSError:
+                time.sleep(0.5)
+        return f"not healthy within {limit_s:.0f} s"
+
+
 class Bench:
-    def __init__(self, out: Path, work: Path) -> None:
-        self.out, self.work = out, work
+    def __init__(self, out: Path, work: Path, gpus: int) -> None:
+        self.out, self.work, self.gpus = out, work, gpus
         self.results: dict[str, object] = {}
-        self.servers: dict[str, str] = {}
+        self.servers: dict[str, Server] = {}
+        self.failed: list[str] = []
 
     def run(self, part: str, argv: Sequence[str], limit_s: float, **env: str) -> bool:
         """Run a part; take the results it prints. A part that fails or is late is reported and does not end the rest."""
@@ -67,10 +92,27 @@ class Bench:
             if line.startswith("RESULT "):
                 self.results |= json.loads(line.removeprefix("RESULT "))
         if code:
-            print(f"   FAILED ({code}):\n   " + "\n   ".join(lines[-25:]), flush=True)
+            self.fail(part, f"({code}):\n   " + "\n   ".join(lines[-25:]))
         print(f"   {time.monotonic() - began:.0f} s", flush=True)
         (self.out / "bench.json").write_text(json.dumps(self.results, indent=1))
         return code == 0
+
+    def fail(self, part: str, why: str) -> None:
+        """Say so at once and again in the table."""
+        print(f"   FAILED {part} {why}", flush=True)
+        self.failed.append(part)
+
+    def healthy(self, part: str, shape: str) -> bool:
+        """Wait for the server of a shape; one that does not come is a failure of the part, shown with its log's end."""
+        server = self.servers.get(shape)
+        if server is None:
+            self.fail(part, f"no server of the shape {shape}: name it in --shapes")
+            return False
+        problem = server.wait_healthy(HEALTHY_S)
+        if problem is not None:
+            lines = server.log.read_text(errors="replace").splitlines()[-25:]
+            self.fail(part, f"the {shape} server: {problem}; its log ends:\n   " + "\n   ".join(lines))
+        return problem is None
 
     def raw(self) -> None:
         """Two ranks, a GPU each."""
@@ -112,18 +154,15 @@ class Bench:
             self.run(f"update-{spec}", argv, 150, CUDA_VISIBLE_DEVICES="0")
 
     def sync(self) -> None:
-        for shape, url in self.servers.items():
-            folder = self.work / shape
-            argv = [sys.executable, "-m", "tests.benchmarks.gpu.sync", shape, str(folder), url]
-            if wait_healthy(url, 150):
-                self.run("sync", argv, 150, CUDA_VISIBLE_DEVICES="0")
-            else:
-                print(f"   FAILED: the {shape} server is not healthy", flush=True)
+        transport = "broadcast" if self.gpus == 2 else "ipc"
+        for shape, server in self.servers.items():
+            argv = [sys.executable, "-m", "tests.benchmarks.gpu.sync", shape, str(self.work / shape), server.url, transport]
+            if self.healthy("sync", shape):
+                self.run("sync", argv, 200, CUDA_VISIBLE_DEVICES="0")
 
     def rollout(self) -> None:
-        url = self.servers["1.5B"]
-        if wait_healthy(url, 60):
-            argv = [sys.executable, "-m", "tests.benchmarks.gpu.rollout", str(self.work / "1.5B"), url]
+        if self.healthy("rollout", "1.5B"):
+            argv = [sys.executable, "-m", "tests.benchmarks.gpu.rollout", str(self.work / "1.5B"), self.servers["1.5B"].url]
             self.run("rollout", argv, 120, CUDA_VISIBLE_DEVICES="0")
 
 
@@ -138,33 +177,23 @@ def difference(found: Path, reference: Path) -> dict[str, float]:
 
 
 @contextmanager
-def server(folder: Path, log: Path, fraction: float, gpu: int) -> Iterator[str]:
+def server(folder: Path, log: Path, fraction: float, gpu: int) -> Iterator[Server]:
     """A stock SGLang server with weights of its own making; may not be healthy yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port), *flags(SERVER)]
+    python = os.environ.get("RLX_SGLANG_PYTHON", sys.executable)
+    argv = [python, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port), *flags(SERVER)]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "SGLANG_GRPC_PORT": str(port)}
     with log.open("w") as file:
         argv += ["--mem-fraction-static", str(fraction)]
         child = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         try:
-            yield f"http://127.0.0.1:{port}"
+            yield Server(url=f"http://127.0.0.1:{port}", process=child, log=log)
         finally:
-            os.killpg(child.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-
-
-def wait_healthy(url: str, limit_s: float) -> bool:
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return True
-        except OSError:
-            time.sleep(0.5)
-    return False
 
 
 def table(results: dict[str, object]) -> str:
@@ -179,11 +208,11 @@ def main() -> int:
     parser.add_argument("--shapes", default="1.5B,7B", help=f"of the sync, among {', '.join(SHAPES)}")
     parser.add_argument("--gpus", type=int, choices=(1, 2), default=2, help="GPUs to use (%(default)s)")
     args = parser.parse_args()
-    parts = [part for part in args.parts.split(",") if args.gpus == 2 or part in ("update", "rollout")]
+    parts = [part for part in args.parts.split(",") if args.gpus == 2 or part in ("update", "sync", "rollout")]
     args.out.mkdir(parents=True, exist_ok=True)
     work = Path("/tmp/rlx-bench-gpu")
     shutil.rmtree(work, ignore_errors=True)
-    bench = Bench(args.out, work)
+    bench = Bench(args.out, work, args.gpus)
     if args.gpus == 1 and "update" in parts:  # before any server takes its share of the only GPU
         bench.update()
         parts.remove("update")
@@ -197,8 +226,8 @@ def main() -> int:
         for part in PARTS:
             if part in parts:
                 getattr(bench, part)()
-    print(table(bench.results))
-    return 0
+    print(table(bench.results | {f"FAILED: {part}": "see above" for part in bench.failed}))
+    return 1 if bench.failed else 0
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlx.config.schema import SyncConfig
 from rlx.rollout.control import EngineControl
 from rlx.sync.canary import CanarySpec
+from rlx.sync.crew import PublisherPlace, Share
+from rlx.sync.disk import SyncFolder
 from rlx.sync.group import Endpoint
-from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget, Share
+from rlx.sync.publisher import Publisher, PublisherTarget
 
 VOCAB = 101
 REPOSITORY = Path(__file__).parents[2]
@@ -183,8 +185,10 @@ def make_publisher(
     share: Share | None = None,
     config: SyncConfig | None = None,
     canary: bool = True,
+    folder: Path | None = None,
 ) -> Publisher:
-    """A publisher of ``model``: its scores are the canary's reference, its tensors those the search compares with."""
+    """A publisher of ``model``: its scores are the canary's reference, its tensors those the search compares with.
+    With ``folder`` weights go through it: ``folder``/sync, beside the model in ``folder``/model."""
     place = place or PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)
 
     def export() -> Iterator[tuple[str, Tensor]]:
@@ -199,7 +203,12 @@ def make_publisher(
         export=export,
     )
     target = PublisherTarget(
-        endpoints=tuple(Endpoint(url=url) for url in urls), expected=shapes(model), backend="gloo", device=torch.device("cpu")
+        endpoints=tuple(Endpoint(url=url) for url in urls),
+        expected=shapes(model),
+        backend="gloo",
+        device=torch.device("cpu"),
+        transport="disk" if folder else "broadcast",
+        folder=SyncFolder(path=folder / "sync", model=folder / "model") if folder else None,
     )
     config = config or small_config()
     return Publisher(place, target, config, share or (lambda text: [text]), spec if canary else None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -87,6 +90,68 @@ def test_the_canary_finds_wrong_values_and_the_search_names_them(urls, publisher
         publisher_of(urls, model).publish(4, iter(plant(named(model))))
     assert set(re.findall(r"([\w.]+weight) \(by up to", str(caught.value))) == names
     assert all(url in str(caught.value) for url in urls)
+    assert all(map(is_paused, urls))
+
+
+def shifted(publisher: Publisher, shift: Callable[[int], float]) -> Publisher:
+    """Its trainer scores place n of a sequence ``shift(n)`` nats higher than the engine will."""
+    spec = publisher._canary
+    assert spec is not None
+
+    def score(sequences):
+        return [[score + shift(n) for n, score in enumerate(row)] for row in spec.score_on_trainer(sequences)]
+
+    publisher._canary = replace(spec, score_on_trainer=score)
+    return publisher
+
+
+def refuse(self: EngineControl, name: str, num_rows: int) -> object:
+    raise EngineControlError(self.url, "GET /get_weights_by_name", "HTTP 400: Get parameter by name failed", refused=True)
+
+
+def everywhere(nats: float) -> Callable[[int], float]:
+    return lambda place: nats
+
+
+def at_the_start(nats: float) -> Callable[[int], float]:
+    return lambda place: nats if place == 0 else 0.0
+
+
+@pytest.mark.parametrize(
+    ("gives_tensors", "shift", "says"),
+    [
+        (True, everywhere(4e-3), "none found, 30 are equal to the trainer's; with empty caches mean difference 0.004"),
+        (False, at_the_start(2e-2), "Get parameter by name failed; .*the median is within the tolerance"),
+    ],
+)
+def test_rounding_alone_leaves_a_doubt_and_the_engines_serving(urls, publisher_of, monkeypatch, gives_tensors, shift, says):
+    if not gives_tensors:
+        monkeypatch.setattr(EngineControl, "weights_by_name", refuse)
+    model = new_model(5)
+    publisher = shifted(publisher_of(urls, model), shift)
+    for version in (6, 7):
+        report = publisher.publish(version, iter(named(model))).canary
+        assert report is not None and 1e-3 < report.difference < 1e-2 and len(report.doubts) == 2
+        assert all(url in doubt and re.search(says, doubt) for url, doubt in zip(urls, report.doubts, strict=True))
+    assert versions(urls) == ["7", "7"] and not any(map(is_paused, urls))
+    assert max(worst_difference(url, model) for url in urls) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("gives_tensors", "shift", "says"),
+    [
+        (True, everywhere(2e-2), "30 are equal .*weights are equal but the engine computes otherwise: a stale cache, or another"),
+        (True, lambda place: math.nan, "computes otherwise"),
+        (False, everywhere(2e-3), "Get parameter by name failed; .*that is more than rounding"),
+        (False, at_the_start(2e-1), "that is more than rounding"),
+    ],
+)
+def test_what_rounding_does_not_explain_raises(urls, publisher_of, monkeypatch, gives_tensors, shift, says):
+    if not gives_tensors:
+        monkeypatch.setattr(EngineControl, "weights_by_name", refuse)
+    model = new_model(5)
+    with pytest.raises(CanaryError, match=rf"weight sync 6, phase canary: engine http.*{says}"):
+        shifted(publisher_of(urls, model), shift).publish(6, iter(named(model)))
     assert all(map(is_paused, urls))
 
 

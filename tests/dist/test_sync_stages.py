@@ -18,8 +18,8 @@ import torch.multiprocessing as mp
 
 from rlx.config.schema import SyncConfig
 from rlx.rollout.control import EngineControl
+from rlx.sync.crew import PublisherPlace
 from rlx.sync.errors import CanaryError, SyncError
-from rlx.sync.publisher import PublisherPlace
 from tests.dist.sync_lab import (
     VOCAB,
     half,

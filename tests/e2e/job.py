@@ -11,7 +11,7 @@ from rlx.obs.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 # The clock's numbers, the engine's rounding (how requests fall into its batches depends on timing), its request counts.
-NOT_REPEATED = ("perf/", "memory/", "sync/seconds", "mismatch/", "rollout/")
+NOT_REPEATED = ("perf/", "memory/", "sync/seconds", "sync/canary", "mismatch/", "rollout/")
 
 
 def rlx(*arguments: str, timeout_s: float = 240, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -62,7 +62,7 @@ class RunningEngine:
     """One engine process with keys of its own; ``stop`` ends it."""
 
     def __init__(self, kind: str, model: Path, folder: Path, *, tp: int = 1, checksums: bool = False) -> None:
-        self.kind, self.tp, self.keys = kind, tp, new_keys()
+        self.kind, self.model, self.tp, self.keys = kind, model, tp, new_keys()
         folder.mkdir(parents=True, exist_ok=True)
         config = engine_config(kind, model, folder, tp=tp)
         reading, self._writing = os.pipe()

@@ -20,9 +20,10 @@ from rlx.rollout.control import EngineControlError
 from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import CanarySpec
+from rlx.sync.crew import PublisherPlace
 from rlx.sync.errors import CanaryError, SyncError
 from rlx.sync.group import Endpoint
-from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget
+from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.types import Prompt, SamplingSpec
 from tests.sglang.engines import RunningEngine
 from tests.sglang.models import VOCAB, greedy, make, save, scores, sequences

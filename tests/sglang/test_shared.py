@@ -14,10 +14,11 @@ from rlx.rollout.control import EngineControlError
 from rlx.rollout.shared_tensors import LOAD_FORMAT, open_bucket, share_bucket
 from rlx.sync.canary import CanarySpec
 from rlx.sync.chunks import tensor_info
+from rlx.sync.crew import PublisherPlace
 from rlx.sync.errors import CanaryError, SyncError
 from rlx.sync.group import Endpoint, Engine
-from rlx.sync.occupation import KEY_VALUES, WEIGHTS, EngineMemory
-from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget, Sharing
+from rlx.sync.occupation import KEY_VALUES, WEIGHTS, EngineMemory, Sharing
+from rlx.sync.publisher import Publisher, PublisherTarget
 from tests.sglang.conftest import KINDS
 from tests.sglang.engines import RunningEngine
 from tests.sglang.models import VOCAB, make, scores

@@ -18,8 +18,9 @@ from rlx.models.hf_io import expected_shapes, export_hf, load_hf, stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import CanarySpec
+from rlx.sync.crew import PublisherPlace
 from rlx.sync.group import Endpoint
-from rlx.sync.publisher import Publisher, PublisherPlace, PublisherTarget
+from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.trainer.scoring import score_sequences
 from tests.dist.programs.layouts import context_of, main
 

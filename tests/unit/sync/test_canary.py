@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from rlx.sync.canary import MAX_TOKENS, MIN_TOKENS, canary_sequences, compare, is_due
+from rlx.sync.canary import MAX_TOKENS, MIN_TOKENS, canary_sequences, compare, is_due, judge
+from rlx.sync.search import Findings, merge
 
 
 def test_sequences_are_fixed_and_inside_the_vocabulary():
@@ -24,6 +25,7 @@ def test_compare_measures_mean_max_and_place():
     engine[1][6] -= 0.66
     engine[2][0] += 0.22
     result = compare(engine, trainer, 0.05)
+    assert result.median_difference == 0.0 and "mean difference 0.04, median 0, largest 0.66 at sequence 1" in result.words
     assert result.mean_difference == pytest.approx(0.88 / 22)
     assert result.max_difference == pytest.approx(0.66)
     assert (result.worst_sequence, result.worst_position, result.passed) == (1, 6, True)
@@ -47,3 +49,33 @@ def test_other_lengths_are_an_error():
 )
 def test_calendar(first, every, due):
     assert [number for number in range(1, 13) if is_due(number, first, every)] == due
+
+
+def found(**what) -> Findings:
+    return Findings(**({"num_tensors": 9} | what))
+
+
+@pytest.mark.parametrize(
+    ("findings", "differences", "at_fault"),
+    [
+        (found(), [0.9] * 5, False),
+        (found(num_by_rows=3), [0.9] * 5, False),
+        (found(), [1.1] * 5, True),
+        (found(culprits=["a (by up to 1)"]), [0.11] * 5, True),
+        (found(num_by_share=9), [0.05, 0.05, 0.05, 0.05, 1.0], False),
+        (found(num_by_share=9), [0.05, 0.05, 0.05, 0.05, 2.0], True),
+        (found(refusals=["no"]), [0.12] * 5, True),
+        (Findings(), [0.12] * 5, True),
+    ],
+)
+def test_what_is_believed_depends_on_what_is_known(findings, differences, at_fault):
+    result = compare([differences], [[0.0] * 5], 0.1)
+    assert not result.passed
+    fault, reason = judge(result, result, findings, 0.1)
+    assert fault is at_fault and reason
+
+
+def test_findings_of_stages_add_up():
+    whole = merge([found(num_by_rows=1), Findings(), found(num_by_share=2, culprits=["x"], refusals=["y"])])
+    assert whole == Findings(num_tensors=18, num_by_rows=1, num_by_share=2, culprits=["x"], refusals=["y"])
+    assert not whole.is_proof and merge([found(), found()]).is_proof and not merge([]).is_proof
