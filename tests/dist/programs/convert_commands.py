@@ -96,9 +96,9 @@ def copies(gather: bool) -> Iterator[list[int]]:
         copied[0] += count
         return count
 
-    with mock.patch.object(extents, "MIN_EXTENT_BYTES", _GATHER_BYTES if gather else 1):
-        with mock.patch.object(items, "copy", copy), mock.patch.object(to_hf, "copy", copy):
-            yield copied
+    least = mock.patch.object(extents, "MIN_EXTENT_BYTES", _GATHER_BYTES if gather else 1)
+    with least, mock.patch.object(items, "copy", copy), mock.patch.object(to_hf, "copy", copy):
+        yield copied
 
 
 def one(command: dict[str, Any]) -> dict[str, Any]:
