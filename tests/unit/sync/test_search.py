@@ -10,6 +10,7 @@ from rlx.rollout.control import EngineControlError
 from rlx.sync.search import Findings, find_culprits
 
 NAME = "model.embed_tokens.weight"
+UNFIT = f"{NAME} (by up to nan)"
 
 
 class Engine:
