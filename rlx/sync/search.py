@@ -14,6 +14,7 @@ from rlx.rollout.control import EngineControl, EngineControlError
 _TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Tensors come back as JSON, ten bytes or more a number: of larger ones only the first rows are compared.
 _COMPARED_ELEMENTS = 2**18
+_VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ def find_culprits(control: EngineControl, tensors: Iterator[tuple[str, Tensor]],
         rows = max(1, _COMPARED_ELEMENTS * tensor.shape[0] // max(1, tensor.numel()))
         ours = tensor.detach()[:rows].to(_TORCH_DTYPE[dtype]).float().cpu()
         try:
-            theirs = torch.tensor(control.weights_by_name(name, rows), dtype=torch.float32)
+            theirs = _without_padding(torch.tensor(control.weights_by_name(name, rows), dtype=torch.float32), ours)
         except EngineControlError as error:
             refusals.append(f"the engine does not give its tensors: {error}")
             continue
@@ -70,6 +71,14 @@ def find_culprits(control: EngineControl, tensors: Iterator[tuple[str, Tensor]],
         counts[1] += rows < tensor.shape[0]
         counts[2] += theirs.shape != ours.shape
     return Findings(culprits=culprits, num_tensors=counts[0], num_by_rows=counts[1], num_by_share=counts[2], refusals=refusals)
+
+
+def _without_padding(theirs: Tensor, ours: Tensor) -> Tensor:
+    """SGLang holds vocabularies padded with rows of zeros to a multiple of 64, and hands those out as well."""
+    num_rows = ours.shape[0]
+    if 0 < theirs.shape[0] - num_rows < _VOCAB_MULTIPLE and theirs.shape[1:] == ours.shape[1:] and not theirs[num_rows:].any():
+        return theirs[:num_rows]
+    return theirs
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
