@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", default=0, type=int, help="0: taken from the system")
     parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES), help="type of weights and activations")
+    parser.add_argument("--enable-fp32-lm-head", action="store_true", help="logits in fp32 whatever --dtype is")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda when visible")
     parser.add_argument("--threads", type=int, help="CPU threads of the model; none: torch's choice")
     parser.add_argument("--seed", type=int, help="makes the draws of requests without a sampling_seed repeatable")
@@ -74,7 +75,9 @@ def main(args: argparse.Namespace) -> int:
         try:
             device = "cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu"
             model = LanguageModel(args.model, args.dtype, device, without_weights=args.await_weights)
-        except (ValueError, OSError, RuntimeError) as error:
+            if args.enable_fp32_lm_head:
+                model.keep_logits_in_fp32()
+        except (TypeError, ValueError, OSError, RuntimeError) as error:
             log_failure(error)
             return 1
     _serve(args, listener, model)

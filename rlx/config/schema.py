@@ -63,6 +63,7 @@ class ModelConfig:
     critic_path: str | None = option(None, "Hugging Face folder of the critic's body; none: model.path")
     tokenizer_path: str | None = option(None, "tokenizer folder; none: model.path")
     dtype: str = option("fp32", "type of weights and activations", choices=("fp32", "bf16"))
+    fp32_head: bool = option(False, "keep the logits of a bf16 output layer in fp32, in trainers and the engines that rlx starts")
     layer_spec: str = option(
         "auto", "layers: auto takes transformer_engine on GPUs that have it", choices=("auto", "torch", "transformer_engine")
     )

@@ -33,12 +33,12 @@ def _run(chunk: nn.Module, batch: LocalBatch, processor: Processor | None) -> Te
 
 
 def token_head(
-    context: ParallelContext, arch: Architecture, temperature: float = 1.0
+    context: ParallelContext, arch: Architecture, temperature: float = 1.0, *, fp32: bool = False
 ) -> Callable[[nn.Module, LocalBatch], Tensor]:
-    """A head that gives [2, t]: log-probs of ``labels_t`` and entropy."""
+    """A head that gives [2, t]: log-probs of ``labels_t`` and entropy. ``fp32``: see ``model.fp32_head``."""
     tp = context.groups.tp
     shard = vocab_shard(tp, padded_vocab_size(arch.vocab_size, context.dims.tp), arch.vocab_size)
-    scaling = LogitScaling(temperature=temperature, softcap=arch.final_softcap)
+    scaling = LogitScaling(temperature=temperature, softcap=arch.final_softcap, fp32=fp32)
 
     def head(chunk: nn.Module, batch: LocalBatch) -> Tensor:
         def process(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, config: Any, **_: Any) -> Tensor:

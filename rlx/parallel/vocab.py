@@ -33,10 +33,11 @@ class VocabShard:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitScaling:
     """From the output layer's products x to logits: c * tanh(x / c) with ``softcap`` c (none when None), then divided by
-    ``temperature``."""
+    ``temperature``. ``fp32``: products of bf16 numbers are kept in fp32, not rounded to bf16 (steps of 0.125 around 20)."""
 
     temperature: float = 1.0
     softcap: float | None = None
+    fp32: bool = False
 
     def apply(self, products: Tensor) -> Tensor:
         """The logits; may overwrite ``products``."""
@@ -82,6 +83,18 @@ def _chunks(num_tokens: int, weight: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, num_tokens))
 
 
+def _output_layer(weight: Tensor, fp32: bool) -> Callable[[Tensor], Tensor]:
+    """Hidden states [n, D] to products [n, v], in fp32 or in the weight's type."""
+    if not fp32 or weight.dtype == torch.float32:
+        return lambda hidden: torch.matmul(hidden, weight.t())
+    if weight.is_cuda:
+        # The sums are in fp32 inside the kernel whatever its output; only that output is wider.
+        return lambda hidden: torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    # No such kernel on CPUs. Products of bf16 numbers are exact in fp32, so the two ways differ by the order of sums.
+    wide = weight.float()
+    return lambda hidden: torch.matmul(hidden.float(), wide.t())
+
+
 def _logits(products: Tensor, num_real: int, scaling: LogitScaling) -> Tensor:
     logits = scaling.apply(products.float())
     if num_real < products.shape[1]:
@@ -100,9 +113,13 @@ def _sums(products: Tensor, num_real: int, scaling: LogitScaling) -> tuple[Tenso
 
 
 def _slopes(
-    products: Tensor, num_real: int, scaling: LogitScaling, per_token: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    products: Tensor,
+    num_real: int,
+    scaling: LogitScaling,
+    per_token: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient at ``products``, in their type. ``per_token``: the label's row (-1: on another rank), logsumexp,
+    """The gradient at ``products``, as ``dtype``. ``per_token``: the label's row (-1: on another rank), logsumexp,
     entropy, and the gradients of log-prob and entropy."""
     label, logsumexp, entropy, grad_logprob, grad_entropy = (column[:, None] for column in per_token)
     logits = _logits(products, num_real, scaling)
@@ -114,12 +131,16 @@ def _slopes(
     grad += torch.where(torch.arange(products.shape[1], device=products.device) == label, grad_logprob, 0.0)
     # Without the padding: its gradient is 0 already, and at its logit of -inf there is no slope.
     scaling.apply_backward(grad[:, :num_real], logits[:, :num_real])
-    return grad.to(products.dtype)
+    return grad.to(dtype)
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+    def on_a_copy(products: Tensor, *rest: Any) -> Any:
+        # Fused away. Without it, what the function does in place to fp32 products would be written back: a pass more.
+        return function(products.clone(), *rest)
+
+    return torch.compile(on_a_copy, dynamic=True)
 
 
 def _for_device[F: Callable[..., Any]](function: F, device: torch.device) -> F:
@@ -137,8 +158,9 @@ class _VocabParallel(torch.autograd.Function):
         is_here = (local_label >= 0) & (local_label < shard.num_real)
         safe_label = torch.where(is_here, local_label, 0)
         sums = _for_device(_sums, hidden.device)
+        output_layer = _output_layer(weight, scaling.fp32)
         for rows in _chunks(hidden.shape[0], weight):
-            products = torch.matmul(hidden[rows], weight.t())
+            products = output_layer(hidden[rows])
             found = scaling.apply(products.gather(1, safe_label[rows, None]).squeeze(1).float())
             label_logit[rows] = torch.where(is_here[rows], found, 0.0)
             top[rows], sum_exp[rows], sum_shifted[rows] = sums(products, shard.num_real, scaling)
@@ -167,10 +189,12 @@ class _VocabParallel(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         label = torch.where(is_here, safe_label, -1)
         slopes = _for_device(_slopes, hidden.device)
+        output_layer = _output_layer(weight, ctx.scaling.fp32)
         for rows in _chunks(hidden.shape[0], weight):
-            products = torch.matmul(hidden[rows], weight.t())
+            products = output_layer(hidden[rows])
             per_token = (label[rows], logsumexp[rows], entropy[rows], grad_logprob[rows], grad_entropy[rows])
-            grad = slopes(products, ctx.shard.num_real, ctx.scaling, per_token)
+            # In the weight's type, as every gradient that enters a matrix product; probabilities need no finer steps.
+            grad = slopes(products, ctx.shard.num_real, ctx.scaling, per_token, weight.dtype)
             grad_hidden[rows] = torch.matmul(grad, weight)
             grad_weight += torch.matmul(grad.t(), hidden[rows])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None

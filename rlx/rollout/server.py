@@ -33,6 +33,8 @@ def engine_command(config: Config, *, index: int, port: int, python: str, parent
     command += ["--rank", str(index), "--device", config.cluster.device, "--weight-timeout-s", str(config.sync.timeout_s)]
     if config.cluster.threads_per_rank is not None:
         command += ["--threads", str(config.cluster.threads_per_rank)]
+    if config.model.fp32_head and dtype != "fp32":
+        command.append("--enable-fp32-lm-head")
     if is_megatron_checkpoint(config.model.path):
         command.append("--await-weights")  # it cannot read them; the trainers publish theirs before the first request
     if parent_pipe is not None:

@@ -86,6 +86,8 @@ def sglang_command(config: Config, site: SGLangSite) -> list[str]:
     }
     # Engines that shared a seed would give the same draws to the same prompt.
     defaults = {**_DEFAULTS, "random_seed": config.run.seed * 1009 + site.index}
+    if dtype != "fp32":
+        defaults["enable_fp32_lm_head"] = config.model.fp32_head
     if site.device == "cpu":
         defaults |= _CPU_DEFAULTS
     if config.cluster.colocated and site.device == "cuda":

@@ -62,7 +62,7 @@ class RankWorker(ABC):
             moe_aux_loss_coefficient=model.moe_aux_loss_coefficient,
             moe_z_loss_coefficient=model.moe_z_loss_coefficient,
         )
-        self._token_head = token_head(context, self.arch, temperature)
+        self._token_head = token_head(context, self.arch, temperature, fp32=model.fp32_head)
         self._batch: RankBatch | None = None
 
     @abstractmethod

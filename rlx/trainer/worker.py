@@ -119,7 +119,7 @@ class Worker(RankWorker):
 
     def score_sequences(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """The policy's log-probs (temperature 1) of tokens 1..L-1 of each sequence, on every rank."""
-        head = token_head(self.context, self.arch)
+        head = token_head(self.context, self.arch, fp32=self.config.model.fp32_head)
         max_tokens = self.config.batching.max_tokens_per_micro_batch
         return score_sequences(self.policy.model.wrapped, head, sequences, self.context, max_tokens)
 

@@ -67,6 +67,21 @@ class LanguageModel:
             device=str(self.device),
         )
 
+    def keep_logits_in_fp32(self) -> None:
+        """From now on the output layer gives fp32 logits of whatever type its weight has. TypeError where the model ends
+        in something else than a linear layer without bias."""
+        layer = self.module.get_output_embeddings()  # type: ignore[operator]
+        if type(layer) is not torch.nn.Linear or layer.bias is not None:
+            raise TypeError(f"--enable-fp32-lm-head: the model ends in {type(layer).__name__}; wanted Linear without bias")
+
+        def forward(hidden: Tensor) -> Tensor:
+            if hidden.is_cuda and layer.weight.dtype != torch.float32:
+                product = torch.mm(hidden.flatten(0, -2), layer.weight.t(), out_dtype=torch.float32)
+                return product.unflatten(0, hidden.shape[:-1])
+            return torch.nn.functional.linear(hidden.float(), layer.weight.float())
+
+        layer.forward = forward
+
     def prefill(self, prompts: list[list[int]], all_logits: bool) -> tuple[Tensor, KeyValues]:
         """Run whole prompts. Returns their key/values and logits: [B, S, V] left-padded, or [B, V] of the last token."""
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)

@@ -17,7 +17,7 @@ def run_case(case: dict[str, Any], context: ParallelContext) -> dict[str, torch.
     data = torch.load(case["data"], weights_only=True)
     size = context.dims.tp
     rows = -(-data["weight"].shape[0] // size)
-    padded = torch.zeros(rows * size, data["weight"].shape[1])
+    padded = torch.zeros(rows * size, data["weight"].shape[1], dtype=data["weight"].dtype)
     padded[: data["weight"].shape[0]] = data["weight"]
     # Padding rows must not matter, whatever they hold.
     padded[data["weight"].shape[0] :] = 7.0

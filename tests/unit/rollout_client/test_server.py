@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, SyncConfig
 from rlx.rollout.client import EngineError
 from rlx.rollout.server import engine_command, parse_ready_port, wait_until_healthy
+from rlx.rollout.sglang_server import SGLangSite, sglang_command
 from tests.unit.rollout_client.peer import Peer
 
 
@@ -38,6 +41,27 @@ def test_the_engine_may_have_a_dtype_of_its_own() -> None:
     assert got[got.index("--dtype") + 1] == "fp32" and got[got.index("--port") + 1] == "123" and "--parent-pipe" not in got
     got = engine_command(config_of(), index=0, port=1, python="py", parent_pipe=None)
     assert got[got.index("--dtype") + 1] == "bf16"
+
+
+def sglang_words(config: Config) -> list[str]:
+    site = SGLangSite(index=0, device="cpu", host="127.0.0.1", port=1, key_file=Path("keys"), python="py")
+    return sglang_command(config, site)
+
+
+@pytest.mark.parametrize(
+    "command", [sglang_words, lambda config: engine_command(config, index=0, port=1, python="py", parent_pipe=None)]
+)
+def test_engines_in_bf16_keep_logits_in_fp32_as_the_trainers_do(command: Callable[[Config], list[str]]) -> None:
+    config = config_of()
+    assert "--enable-fp32-lm-head" not in command(config)
+    on = replace(config, model=replace(config.model, fp32_head=True))
+    assert "--enable-fp32-lm-head" in command(on)
+    assert "--enable-fp32-lm-head" not in command(replace(on, rollout=replace(on.rollout, dtype="fp32")))
+
+
+def test_a_server_argument_wins_over_the_fp32_head() -> None:
+    config = config_of(server_args={"enable_fp32_lm_head": False})
+    assert "--enable-fp32-lm-head" not in sglang_words(replace(config, model=replace(config.model, fp32_head=True)))
 
 
 @pytest.mark.parametrize("name", ["port", "parent_pipe", "parent-pipe", "model", "dtype"])

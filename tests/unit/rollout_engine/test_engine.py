@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -74,3 +75,16 @@ def test_weights_that_are_not_finite_give_an_error_instead_of_tokens(server: Ser
         answer = server.post("/generate", {**body, "return_logprob": True, "logprob_start_len": 0}, status=500)
         assert "not finite" in answer["error"]["message"]
     server.get("/health")
+
+
+def test_logits_of_a_bf16_model_can_be_kept_in_fp32(qwen2: PreTrainedModel, qwen2_folder: Path) -> None:
+    model = LanguageModel(qwen2_folder, "bf16", "cpu")
+    model.keep_logits_in_fp32()
+    [prompt] = random_prompts(qwen2, [19])
+    logits, key_values = model.prefill([prompt], all_logits=True)
+    reference = type(qwen2).from_pretrained(qwen2_folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        body = reference.base_model(torch.tensor([prompt])).last_hidden_state
+        wanted = body.double() @ reference.lm_head.weight.double().t()
+    assert logits.dtype == torch.float32 and float((logits - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+    assert model.decode(np.array([9]), key_values).dtype == torch.float32
