@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.dist.checkpoints import make_qwen2
@@ -11,6 +12,7 @@ from tests.dist.launch import run_ranks
 from tests.dist.test_invariance import random_samples
 
 
+@pytest.mark.slow
 def test_updates_are_the_same_with_memory_put_away(tmp_path: Path) -> None:
     samples = random_samples(seed=5)
     for index, sample in enumerate(samples):

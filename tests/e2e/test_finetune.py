@@ -61,6 +61,7 @@ def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 def test_sft_learns(demo: Path, whole: Path) -> None:
     rows = [row.metrics for row in read_metrics(whole / "metrics.jsonl")]
     assert rows[0]["loss/train"] > 2.5 and rows[-1]["loss/train"] < 0.4

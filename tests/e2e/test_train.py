@@ -53,6 +53,7 @@ def test_replay_needs_no_engine_and_gives_the_same_losses(demo: Path, whole: Pat
     assert numbers(run_dir) == expected
 
 
+@pytest.mark.slow
 def test_grpo_on_a_pipeline_with_kl_in_the_loss(demo: Path, tmp_path: Path) -> None:
     overrides = [
         "algorithm.name=grpo",
