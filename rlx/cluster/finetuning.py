@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rlx.cluster.keeping import resume, save
+from rlx.cluster.keeping import train
 from rlx.cluster.ranks import Ranks
 from rlx.config.schema import Config
 from rlx.data.examples import Example, ExampleSource
 from rlx.data.tokenizer import load_tokenizer
 from rlx.obs.log import logger, phase
-from rlx.obs.metrics import MetricsWriter
-from rlx.obs.trackers import make_trackers
 from rlx.trainer.finetune import FinetuneTrainer
-from rlx.trainer.loop import iterate
-from rlx.types import BatchPlan, StepReport, TrainSample, UpdateStats
+from rlx.types import BatchPlan, TrainSample, UpdateStats
 
 
 class RankedModel:
@@ -56,37 +51,14 @@ def drive_finetuning(config: Config, ranks: Ranks, *, stop_asked: Callable[[], b
 
     False when ``stop_asked`` ended it early; what was done is saved.
     """
-    run_dir, model = Path(config.run.dir), RankedModel(ranks)
-    with ExitStack() as stack:
-        with phase("read examples"):
-            tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
-            source = ExampleSource(config.examples_path, config, tokenizer)
-            held_out = _held_out(config, tokenizer)
-        logger.info("%d examples, %d cut, dropped %s", len(source), source.num_truncated, dict(source.drops))
-        trainer = FinetuneTrainer(config, ranks.worker.context.dims, model, source, held_out)
-        writer = stack.enter_context(closing(MetricsWriter(run_dir / "metrics.jsonl")))
-        trackers = make_trackers(config, run_dir)
-        for tracker in trackers:
-            stack.callback(tracker.close)
-        resume(config, trainer, model.load, writer)
-
-        def report(row: StepReport) -> None:
-            writer.write(row)
-            for tracker in trackers:
-                tracker.write(row)
-
-        iterate(
-            trainer,
-            num_steps=config.run.steps,
-            report=report,
-            save=lambda: save(config, trainer, model.save),
-            checkpoint=config.checkpoint,
-            stop_asked=stop_asked,
-        )
-        done = trainer.num_steps_done >= config.run.steps
-        if done and config.run.export_hf:
-            model.export_hf(str(run_dir / "hf"))
-        return done
+    model = RankedModel(ranks)
+    with phase("read examples"):
+        tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
+        source = ExampleSource(config.examples_path, config, tokenizer)
+        held_out = _held_out(config, tokenizer)
+    logger.info("%d examples, %d cut, dropped %s", len(source), source.num_truncated, dict(source.drops))
+    trainer = FinetuneTrainer(config, ranks.worker.context.dims, model, source, held_out)
+    return train(config, trainer, model, stop_asked)
 
 
 def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

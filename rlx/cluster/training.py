@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.registry import make_algorithm
 from rlx.cluster.fleet import read_fleet
-from rlx.cluster.keeping import resume, save
+from rlx.cluster.keeping import train
 from rlx.cluster.publishing import EnginePublisher
 from rlx.cluster.ranks import RankedCritic, RankedPolicy, RankedReference, Ranks
 from rlx.config.schema import Config
 from rlx.data.prompts import PromptSource
 from rlx.data.tokenizer import load_tokenizer
 from rlx.obs.log import logger
-from rlx.obs.metrics import MetricsWriter
-from rlx.obs.trackers import make_trackers
 from rlx.rewards.pools import make_reward_service
 from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
@@ -36,38 +34,17 @@ def drive(config: Config, ranks: Ranks, engines: Path, *, stop_asked: Callable[[
 
     False when ``stop_asked`` ended it early; what was done is saved.
     """
-    run_dir = Path(config.run.dir)
     with ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
         trainer = _make_trainer(config, ranks, engines, tokenizer, stack)
-        writer = stack.enter_context(closing(MetricsWriter(run_dir / "metrics.jsonl")))
-        trackers = make_trackers(config, run_dir)
-        for tracker in trackers:
-            stack.callback(tracker.close)
-        resume(config, trainer, trainer.roles.policy.load, writer)
         evaluation = Evaluation(config, trainer.roles, trainer.sampling, tokenizer)
-
         counts = trainer.roles.rollout.counts
 
-        def report(row: StepReport) -> None:
+        def complete(row: StepReport) -> StepReport:
             row = evaluation.add_to(row)
-            row = replace(row, metrics={**row.metrics, **counts(), **ranks.call("memory_metrics")})
-            writer.write(row)
-            for tracker in trackers:
-                tracker.write(row)
+            return replace(row, metrics={**row.metrics, **counts(), **ranks.call("memory_metrics")})
 
-        run(
-            trainer,
-            num_steps=config.run.steps,
-            report=report,
-            save=lambda: save(config, trainer, trainer.roles.policy.save),
-            checkpoint=config.checkpoint,
-            stop_asked=stop_asked,
-        )
-        done = trainer.num_steps_done >= config.run.steps
-        if done and config.run.export_hf:
-            trainer.roles.policy.export_hf(str(run_dir / "hf"))
-        return done
+        return train(config, trainer, trainer.roles.policy, stop_asked, loop=run, complete=complete)
 
 
 def _make_trainer(

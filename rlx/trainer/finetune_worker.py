@@ -50,26 +50,23 @@ class FinetuneWorker(RankWorker):
                 load_score(chunks, folder)
             model = Trainable(chunks, self.config.optimizer, self.context, self.config.run.steps)
         head = value_head if self.is_reward_model else self._token_head
-        # Whatever the objective, sums are divided by the tokens to learn: the routers' balancing losses are shares of those.
-        return Trained(model=model, head=head, loss=self._loss, aggregation="token-mean")
+        aggregation = "seq-mean-token-mean" if self.config.finetune.is_paired else "token-mean"
+        return Trained(model=model, head=head, loss=self._loss, aggregation=aggregation)
 
     def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
         self._batch = RankBatch(samples, plan, self.context)
         if self.context.is_last_stage:
-            self._batch.columns["weights"] = {
-                sample.sample_id: self._weights(sample, plan, len(samples)) for sample in self._batch.samples
-            }
+            self._batch.columns["weights"] = {sample.sample_id: self._weights(sample) for sample in self._batch.samples}
 
-    def _weights(self, sample: TrainSample, plan: BatchPlan, num_samples: int) -> Tensor:
-        """What each position counts for, float32 [L], so that the sum over ``divisor`` tokens is the mean over tokens (sft)
-        or over pairs: each sequence of a pair then weighs tokens / pairs, on its answer or (rm) on its last token."""
+    def _weights(self, sample: TrainSample) -> Tensor:
+        """What each position counts for, float32 [L]. Each sequence of a pair weighs 2, on its answer or (rm) on its last token:
+        its tokens carry half of the pair's loss, and the sum over both is divided by two sequences a pair."""
         if not self.config.finetune.is_paired:
             return position_mask(sample)
-        tokens_a_pair = plan.mini_batches[0].num_loss_tokens / (num_samples / 2)
         if not self.is_reward_model:
-            return position_mask(sample) * (tokens_a_pair / sample.num_loss_tokens)
+            return position_mask(sample) * (2.0 / sample.num_loss_tokens)
         weights = torch.zeros(len(sample.token_ids))
-        weights[-1] = tokens_a_pair
+        weights[-1] = 2.0
         return weights
 
     def update(self) -> UpdateStats | None:

@@ -5,18 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from rlx.config.schema import SyncConfig
-from rlx.sync.canary import CanarySpec
-from rlx.sync.crew import PublisherPlace
-from rlx.sync.disk import SyncFolder
 from rlx.sync.errors import CanaryError, SyncError
-from rlx.sync.group import Endpoint
 from rlx.sync.occupation import KEY_VALUES, WEIGHTS, EngineMemory, Sharing
-from rlx.sync.publisher import Publisher, PublisherTarget
+from rlx.sync.publisher import Publisher
 from tests.sglang.engines import RunningEngine
-from tests.sglang.models import VOCAB, make, scores
+from tests.sglang.models import make, scores
+from tests.sglang.publishers import canary_of, make_publisher
 from tests.sglang.test_protocol import TOLERANCE, weights, worst
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the engine
@@ -25,25 +20,9 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for the engine
 def disk_publisher(engine: RunningEngine, model, path: Path, *, shift: float = 0.0, room: list[str] | None = None) -> Publisher:
     """Its trainer scores ``shift`` nats higher than the weights do. With ``room`` the engine shares its device."""
     memory = EngineMemory((KEY_VALUES, WEIGHTS))
-    target = PublisherTarget(
-        endpoints=(Endpoint(url=engine.url, tp=engine.tp),),
-        expected={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        backend="gloo",
-        device=torch.device("cpu"),
-        keys=engine.keys,
-        transport="disk",
-        folder=SyncFolder(path=path / "sync", model=engine.model),
-        sharing=None if room is None else Sharing(memory=memory, make_room=lambda: room.append("made")),
-    )
-    canary = CanarySpec(
-        vocab_size=VOCAB,
-        seed=7,
-        dtype="fp32",
-        score_on_trainer=lambda rows: [[score + shift for score in scores(model, row)] for row in rows],
-        export=lambda: weights(model),
-    )
-    place = PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)
-    return Publisher(place, target, SyncConfig(bucket_bytes=30_000, timeout_s=60), lambda text: [text], canary)
+    sharing = None if room is None else Sharing(memory=memory, make_room=lambda: room.append("made"))
+    canary = canary_of(lambda rows: [[score + shift for score in scores(model, row)] for row in rows], lambda: weights(model))
+    return make_publisher(engine, model, canary, transport="disk", sharing=sharing, folder=path / "sync")
 
 
 def test_versions_through_a_folder(engine: RunningEngine, tmp_path: Path) -> None:

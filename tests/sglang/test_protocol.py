@@ -14,19 +14,17 @@ import httpx
 import pytest
 import torch
 
-from rlx.config.schema import RolloutConfig, SyncConfig
+from rlx.config.schema import RolloutConfig
 from rlx.rollout.client import EngineClient
 from rlx.rollout.control import EngineControlError
 from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.keys import EngineKeys
-from rlx.sync.canary import CanarySpec
-from rlx.sync.crew import PublisherPlace
 from rlx.sync.errors import CanaryError, SyncError
-from rlx.sync.group import Endpoint
-from rlx.sync.publisher import Publisher, PublisherTarget
+from rlx.sync.publisher import Publisher
 from rlx.types import Prompt, SamplingSpec
 from tests.sglang.engines import RunningEngine
 from tests.sglang.models import VOCAB, greedy, make, save, scores, sequences
+from tests.sglang.publishers import canary_of, make_publisher
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the engine
 
@@ -34,19 +32,8 @@ TOLERANCE = 1e-5
 
 
 def publisher_of(engine: RunningEngine, model, **settings) -> Publisher:
-    target = PublisherTarget(
-        endpoints=(Endpoint(url=engine.url, tp=engine.tp),),
-        expected={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        backend="gloo",
-        device=torch.device("cpu"),
-        keys=engine.keys,
-    )
-    place = PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)
-    canary = CanarySpec(
-        vocab_size=VOCAB, seed=7, dtype="fp32", score_on_trainer=lambda rows: [scores(model, row) for row in rows]
-    )
-    config = SyncConfig(**({"bucket_bytes": 30_000, "flatten_below_bytes": 9_000, "timeout_s": 60} | settings))
-    return Publisher(place, target, config, lambda text: [text], canary)
+    canary = canary_of(lambda rows: [scores(model, row) for row in rows])
+    return make_publisher(engine, model, canary, **({"flatten_below_bytes": 9_000} | settings))
 
 
 def weights(model) -> Iterator[tuple[str, torch.Tensor]]:

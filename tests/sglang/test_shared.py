@@ -9,19 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlx.config.schema import SyncConfig
 from rlx.rollout.control import EngineControlError
 from rlx.rollout.shared_tensors import LOAD_FORMAT, open_bucket, share_bucket
-from rlx.sync.canary import CanarySpec
 from rlx.sync.chunks import tensor_info
-from rlx.sync.crew import PublisherPlace
 from rlx.sync.errors import CanaryError, SyncError
 from rlx.sync.group import Endpoint, Engine
 from rlx.sync.occupation import KEY_VALUES, WEIGHTS, EngineMemory, Sharing
-from rlx.sync.publisher import Publisher, PublisherTarget
+from rlx.sync.publisher import Publisher
 from tests.sglang.conftest import KINDS
 from tests.sglang.engines import RunningEngine
-from tests.sglang.models import VOCAB, make, scores
+from tests.sglang.models import make, scores
+from tests.sglang.publishers import canary_of, make_publisher
 from tests.sglang.test_protocol import TOLERANCE, weights, worst
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the engine
@@ -29,21 +27,9 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for the engine
 
 def shared_publisher(engine: RunningEngine, model, room: list[str], **settings) -> tuple[Publisher, EngineMemory]:
     memory = EngineMemory((KEY_VALUES, WEIGHTS))
-    target = PublisherTarget(
-        endpoints=(Endpoint(url=engine.url, tp=engine.tp),),
-        expected={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        backend="gloo",
-        device=torch.device("cpu"),
-        keys=engine.keys,
-        transport="ipc",
-        sharing=Sharing(memory=memory, make_room=lambda: room.append("made")),
-    )
-    place = PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)
-    canary = CanarySpec(
-        vocab_size=VOCAB, seed=7, dtype="fp32", score_on_trainer=lambda rows: [scores(model, row) for row in rows]
-    )
-    config = SyncConfig(**({"bucket_bytes": 30_000, "timeout_s": 60} | settings))
-    return Publisher(place, target, config, lambda text: [text], canary), memory
+    sharing = Sharing(memory=memory, make_room=lambda: room.append("made"))
+    canary = canary_of(lambda rows: [scores(model, row) for row in rows])
+    return make_publisher(engine, model, canary, transport="ipc", sharing=sharing, **settings), memory
 
 
 def test_publications_in_turns(engine: RunningEngine) -> None:

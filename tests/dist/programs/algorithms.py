@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from rlx.data.plan import plan_batch
 from rlx.parallel.context import ParallelContext
 from rlx.trainer.worker import Trained, Worker
 from rlx.types import TrainSample
-from tests.dist.programs.layouts import context_of, main
+from tests.dist.programs.layouts import context_of, main, plan_of
 from tests.dist.programs.updates import collect, config_of
 
 
@@ -25,13 +24,7 @@ def shift_old_logprobs(worker: Worker) -> None:
 def run_algorithm(arguments: dict[str, Any], layout: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
     worker = Worker(config_of(arguments, layout, False, {}), context)
     samples = [TrainSample(**sample) for sample in arguments["samples"]]
-    plan = plan_batch(
-        [len(sample.token_ids) for sample in samples],
-        [sample.num_loss_tokens for sample in samples],
-        dims=context.dims,
-        num_mini_batches=1,
-        max_tokens=arguments["max_tokens"],
-    )
+    plan = plan_of(samples, arguments["max_tokens"], context)
 
     def answer(value: Any) -> Any:
         return next(found for found in context.gather_objects(value) if found is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from rlx.data.plan import plan_batch
 from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
-from rlx.types import ParallelDims
+from rlx.types import BatchPlan, ParallelDims, TrainSample
 
 
 @contextmanager
@@ -23,6 +24,17 @@ def context_of(layout: dict[str, Any], world_size: int) -> Iterator[ParallelCont
     device = choose_device("cpu", 0)
     yield build_context(ParallelDims(world_size=world_size, **layout), device, seed=1, timeout_s=60)
     parallel_state.destroy_model_parallel()
+
+
+def plan_of(samples: Sequence[TrainSample], max_tokens: int, context: ParallelContext) -> BatchPlan:
+    """All of ``samples`` as one mini-batch, in micro-batches of at most ``max_tokens``."""
+    return plan_batch(
+        [len(sample.token_ids) for sample in samples],
+        [sample.num_loss_tokens for sample in samples],
+        dims=context.dims,
+        num_mini_batches=1,
+        max_tokens=max_tokens,
+    )
 
 
 def arguments() -> dict[str, Any]:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from rlx.config.schema import ClusterConfig, RolloutConfig
-from rlx.data.plan import plan_batch
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.memory import PARTS
 from rlx.trainer.worker import Worker
 from rlx.types import TrainSample
-from tests.dist.programs.layouts import context_of, main
+from tests.dist.programs.layouts import context_of, main, plan_of
 from tests.dist.programs.updates import collect, config_of
 
 
@@ -37,13 +36,7 @@ def run_case(arguments: dict[str, Any], case: dict[str, Any], context: ParallelC
     )
     worker = Worker(config, context)
     samples = [TrainSample(**sample) for sample in arguments["samples"]]
-    plan = plan_batch(
-        [len(sample.token_ids) for sample in samples],
-        [sample.num_loss_tokens for sample in samples],
-        dims=context.dims,
-        num_mini_batches=1,
-        max_tokens=arguments["max_tokens"],
-    )
+    plan = plan_of(samples, arguments["max_tokens"], context)
     sizes = [worker.memory.sizes()]
     rows = []
     for step in range(3):

@@ -17,12 +17,11 @@ from rlx.config.schema import (
     ParallelConfig,
     RewardConfig,
 )
-from rlx.data.plan import plan_batch
 from rlx.models.hf_io import stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.trainer.worker import Trained, Worker
 from rlx.types import TrainSample
-from tests.dist.programs.layouts import context_of, main
+from tests.dist.programs.layouts import context_of, main, plan_of
 
 EXTRA_KEYS = ("distributed", "model", "algorithm", "clip", "resume")
 
@@ -67,13 +66,7 @@ def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: Paral
     config = config_of(arguments | {"algorithm": algorithm}, layout, distributed, model, clip)
     worker = Worker(config, context)
     samples = [TrainSample(**sample) for sample in arguments["samples"]]
-    plan = plan_batch(
-        [len(sample.token_ids) for sample in samples],
-        [sample.num_loss_tokens for sample in samples],
-        dims=context.dims,
-        num_mini_batches=1,
-        max_tokens=arguments["max_tokens"],
-    )
+    plan = plan_of(samples, arguments["max_tokens"], context)
     worker.load_batch(samples, plan)
     scores = {}
     for call in (worker.score_reference, worker.score_policy, worker.score_critic, lambda: worker.compute_advantages(0.1)):

@@ -1,0 +1,47 @@
+"""The trainer's side of weight sync, without a trainer: a publisher of one transformers model to one engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rlx.config.schema import SyncConfig
+from rlx.sync.canary import CanarySpec
+from rlx.sync.crew import PublisherPlace
+from rlx.sync.disk import SyncFolder
+from rlx.sync.group import Endpoint
+from rlx.sync.occupation import Sharing
+from rlx.sync.publisher import Publisher, PublisherTarget
+from tests.sglang.engines import RunningEngine
+from tests.sglang.models import VOCAB
+
+
+def make_publisher(
+    engine: RunningEngine,
+    model,
+    canary: CanarySpec,
+    *,
+    transport: str = "broadcast",
+    sharing: Sharing | None = None,
+    folder: Path | None = None,
+    **sync,
+) -> Publisher:
+    """``sync`` are keys of SyncConfig."""
+    target = PublisherTarget(
+        endpoints=(Endpoint(url=engine.url, tp=engine.tp),),
+        expected={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        backend="gloo",
+        device=torch.device("cpu"),
+        keys=engine.keys,
+        transport=transport,
+        folder=None if folder is None else SyncFolder(path=folder, model=engine.model),
+        sharing=sharing,
+    )
+    place = PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)
+    config = SyncConfig(**({"bucket_bytes": 30_000, "timeout_s": 60} | sync))
+    return Publisher(place, target, config, lambda text: [text], canary)
+
+
+def canary_of(score_on_trainer, export=None) -> CanarySpec:
+    return CanarySpec(vocab_size=VOCAB, seed=7, dtype="fp32", score_on_trainer=score_on_trainer, export=export)
