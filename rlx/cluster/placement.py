@@ -17,7 +17,7 @@ from rlx.cluster.ports import free_port
 from rlx.config.schema import Config, RolloutConfig
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.server import engine_command
-from rlx.rollout.sglang_server import SGLangSite, sglang_command, sglang_environment, write_key_file, write_stand_in
+from rlx.rollout.sglang_server import SGLangSite, sglang_command, sglang_environment, write_key_file, write_modules
 
 # What SGLang calls the memory that it gives back, by rollout.release.
 _TAGS: Mapping[str, tuple[str, ...]] = {"none": (), "kv_cache": ("kv_cache",), "all": ("kv_cache", "weights")}
@@ -69,7 +69,7 @@ def _plan_embedded(config: Config, site: EngineSite) -> EnginePlan:
 def _plan_sglang(config: Config, site: EngineSite) -> EnginePlan:
     device = _device(config)
     port, modules = free_port(site.host), site.run_dir / "engines" / "modules"
-    write_stand_in(modules)
+    write_modules(modules, device)
     server = SGLangSite(
         index=site.index,
         device=device,

@@ -301,8 +301,8 @@ def _colocation(config: Config) -> Iterator[str]:
         yield f"sync.transport: ipc shares one GPU, but there are {config.num_trainer_ranks} trainer ranks; use shm"
     if config.transport in ("ipc", "shm") and max(cluster.nodes or 1, cluster.rollout_nodes + 1) > 1:
         yield f"sync.transport: {config.transport} joins processes of one machine, cluster.nodes and rollout_nodes ask for more"
-    if config.transport == "broadcast" and cluster.colocated and cluster.device != "cpu":
-        yield "sync.transport: broadcast cannot join two processes on one GPU (NCCL); use ipc or disk with cluster.colocated"
+    if config.transport in ("stream", "broadcast") and cluster.colocated and cluster.device != "cpu":
+        yield f"sync.transport: {config.transport} cannot join two processes on one GPU; use ipc or disk with cluster.colocated"
     if config.sync.dir is not None and config.transport != "disk":
         yield f"sync.dir: only sync.transport=disk writes there, this run's is {config.transport}; leave it out or set disk"
     if not cluster.colocated:

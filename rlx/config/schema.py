@@ -188,9 +188,10 @@ class SyncConfig:
 
     transport: str = option(
         "auto",
-        "broadcast: a group with every engine; ipc: the GPU's memory shared; shm: host memory shared on one machine; disk: a"
-        " folder; auto: ipc on one shared GPU, shm on several, else broadcast",
-        choices=("auto", "broadcast", "ipc", "shm", "disk"),
+        "stream: a group with every engine and rlx's receiver in it; broadcast: a group, SGLang's own way; ipc: the GPU's memory"
+        " shared; shm: host memory shared on one machine; disk: a folder; auto: ipc on one shared GPU, shm on several, broadcast"
+        " with rollout.endpoints, else stream",
+        choices=("auto", "stream", "broadcast", "ipc", "shm", "disk"),
     )
     dir: str | None = option(None, "transport disk: a folder that trainers and engines see under this path; none: RUN_DIR/sync")
     bucket_bytes: int = option(512 * 2**20, "bytes a request; small tensors are flattened together", minimum=1)
@@ -274,7 +275,7 @@ class Config:
         if self.sync.transport != "auto":
             return self.sync.transport
         if not self.cluster.colocated:
-            return "broadcast"
+            return "broadcast" if self.rollout.endpoints else "stream"
         return "ipc" if self.num_trainer_ranks == 1 else "shm"
 
     @property

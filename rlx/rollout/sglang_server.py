@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from rlx.config.schema import Config
 from rlx.rollout.flags import flags
 from rlx.rollout.keys import EngineKeys
+from rlx.rollout.shared_tensors import RECEIVER, RECEIVER_MODULE
 
 RESERVED = frozenset(
     {
@@ -90,6 +92,9 @@ def sglang_command(config: Config, site: SGLangSite) -> list[str]:
         defaults["enable_fp32_lm_head"] = config.model.fp32_head
     if site.device == "cpu":
         defaults |= _CPU_DEFAULTS
+    if config.transport == "stream":
+        loaders = given.pop("custom_weight_loader", None) or []
+        defaults["custom_weight_loader"] = [*([loaders] if isinstance(loaders, str) else loaders), RECEIVER]
     if config.cluster.colocated and site.device == "cuda":
         defaults |= {"mem_fraction_static": 0.6, "enable_memory_saver": site.releases}
     return [site.python, "-m", "sglang.launch_server", *flags(fixed | defaults | given)]
@@ -98,16 +103,16 @@ def sglang_command(config: Config, site: SGLangSite) -> list[str]:
 def sglang_environment(
     base: Mapping[str, str], site: SGLangSite, *, tp: int, cores: Sequence[int], modules: Path, devices: Sequence[str]
 ) -> dict[str, str]:
-    """``base`` with what a server needs. On CPUs: the stand-in module in the folder ``modules``, cores split over the
-    ``tp`` ranks, and no NCCL, which SGLang would otherwise open. On GPUs: ``devices`` are the ones it sees."""
+    """``base`` with what a server needs: the folder ``modules`` on its path. On CPUs: cores split over the ``tp`` ranks, and
+    no NCCL, which SGLang would otherwise open. On GPUs: ``devices`` are the ones it sees."""
     # Off unless asked for, yet SGLang refuses to start when its default, port + 10000, is no port.
     env = {"SGLANG_GRPC_PORT": str(site.port), **base}
+    env["PYTHONPATH"] = os.pathsep.join([str(modules), *filter(None, [env.get("PYTHONPATH")])])
     if site.device != "cpu":
         if site.releases:
             folders = [env.get("LD_LIBRARY_PATH"), *cuda_runtime_folders(site.python)]
             env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
         return env | {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
-    env["PYTHONPATH"] = os.pathsep.join([str(modules), *filter(None, [env.get("PYTHONPATH")])])
     env["CUDA_VISIBLE_DEVICES"] = ""
     env["SGLANG_NCCL_SO_PATH"] = "/nonexistent"
     if tp > 1:
@@ -127,8 +132,12 @@ def cuda_runtime_folders(python: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def write_stand_in(modules: Path) -> None:
-    """Make the package ``vllm`` in ``modules``, for the servers' PYTHONPATH."""
+def write_modules(modules: Path, device: str) -> None:
+    """What servers import beside their own environment: rlx's receiver, and on CPUs a package ``vllm``."""
+    modules.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).with_name("receiver.py"), modules / f"{RECEIVER_MODULE}.py")
+    if device != "cpu":
+        return
     package = modules / "vllm"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").write_text("")

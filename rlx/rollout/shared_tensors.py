@@ -11,9 +11,10 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import json
 import pickle
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -24,6 +25,9 @@ from torch.multiprocessing import reductions
 from rlx.types import TensorInfo
 
 LOAD_FORMAT = "flattened_bucket"
+# The load format of requests to ``rlx.rollout.receiver``, by the name under which engines import it.
+RECEIVER_MODULE = "rlx_receiver"
+RECEIVER = f"{RECEIVER_MODULE}.load"
 # Where ``reduce_tensor`` puts the GPU's number among the arguments; the number means another GPU in another process.
 _DEVICE = 6
 _DTYPES = ("uint8", "float64", "float32", "bfloat16", "float16")
@@ -61,10 +65,7 @@ def open_bucket(text: str) -> tuple[Tensor, tuple[TensorInfo, ...]]:
 
     Nothing but tensors can come out of the text. ValueError says what is wrong with it, or that the memory is gone.
     """
-    try:
-        found = _Unpickler(io.BytesIO(base64.b64decode(text, validate=True))).load()
-    except (binascii.Error, pickle.UnpicklingError, EOFError, RuntimeError, OSError, TypeError, AttributeError) as error:
-        raise ValueError(f"the shared tensors cannot be opened: {type(error).__name__}: {error}") from error
+    found = _opened(text)
     if not isinstance(found, dict) or not isinstance(found.get("flattened_tensor"), Tensor):
         raise ValueError("the shared tensors are no flattened bucket")
     try:
@@ -79,11 +80,33 @@ def open_bucket(text: str) -> tuple[Tensor, tuple[TensorInfo, ...]]:
     return found["flattened_tensor"], infos
 
 
+def receiver_text(request: Mapping[str, object]) -> str:
+    """A request to ``rlx.rollout.receiver`` as a text of the same kind: its JSON is the name of an empty tensor."""
+    written = io.BytesIO()
+    _Pickler(written).dump([(json.dumps(request), torch.empty(0, dtype=torch.uint8))])
+    return base64.b64encode(written.getvalue()).decode("ascii")
+
+
+def open_request(text: str) -> list[tuple[str, Tensor]]:
+    """What ``receiver_text`` packed. ValueError when the text is of another kind."""
+    found = _opened(text)
+    if not isinstance(found, list) or [tuple(map(type, pair)) for pair in found] != [(str, Tensor)]:
+        raise ValueError("the shared tensors are no request to the receiver")
+    return found
+
+
+def _opened(text: str) -> object:
+    try:
+        return _Unpickler(io.BytesIO(base64.b64decode(text, validate=True))).load()
+    except (binascii.Error, pickle.UnpicklingError, EOFError, RuntimeError, OSError, TypeError, AttributeError) as error:
+        raise ValueError(f"the shared tensors cannot be opened: {type(error).__name__}: {error}") from error
+
+
 class _Pickler(ForkingPickler):
     """Tensors become handles: host memory by name (a descriptor could not leave the process tree), GPUs by their UUID."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, torch.UntypedStorage) and obj.device.type == "cpu":
+        if isinstance(obj, torch.UntypedStorage) and obj.device.type == "cpu" and obj.nbytes():
             manager, handle, size = obj._share_filename_cpu_()
             obj._shared_incref()
             return reductions.rebuild_storage_filename, (torch.UntypedStorage, manager, handle, size)
@@ -111,6 +134,7 @@ def _allowed() -> dict[tuple[str, str], Any]:
         "rebuild_tensor": reductions.rebuild_tensor,
         "rebuild_typed_storage": reductions.rebuild_typed_storage,
         "rebuild_storage_filename": reductions.rebuild_storage_filename,
+        "rebuild_storage_empty": reductions.rebuild_storage_empty,
         "rebuild_cuda_tensor": _rebuild_cuda_tensor,
     }
     found: dict[tuple[str, str], Any] = {("torch.multiprocessing.reductions", name): call for name, call in rebuilders.items()}

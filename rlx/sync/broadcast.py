@@ -25,6 +25,9 @@ class BroadcastLane:
         self._opened = opened
         self._device = device
 
+    def begin(self, version: int) -> None:
+        """Each chunk speaks for itself."""
+
     def flatten_below_bytes(self, configured: int) -> int:
         return configured
 

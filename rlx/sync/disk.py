@@ -58,6 +58,9 @@ class DiskLane:
             shutil.rmtree(self._incoming, ignore_errors=True)
             self._incoming.mkdir(parents=True)
 
+    def begin(self, version: int) -> None:
+        """Each chunk speaks for itself."""
+
     def flatten_below_bytes(self, configured: int) -> int:
         """None: a file holds tensors as they are."""
         return 0

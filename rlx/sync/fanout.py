@@ -31,6 +31,12 @@ def start[T](call: Callable[[], T]) -> Future[T]:
     return future
 
 
+def raised[T](futures: Mapping[str, Future[T]]) -> dict[str, BaseException]:
+    """Who has failed or does so within ``SETTLE_S``, and how. A call that goes on has not."""
+    wait(futures.values(), timeout=SETTLE_S)
+    return {who: error for who, future in futures.items() if future.done() and (error := future.exception()) is not None}
+
+
 def failures[T](futures: Mapping[str, Future[T]], limit_s: float) -> dict[str, BaseException]:
     """Wait until all are done, or ``SETTLE_S`` after the first failure, or ``limit_s``. Returns who failed and how.
 

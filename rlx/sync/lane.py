@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -17,10 +17,14 @@ SENDER = "the sender"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Departure:
-    """A chunk under way: what must stay alive meanwhile, and who still owes an answer."""
+    """A chunk under way: what must stay alive meanwhile, and who still owes an answer.
+
+    ``ongoing``: requests that go on beyond this chunk; one that fails explains why this chunk failed.
+    """
 
     buffers: tuple[Tensor, ...]
     pending: Mapping[str, Future[None]]
+    ongoing: Mapping[str, Future[None]] = field(default_factory=dict)
 
 
 class Lane(Protocol):
@@ -28,6 +32,10 @@ class Lane(Protocol):
 
     @property
     def verb(self) -> str: ...
+
+    def begin(self, version: int) -> None:
+        """A publication starts."""
+        ...
 
     def flatten_below_bytes(self, configured: int) -> int:
         """Tensors smaller than this travel in one buffer."""

@@ -33,6 +33,7 @@ from rlx.sync.occupation import KEY_VALUES, WEIGHTS, Sharing
 from rlx.sync.proof import CanaryProof
 from rlx.sync.sender import StageSender
 from rlx.sync.shared_memory import SharedMemoryLane
+from rlx.sync.stream import StreamLane
 from rlx.sync.suits import check_model
 from rlx.types import CanaryReport, TensorInfo, WeightManifest
 
@@ -41,8 +42,8 @@ from rlx.types import CanaryReport, TensorInfo, WeightManifest
 class PublisherTarget:
     """The engines, their model (Hugging Face name -> shape; tied tensors once) and how to reach them.
 
-    ``transport`` is "broadcast", "ipc", "shm" or "disk" (through ``folder``), ``backend`` "gloo" or "nccl" (of broadcasts),
-    ``device`` the sender's.
+    ``transport`` is "stream", "broadcast", "ipc", "shm" or "disk" (through ``folder``), ``backend`` "gloo" or "nccl" (of the
+    first two), ``device`` the sender's.
     """
 
     endpoints: tuple[Endpoint, ...]
@@ -190,7 +191,7 @@ class Publisher:
             self._lane = DiskLane(self._engines, target.folder, stage, target.expected, self._config.timeout_s)
         else:
             opened = open_group(stage, self._engines, target.backend, target.device, self._config.timeout_s)
-            self._lane = BroadcastLane(opened, target.device)
+            self._lane = (StreamLane if target.transport == "stream" else BroadcastLane)(opened, target.device)
 
     def _send_stage(self, stage: int, version: int, tensors: Iterator[tuple[str, Tensor]], ledger: Ledger) -> None:
         """One stage's turn; afterwards every rank's ledger holds its tensors."""

@@ -17,7 +17,7 @@ from rlx.config.schema import SyncConfig
 from rlx.obs.log import logger
 from rlx.sync.chunks import chunks
 from rlx.sync.errors import SyncError
-from rlx.sync.fanout import describe, failures, unwell
+from rlx.sync.fanout import describe, failures, raised, unwell
 from rlx.sync.group import GRACE_S
 from rlx.sync.lane import SENDER, Departure, Lane
 from rlx.sync.ledger import Ledger
@@ -48,6 +48,7 @@ class StageSender:
         side, stage, phase and tensor. ``tensors`` is driven to its end in any case: its gathers are collective, and the
         stage's other ranks would wait for this one.
         """
+        self._lane.begin(version)
         try:
             self._send(tensors, ledger, version)
         except Exception:
@@ -89,8 +90,10 @@ class StageSender:
         found = failures(flight.departure.pending, self._config.timeout_s + GRACE_S)
         if not found:
             return
+        found |= raised(flight.departure.ongoing)
         engines = {who: error for who, error in found.items() if who != SENDER}
-        side = "engine" if engines else "trainer"
+        # A SyncError is what engines told the sender over the group.
+        side = "engine" if engines or isinstance(found[SENDER], SyncError) else "trainer"
         raise SyncError(
             f"{side} side, stage {self._stage}, phase {self._lane.verb}, {_named(flight.number, flight.chunk)}:"
             f" {describe(engines or found)}",

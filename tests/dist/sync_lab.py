@@ -186,6 +186,7 @@ def make_publisher(
     config: SyncConfig | None = None,
     canary: bool = True,
     folder: Path | None = None,
+    transport: str = "stream",
 ) -> Publisher:
     """A publisher of ``model``: its scores are the canary's reference, its tensors those the search compares with.
     With ``folder`` weights go through it: ``folder``/sync, beside the model in ``folder``/model."""
@@ -207,7 +208,7 @@ def make_publisher(
         expected=shapes(model),
         backend="gloo",
         device=torch.device("cpu"),
-        transport="disk" if folder else "broadcast",
+        transport="disk" if folder else transport,
         folder=SyncFolder(path=folder / "sync", model=folder / "model") if folder else None,
     )
     config = config or small_config()

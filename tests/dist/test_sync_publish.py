@@ -35,12 +35,17 @@ def urls():
     return shared_engines().urls
 
 
+@pytest.fixture(params=["stream", "broadcast"])
+def transport(request):
+    return request.param
+
+
 @pytest.fixture
-def publisher_of():
+def publisher_of(transport):
     opened: list[Publisher] = []
 
     def make(*args, **kwargs):
-        opened.append(make_publisher(*args, **kwargs))
+        opened.append(make_publisher(*args, transport=transport, **kwargs))
         return opened[-1]
 
     yield make
@@ -185,24 +190,24 @@ def test_what_does_not_fit_raises_before_continue(urls, publisher_of, plant, mes
         publisher.publish(5, iter(named(model)))
 
 
-def test_a_skipped_bucket_is_named(urls, publisher_of, monkeypatch):
+def test_a_skipped_bucket_is_named(urls, publisher_of, transport, monkeypatch):
     model = new_model(3)
-    real = EngineControl.update_weights
+    call = "update_weights" if transport == "broadcast" else "update_weights_from_tensor"
+    real = getattr(EngineControl, call)
     skipped = []
 
-    def skip_once(self, infos, *args, **kwargs):
-        if not skipped and not kwargs["flattened"]:
-            skipped.append((self.url, infos))
-            return  # the engine never hears of this chunk
-        real(self, infos, *args, **kwargs)
+    def skip_third(self, *args, **kwargs):
+        skipped.append(self.url)
+        if len(skipped) == 3:
+            return  # the engine never hears of this chunk, the other one's second
+        real(self, *args, **kwargs)
 
-    monkeypatch.setattr(EngineControl, "update_weights", skip_once)
+    monkeypatch.setattr(EngineControl, call, skip_third)
     began = time.monotonic()
-    with pytest.raises(SyncError) as caught:
+    with pytest.raises(SyncError, match=rf"phase {transport}, chunk 1 \(\d+ tensors, (.*) to .*\)") as caught:
         publisher_of(urls, model, config=small_config(timeout_s=3)).publish(4, iter(named(model)))
-    assert time.monotonic() - began < 15
-    (_, infos) = skipped[0]
-    assert any(info.name in str(caught.value) for info in infos)
+    assert time.monotonic() - began < 15 and skipped
+    assert re.search(r"model\.\S+ to model\.\S+", str(caught.value))
 
 
 def test_an_iterator_that_fails_is_reported_with_its_place(urls, publisher_of):

@@ -187,10 +187,14 @@ def test_canary_due_by_the_calendar(urls):
         publisher.close()
 
 
-def test_an_engine_killed_during_the_broadcast_is_named_in_time(urls):
+@pytest.mark.parametrize(("transport", "num_before"), [("broadcast", 0), ("stream", 0), ("stream", 1)])
+def test_an_engine_killed_during_the_broadcast_is_named_in_time(urls, transport, num_before):
+    """``num_before``: publications that went well, after which a stream goes on without asking."""
     shared = shared_engines()
     model = new_model(41)
-    publisher = make_publisher(urls, model, config=small_config(timeout_s=8))
+    publisher = make_publisher(urls, model, config=small_config(timeout_s=8), transport=transport)
+    for version in range(num_before):
+        publisher.publish(version, iter(named(model)))
 
     def killing() -> Iterator[tuple[str, torch.Tensor]]:
         for index, item in enumerate(named(model)):
@@ -200,16 +204,16 @@ def test_an_engine_killed_during_the_broadcast_is_named_in_time(urls):
 
     try:
         began = time.monotonic()
-        with pytest.raises(SyncError, match="engine side, stage 0, phase broadcast, chunk") as caught:
-            publisher.publish(1, killing())
+        with pytest.raises(SyncError, match=f"engine side, stage 0, phase {transport}, chunk") as caught:
+            publisher.publish(7, killing())
         assert time.monotonic() - began < 12
-        assert urls[1] in str(caught.value)
+        assert urls[1] in str(caught.value) and caught.value.engines == (urls[1],)
         assert httpx.get(f"{urls[0]}/server_info", timeout=10).json()["paused"]
         began = time.monotonic()
         publisher.close()
         assert time.monotonic() - began < 12
         with pytest.raises(SyncError, match=f"phase model: .*{urls[1]}.*ConnectError"):
-            make_publisher(urls, model).publish(2, iter(named(model)))
+            make_publisher(urls, model).publish(8, iter(named(model)))
     finally:
         publisher.close()
         stop_shared_engines()

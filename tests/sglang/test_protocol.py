@@ -31,9 +31,9 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for the engine
 TOLERANCE = 1e-5
 
 
-def publisher_of(engine: RunningEngine, model, **settings) -> Publisher:
+def publisher_of(engine: RunningEngine, model, transport: str = "stream", **settings) -> Publisher:
     canary = canary_of(lambda rows: [scores(model, row) for row in rows])
-    return make_publisher(engine, model, canary, **({"flatten_below_bytes": 9_000} | settings))
+    return make_publisher(engine, model, canary, transport=transport, **({"flatten_below_bytes": 9_000} | settings))
 
 
 def weights(model) -> Iterator[tuple[str, torch.Tensor]]:
@@ -96,9 +96,10 @@ def test_the_keys_open_what_they_are_for_and_are_shown_nowhere(engine: RunningEn
     assert httpx.get(engine.url + "/health", timeout=60, trust_env=False).status_code == 200
 
 
-def test_published_weights_serve_and_refusals_name_the_tensor(engine: RunningEngine) -> None:
+@pytest.mark.parametrize("transport", ["stream", "broadcast"])
+def test_published_weights_serve_and_refusals_name_the_tensor(engine: RunningEngine, transport: str) -> None:
     model, wrong = make("llama", 21), make("llama", 22)
-    publisher = publisher_of(engine, model)
+    publisher = publisher_of(engine, model, transport)
     try:
         publisher.publish(7, weights(model))
         assert engine.control().weight_version() == "7" and worst(engine, model) < TOLERANCE
@@ -110,9 +111,10 @@ def test_published_weights_serve_and_refusals_name_the_tensor(engine: RunningEng
     engine.control().resume()
     name = "model.layers.0.input_layernorm.weight"
     strange = make("llama", 23).state_dict() | {name: torch.zeros(47)}
-    publisher = publisher_of(engine, type("Strange", (), {"state_dict": lambda self: strange})(), canary_first=0, canary_every=0)
+    unlike = type("Strange", (), {"state_dict": lambda self: strange})()
+    publisher = publisher_of(engine, unlike, transport, canary_first=0, canary_every=0)
     try:
-        with pytest.raises(SyncError, match=rf"engine side, stage 0, phase broadcast.*{engine.url}") as caught:
+        with pytest.raises(SyncError, match=rf"engine side, stage 0, phase {transport}.*{engine.url}") as caught:
             publisher.publish(10, iter(strange.items()))
         assert "layernorm" in str(caught.value) or "47" in str(caught.value)
         assert not caught.value.engines, "the engine is well; starting it again would not help"

@@ -6,7 +6,7 @@ Names are those on disk in Hugging Face folders, which for dense models are the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlx.rollout import receiver
 from rlx.rollout.embedded.fields import Fields
 from rlx.rollout.embedded.model import LanguageModel
-from rlx.rollout.shared_tensors import LOAD_FORMAT, open_bucket
+from rlx.rollout.shared_tensors import LOAD_FORMAT, RECEIVER, open_bucket, open_request
 from rlx.rollout.weight_group import WeightGroupError, broadcast_from_trainer, join_weight_group, leave_weight_group
 from rlx.types import TensorInfo
 
@@ -119,12 +120,16 @@ class WeightStore:
     # -- shared memory -----------------------------------------------------------------------------------------------
 
     def load_shared(self, fields: Fields) -> None:
-        """Copy in the tensors of a shared bucket. ValueError when it cannot be opened or does not fit the model."""
+        """Copy in the tensors of a shared bucket, or let the receiver take them off a group. ValueError when a text cannot be
+        opened or does not fit the model."""
         texts, load_format = fields.list_of("serialized_named_tensors"), fields.optional("load_format")
-        if load_format != LOAD_FORMAT:
-            raise ValueError(f"load_format is {load_format!r}; the embedded engine takes {LOAD_FORMAT!r} only")
+        if load_format not in (LOAD_FORMAT, RECEIVER):
+            raise ValueError(f"load_format is {load_format!r}; the embedded engine takes {LOAD_FORMAT!r} and {RECEIVER!r}")
         if len(texts) != 1 or not isinstance(texts[0], str):
             raise ValueError(f"serialized_named_tensors has {len(texts)} entries; wanted one text, for the only rank")
+        if load_format == RECEIVER:
+            receiver.load(self, open_request(texts[0]))
+            return
         buffer, infos = open_bucket(texts[0])
         for info in infos:
             _info(info.name, info.dtype, list(info.shape))
@@ -135,6 +140,19 @@ class WeightStore:
         self._copy_in({info.name: tensor for info, tensor in zip(infos, tensors, strict=True)})
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)  # the trainer may write there again once it has our answer
+
+    # What the receiver asks of a model.
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        return self._targets().items()
+
+    def named_buffers(self) -> Iterable[tuple[str, Tensor]]:
+        return ()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        tensors = dict(weights)
+        self._check({name: tuple(tensor.shape) for name, tensor in tensors.items()}, len(tensors))
+        self._copy_in(tensors)
 
     # -- from disk, and back -----------------------------------------------------------------------------------------
 

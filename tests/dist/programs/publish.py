@@ -1,14 +1,17 @@
 """Ranks that load weights into Megatron models, publish them to running engines and export them.
 
-Arguments: ``cases``, a list of {layout, weights (folder), url, tp, api_key, admin_key, version, export (folder)}.
+Arguments: ``cases``, a list of {layout, weights (folder), url, tp, api_key, admin_key, version, export (folder), transport}.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rlx.config.schema import SyncConfig
 from rlx.models.build import BuildOptions, build_model
@@ -23,6 +26,20 @@ from rlx.sync.group import Endpoint
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.trainer.scoring import score_sequences
 from tests.dist.programs.layouts import context_of, main
+
+
+@contextmanager
+def disturbed(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Every parameter a little off meanwhile."""
+    kept = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.mul_(1.01)
+    yield
+    with torch.no_grad():
+        for parameter, value in zip([p for chunk in chunks for p in chunk.parameters()], kept, strict=True):
+            parameter.copy_(value)
 
 
 def publish(case: dict[str, Any], context: ParallelContext) -> None:
@@ -54,10 +71,14 @@ def publish(case: dict[str, Any], context: ParallelContext) -> None:
         backend="gloo",
         device=torch.device("cpu"),
         keys=EngineKeys(api_key=case["api_key"], admin_key=case["admin_key"]),
+        transport=case["transport"],
     )
     # Small enough that even these models go in several chunks of both kinds.
     config = SyncConfig(bucket_bytes=40_000, flatten_below_bytes=10_000, timeout_s=90)
     publisher = Publisher(place, target, config, context.gather_objects, canary)
+    # Other weights first: what the engine remembers of the first publication must serve the second.
+    with disturbed(chunks):
+        publisher.publish(case["version"] - 1, weights())
     publisher.publish(case["version"], weights())
     publisher.close()
     export_hf(chunks, arch, source=case["weights"], target=case["export"], context=context)

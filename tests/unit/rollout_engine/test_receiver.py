@@ -1,0 +1,168 @@
+"""What the receiver remembers of a loader: copies where it only copies, the loader itself everywhere else."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlx.rollout import receiver
+from rlx.rollout.receiver import Bucket, Entry
+
+HIDDEN = 6
+
+
+class Model(nn.Module):
+    """A fused projection and a norm, filled by ``rule`` from tensors by name."""
+
+    def __init__(self, rule: Callable[[Model, str, Tensor], None]) -> None:
+        super().__init__()
+        self.fused = nn.Parameter(torch.zeros(5, HIDDEN))
+        self.norm = nn.Parameter(torch.zeros(HIDDEN))
+        self.register_buffer("scale", torch.ones(1))
+        self.derived = torch.zeros(HIDDEN)
+        self._rule = rule
+        self.calls = 0
+
+    def load_weights(self, weights) -> None:
+        self.calls += 1
+        for name, tensor in weights:
+            self._rule(self, name, tensor)
+
+
+def stack(model: Model, name: str, tensor: Tensor) -> None:
+    first, count = {"up": (0, 3), "down": (3, 2)}.get(name, (0, 0))
+    target = model.norm.data if name == "norm" else model.fused.data.narrow(0, first, count)
+    target.copy_(tensor)
+
+
+def columns(model: Model, name: str, tensor: Tensor) -> None:
+    """A rank's half of a matrix that is split by columns."""
+    if name == "norm":
+        model.norm.data.copy_(tensor)
+    else:
+        model.fused.data[:2, :3].copy_(tensor[:2].narrow(1, 3, 3))
+
+
+def transpose(model: Model, name: str, tensor: Tensor) -> None:
+    if name == "up":
+        model.fused.data[:, :3].t()[:, :5].copy_(tensor[:, :5])
+
+
+def cast(model: Model, name: str, tensor: Tensor) -> None:
+    (model.norm if name == "norm" else model.fused[: len(tensor)]).data.copy_(tensor.double())
+
+
+def derive(model: Model, name: str, tensor: Tensor) -> None:
+    stack(model, name, tensor)
+    if name == "norm":
+        model.derived = model.norm.data * 2
+
+
+def add_one(model: Model, name: str, tensor: Tensor) -> None:
+    stack(model, name, tensor)
+    if name == "norm":
+        model.norm.data.add_(1)
+
+
+def fill(model: Model, name: str, tensor: Tensor) -> None:
+    stack(model, name, tensor)
+    model.scale.fill_(2.0)
+
+
+def bucket(tensors: dict[str, Tensor]) -> tuple[Bucket, Tensor]:
+    entries, start = [], 0
+    for name, tensor in tensors.items():
+        entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), start))
+        start += tensor.numel() * tensor.element_size()
+    return Bucket(tuple(entries)), torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()])
+
+
+def draw(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    shapes = {"up": (3, HIDDEN), "down": (2, HIDDEN), "norm": (HIDDEN,)}
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("rule", "num_copies"),
+    [(stack, 2), (columns, 3), (transpose, 1), (cast, None), (derive, None), (add_one, None), (fill, None)],
+)
+def test_a_second_bucket_lands_as_the_loader_puts_it(rule, num_copies) -> None:
+    model, like = Model(rule), Model(rule)
+    known, first = bucket(draw())
+    known.load(model, first)
+    assert (None if known.copies is None else len(known.copies)) == num_copies
+    for attempt in range(2):
+        tensors = draw()
+        known.fill(model, bucket(tensors)[1], receiver._addresses(model))
+        like.load_weights(iter(tensors.items()))
+        for got, want in zip(
+            [*model.state_dict().values(), model.derived], [*like.state_dict().values(), like.derived], strict=True
+        ):
+            assert torch.equal(got, want)
+        assert model.calls == (1 if num_copies else attempt + 2)
+
+
+def test_another_type_on_the_wire_is_converted_as_it_is_copied() -> None:
+    model = Model(stack)
+    known, first = bucket(draw(torch.bfloat16))
+    known.load(model, first)
+    assert known.copies is not None and len(known.copies) == 3, "no stretch of bytes is the same in both types"
+    tensors = draw(torch.bfloat16)
+    known.fill(model, bucket(tensors)[1], receiver._addresses(model))
+    assert torch.equal(model.fused.data, torch.cat([tensors["up"], tensors["down"]]).float())
+
+
+def test_parameters_that_moved_are_found_again() -> None:
+    model = Model(stack)
+    known, first = bucket(draw())
+    known.load(model, first)
+    model.fused.data = model.fused.data.clone()
+    tensors = draw()
+    known.fill(model, bucket(tensors)[1], receiver._addresses(model))
+    assert model.calls == 2 and torch.equal(model.fused.data[:3], tensors["up"])
+
+
+def test_a_type_at_an_odd_place_goes_through_the_loader() -> None:
+    model = Model(lambda model, name, tensor: model.norm.data.copy_(tensor) if name == "norm" else None)
+    tensors = {"tiny": torch.ones(3, dtype=torch.uint8), "norm": torch.randn(HIDDEN)}
+    known, first = bucket(tensors)
+    known.load(model, first)
+    assert known.copies is None
+    tensors["norm"] = torch.randn(HIDDEN)
+    known.fill(model, bucket(tensors)[1], receiver._addresses(model))
+    assert torch.equal(model.norm.data, tensors["norm"])
+
+
+def test_an_empty_tensor_and_many_stretches_join() -> None:
+    """Expert by expert, as mixtures of experts load: rows that follow each other become one copy."""
+    target = nn.Parameter(torch.zeros(4, 3, 2))
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.target = target
+
+        def load_weights(self, weights) -> None:
+            for name, tensor in weights:
+                if tensor.numel():
+                    self.target.data[int(name)].copy_(tensor)
+
+    tensors = {str(number): torch.randn(3, 2) for number in range(4)} | {"9": torch.zeros(0)}
+    known, first = bucket(tensors)
+    model = Experts()
+    known.load(model, first)
+    assert known.copies is not None and [copy.num_bytes for copy in known.copies] == [4 * math.prod((4, 3, 2))]
+    assert torch.equal(target.data, torch.stack([tensors[str(number)] for number in range(4)]))
+
+
+def test_the_file_stands_alone() -> None:
+    """Servers import it from an environment without rlx."""
+    source = Path(receiver.__file__).read_text()
+    modules = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
+    assert modules <= {*sys.stdlib_module_names, "torch"}
