@@ -8,6 +8,7 @@ without padding and views the slices, so wider types come first: every slice the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def chunks(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, flatten_bel
     small = _Bucket(bucket_bytes, flattened=True)
     large = _Bucket(bucket_bytes, flattened=False)
     for name, tensor in tensors:
-        bucket = small if _num_bytes(tensor) < flatten_below_bytes else large
+        bucket = small if tensor.nbytes < flatten_below_bytes else large
         if not bucket.fits(tensor):
             yield bucket.take()
         bucket.add(name, tensor)
@@ -39,12 +40,18 @@ def chunks(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, flatten_bel
 
 def tensor_info(name: str, tensor: Tensor) -> TensorInfo:
     """The description that is announced for ``tensor``."""
-    return TensorInfo(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+    return TensorInfo(name=name, shape=tuple(tensor.shape), dtype=_dtype_name(tensor.dtype))
+
+
+@cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def flatten(chunk: WeightChunk) -> Tensor:
     """The chunk's tensors laid end to end in their order, without padding: uint8 [chunk.num_bytes]."""
-    buffer = torch.cat([tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in chunk.tensors])
+    with torch.no_grad():
+        buffer = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in chunk.tensors])
     assert buffer.numel() == chunk.num_bytes, f"flattened {buffer.numel()} bytes, announced {chunk.num_bytes}"
     return buffer
 
@@ -68,11 +75,11 @@ class _Bucket:
         self.num_bytes = 0
 
     def fits(self, tensor: Tensor) -> bool:
-        return not self.named or self.num_bytes + _num_bytes(tensor) <= self.limit_bytes
+        return not self.named or self.num_bytes + tensor.nbytes <= self.limit_bytes
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.named.append((name, tensor))
-        self.num_bytes += _num_bytes(tensor)
+        self.num_bytes += tensor.nbytes
 
     def take(self) -> WeightChunk:
         """Empty the bucket into a chunk."""
@@ -83,7 +90,3 @@ class _Bucket:
             tensors=tuple(tensor for _, tensor in named),
             flattened=self.flattened,
         )
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -1,9 +1,9 @@
 """Everything that wants GPUs, measured in one run and printed as one table; needs stock SGLang.
 
-    python -m tests.benchmarks.bench_gpu --out OUT [--parts raw,scores,update,sync,rollout] [--gpus 1]
+    python -m tests.benchmarks.bench_gpu --out OUT [--parts raw,scores,update,sync,rollout] [--gpus N]
 
-The trainer has the first GPU, servers the last. With one GPU the parts raw and scores, which need two, are left out, and sync
-goes through CUDA IPC. Servers run in RLX_SGLANG_PYTHON where that is set. Exit status 1 when a part failed.
+The trainer has the first GPU, servers share the others. With one GPU the parts raw and scores, which need two, are left out, and
+sync goes through CUDA IPC. Servers run in RLX_SGLANG_PYTHON where that is set. Exit status 1 when a part failed.
 
 Every part is a process of its own with a time limit; results go to OUT/bench.json, logs to OUT/bench-PART.log.
 """
@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlx.rollout.flags import flags
-from tests.benchmarks.gpu.models import SHAPES, write_config
+from rlx.rollout.sglang_server import write_modules
+from rlx.rollout.shared_tensors import RECEIVER
+from tests.benchmarks.gpu.models import write_config
 
 PARTS = ("raw", "scores", "update", "sync", "rollout")
 # Unequal settings on trainer and server break the first broadcast; SGLang sets these for itself.
@@ -42,7 +44,10 @@ SERVER: dict[str, object] = {
     "log-level": "warning",
     "load-format": "dummy",
     "dtype": "bfloat16",
+    "custom-weight-loader": [RECEIVER],
 }
+# What each server may take of its GPU, beside the others there.
+FRACTIONS = {"1.5B": 0.22, "7B": 0.35, "30B-A3B-cut": 0.3}
 
 
 @dataclass(frozen=True)
@@ -154,11 +159,11 @@ class Bench:
             self.run(f"update-{spec}", argv, 150, CUDA_VISIBLE_DEVICES="0")
 
     def sync(self) -> None:
-        transport = "broadcast" if self.gpus == 2 else "ipc"
+        place = "apart" if self.gpus > 1 else "together"
         for shape, server in self.servers.items():
-            argv = [sys.executable, "-m", "tests.benchmarks.gpu.sync", shape, str(self.work / shape), server.url, transport]
+            argv = [sys.executable, "-m", "tests.benchmarks.gpu.sync", shape, str(self.work / shape), server.url, place]
             if self.healthy("sync", shape):
-                self.run("sync", argv, 200, CUDA_VISIBLE_DEVICES="0")
+                self.run(f"sync-{shape}", argv, 240, CUDA_VISIBLE_DEVICES="0")
 
     def rollout(self) -> None:
         if self.healthy("rollout", "1.5B"):
@@ -184,7 +189,10 @@ def server(folder: Path, log: Path, fraction: float, gpu: int) -> Iterator[Serve
         port = probe.getsockname()[1]
     python = os.environ.get("RLX_SGLANG_PYTHON", sys.executable)
     argv = [python, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port), *flags(SERVER)]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "SGLANG_GRPC_PORT": str(port)}
+    modules = folder.parent / "modules"
+    write_modules(modules, "cuda")
+    path = os.pathsep.join([str(modules), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "SGLANG_GRPC_PORT": str(port), "PYTHONPATH": path}
     with log.open("w") as file:
         argv += ["--mem-fraction-static", str(fraction)]
         child = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
@@ -205,10 +213,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--shapes", default="1.5B,7B", help=f"of the sync, among {', '.join(SHAPES)}")
-    parser.add_argument("--gpus", type=int, choices=(1, 2), default=2, help="GPUs to use (%(default)s)")
+    parser.add_argument("--shapes", default="1.5B,7B,30B-A3B-cut", help=f"of the sync, among {', '.join(FRACTIONS)}")
+    parser.add_argument("--gpus", type=int, choices=range(1, 9), default=2, help="GPUs to use (%(default)s)")
     args = parser.parse_args()
-    parts = [part for part in args.parts.split(",") if args.gpus == 2 or part in ("update", "sync", "rollout")]
+    parts = [part for part in args.parts.split(",") if args.gpus > 1 or part in ("update", "sync", "rollout")]
     args.out.mkdir(parents=True, exist_ok=True)
     work = Path("/tmp/rlx-bench-gpu")
     shutil.rmtree(work, ignore_errors=True)
@@ -217,12 +225,13 @@ def main() -> int:
         bench.update()
         parts.remove("update")
     with ExitStack() as stack:
-        for shape, fraction in (("1.5B", 0.25), ("7B", 0.4)):
+        for number, (shape, fraction) in enumerate(FRACTIONS.items()):
             wanted = "sync" in parts or ("rollout" in parts and shape == "1.5B")
             if wanted and shape in args.shapes.split(","):
                 folder = write_config(shape, work / shape)
                 log = args.out / f"server-{shape}.log"
-                bench.servers[shape] = stack.enter_context(server(folder, log, fraction, args.gpus - 1))
+                gpu = 1 + number % (args.gpus - 1) if args.gpus > 1 else 0
+                bench.servers[shape] = stack.enter_context(server(folder, log, fraction, gpu))
         for part in PARTS:
             if part in parts:
                 getattr(bench, part)()

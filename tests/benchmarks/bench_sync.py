@@ -48,10 +48,11 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-RLX = "rlx broadcast"
+RLX = "rlx stream"
 # How: transport, bytes a request, and below how many a tensor shares a buffer.
 WAYS: dict[str, tuple[str, int, int]] = {
-    RLX: ("broadcast", SyncConfig().bucket_bytes, SyncConfig().flatten_below_bytes),
+    RLX: ("stream", SyncConfig().bucket_bytes, 0),
+    "rlx broadcast": ("broadcast", SyncConfig().bucket_bytes, SyncConfig().flatten_below_bytes),
     "one broadcast a tensor": ("broadcast", 1, 0),
     "serial flat 512 MiB buckets": ("broadcast", 512 * MIB, 2**40),
     "shm / ipc": ("ipc", SyncConfig().bucket_bytes, 0),
@@ -162,7 +163,7 @@ def rows(kind: str, laps: dict[str, Lap], raw: float) -> list[str]:
 def on_cpu(repeats: int) -> list[str]:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    table = ["| engine | way | time, rlx broadcast = 1 | of raw bandwidth | ms | ms by phase |", "|---|---|---|---|---|---|"]
+    table = ["| engine | way | time, rlx stream = 1 | of raw bandwidth | ms | ms by phase |", "|---|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory(prefix="rlx-bench-sync-") as name:
         work = Path(name)
         model = random_model(work / "model")
@@ -187,7 +188,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bench-sync"), help="where results on GPUs go (%(default)s)")
     args = parser.parse_args()
     if torch.cuda.is_available():
-        gpus = min(2, torch.cuda.device_count())
+        gpus = min(4, torch.cuda.device_count())
         arguments = ["--out", str(args.out), "--parts", "raw,sync", "--gpus", str(gpus)]
         return subprocess.call([sys.executable, "-m", "tests.benchmarks.bench_gpu", *arguments])
     print("\n".join(on_cpu(args.repeats)))
