@@ -132,6 +132,7 @@ class Bucket:
 
 
 _buckets: dict[str, list[Bucket]] = {}
+_told: set[str] = set()
 
 
 def load(model: Model, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
@@ -169,6 +170,7 @@ def _take(model: Model, group: dist.ProcessGroup, name: str, request: dict[str, 
         todo = _buckets.get(name, [])
         if len(todo) != request["stream"]:
             return f"{request['stream']} buckets were announced, {len(todo)} are known of the group {name}"
+        _tell_once(name, todo)
     problem = ""
     addresses = _addresses(model)
     for bucket, received in zip(todo, _received(group, todo, _device(model, group)), strict=True):
@@ -179,6 +181,19 @@ def _take(model: Model, group: dist.ProcessGroup, name: str, request: dict[str, 
         except Exception as error:
             problem = f"{type(error).__name__}: {error} (in {bucket.entries[0].name} to {bucket.entries[-1].name})"
     return problem
+
+
+def _tell_once(name: str, buckets: Sequence[Bucket]) -> None:
+    """One line in the server's log: how publications go from now on."""
+    if name in _told:
+        return
+    _told.add(name)
+    copied = [bucket for bucket in buckets if bucket.copies is not None]
+    num_copies = sum(len(bucket.copies or ()) for bucket in copied)
+    line = f"rlx: {name}: {len(copied)} of {len(buckets)} buckets are copied in {num_copies} stretches"
+    others = [bucket.entries[0].name for bucket in buckets if bucket.copies is None]
+    line += f"; load_weights is called for those that begin with {', '.join(others[:4])}" if others else ""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _received(group: dist.ProcessGroup, buckets: Sequence[Bucket], device: torch.device) -> Iterator[Tensor]:
@@ -277,6 +292,9 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten.copy_.default and self._is_model(args[0]) and self._is_bucket(args[1]):
             self._note(args[0], args[1])
+        elif func in _CONSTANTS and not any(isinstance(argument, Tensor) for argument in args[1:]):
+            # Padding: the same each time, so it is there already, unless it covers what was copied.
+            self.is_plain &= not (self._is_model(args[0]) and any(_overlap(args[0], copy.target) for copy in self.copies))
         elif not _only_looks(func) and any(self._is_model(a) or self._is_bucket(a) for a in _flat((args, kwargs))):
             self.is_plain = False
         return func(*args, **(kwargs or {}))
@@ -296,8 +314,24 @@ class _Watch(TorchDispatchMode):
         return _storage(value) == self._bucket
 
 
+_CONSTANTS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
+
+
 def _storage(value: Any) -> int | None:
-    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) and value.layout == torch.strided else None
+    if not isinstance(value, Tensor) or value.layout != torch.strided or not value.numel():
+        return None
+    return value.untyped_storage().data_ptr()
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether the stretches from first to last element share a byte."""
+    (first, last), (start, end) = ((tensor.data_ptr(), tensor.data_ptr() + _reach(tensor)) for tensor in (one, other))
+    return first < end and start < last
+
+
+def _reach(tensor: Tensor) -> int:
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((extent - 1) * step for extent, step in steps)) * tensor.element_size()
 
 
 def _flat(value: Any) -> Iterator[Any]:

@@ -70,9 +70,23 @@ def add_one(model: Model, name: str, tensor: Tensor) -> None:
         model.norm.data.add_(1)
 
 
-def fill(model: Model, name: str, tensor: Tensor) -> None:
+def pad(model: Model, name: str, tensor: Tensor) -> None:
+    """As vocabularies are padded: rows of zeros after the copied ones, none of them in the last call."""
+    if name != "norm":
+        model.fused.data[: len(tensor)].copy_(tensor)
+        model.fused.data[len(tensor) + 2 :].fill_(0)
+        model.scale.zero_()
+
+
+def erase(model: Model, name: str, tensor: Tensor) -> None:
     stack(model, name, tensor)
-    model.scale.fill_(2.0)
+    if name == "down":
+        model.fused.data[1:4].fill_(0)
+
+
+def fill_from(model: Model, name: str, tensor: Tensor) -> None:
+    stack(model, name, tensor)
+    model.scale.fill_(tensor.flatten()[0])
 
 
 def bucket(tensors: dict[str, Tensor]) -> tuple[Bucket, Tensor]:
@@ -90,7 +104,17 @@ def draw(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("rule", "num_copies"),
-    [(stack, 2), (columns, 3), (transpose, 1), (cast, None), (derive, None), (add_one, None), (fill, None)],
+    [
+        (stack, 2),
+        (columns, 3),
+        (transpose, 1),
+        (pad, 2),
+        (cast, None),
+        (derive, None),
+        (add_one, None),
+        (erase, None),
+        (fill_from, None),
+    ],
 )
 def test_a_second_bucket_lands_as_the_loader_puts_it(rule, num_copies) -> None:
     model, like = Model(rule), Model(rule)
