@@ -7,8 +7,9 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -46,10 +47,10 @@ class Slot:
     layer: int
     expert: int | None
     is_tied_copy: bool = False
+    hf_names: tuple[str, ...] = field(init=False)
 
-    @property
-    def hf_names(self) -> tuple[str, ...]:
-        return self.names_of(self.expert)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hf_names", self.names_of(self.expert))
 
     def names_of(self, expert: int | None) -> tuple[str, ...]:
         """The row's Hugging Face names, for this layer and the expert of this number."""
@@ -61,20 +62,30 @@ def slots(chunks: Sequence[nn.Module], arch: Architecture, context: ParallelCont
 
     A tied output matrix on the last stage of a pipeline is a copy of the embedding: filled from it, never exported.
     """
-    table = weight_table(arch)
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            generic, layer, expert = _generic_name(chunk, name)
-            if expert is not None:
-                assert arch.experts is not None
-                expert += context.groups.ep.rank() * arch.experts.num_experts // context.dims.ep
-            if generic.startswith("output_layer.") and parameter.shape[0] == 1:
-                continue
-            if generic == "output_layer.bias":
-                continue
-            is_tied_copy = generic == "output_layer.weight" and arch.tied_embeddings
-            row = table["embedding.word_embeddings.weight" if is_tied_copy else generic]
-            yield Slot(parameter=parameter, row=row, layer=layer, expert=expert, is_tied_copy=is_tied_copy)
+        if chunk not in _SLOTS:
+            _SLOTS[chunk] = tuple(_slots_of(chunk, arch, context))
+        yield from _SLOTS[chunk]
+
+
+# A model is published every few seconds, and may have tens of thousands of parameters.
+_SLOTS: WeakKeyDictionary[nn.Module, tuple[Slot, ...]] = WeakKeyDictionary()
+
+
+def _slots_of(chunk: nn.Module, arch: Architecture, context: ParallelContext) -> Iterator[Slot]:
+    table = weight_table(arch)
+    for name, parameter in chunk.named_parameters():
+        generic, layer, expert = _generic_name(chunk, name)
+        if expert is not None:
+            assert arch.experts is not None
+            expert += context.groups.ep.rank() * arch.experts.num_experts // context.dims.ep
+        if generic.startswith("output_layer.") and parameter.shape[0] == 1:
+            continue
+        if generic == "output_layer.bias":
+            continue
+        is_tied_copy = generic == "output_layer.weight" and arch.tied_embeddings
+        row = table["embedding.word_embeddings.weight" if is_tied_copy else generic]
+        yield Slot(parameter=parameter, row=row, layer=layer, expert=expert, is_tied_copy=is_tied_copy)
 
 
 def _generic_name(chunk: nn.Module, name: str) -> tuple[str, int, int | None]:

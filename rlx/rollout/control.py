@@ -125,9 +125,7 @@ class EngineControl:
         }
         if flattened:
             body["load_format"] = "flattened_bucket"
-        if weight_version is not None:
-            body["weight_version"] = weight_version
-        self._post("/update_weights_from_distributed", body)
+        self._update("/update_weights_from_distributed", body, weight_version)
 
     def update_weights_from_tensor(
         self, texts: Sequence[str], *, load_format: str, flush_cache: bool, weight_version: str | None
@@ -142,9 +140,7 @@ class EngineControl:
             "flush_cache": flush_cache,
             "abort_all_requests": False,
         }
-        if weight_version is not None:
-            body["weight_version"] = weight_version
-        self._post("/update_weights_from_tensor", body)
+        self._update("/update_weights_from_tensor", body, weight_version)
 
     def release_memory(self, tags: Sequence[str]) -> None:
         """Give GPU memory back: "kv_cache", "weights" (their values are lost). SGLang ends itself while requests run."""
@@ -160,8 +156,8 @@ class EngineControl:
         SGLang says yes to a folder that lacks tensors, and ends itself on one whose shapes do not fit.
         """
         # The format is said because a server started on dummy weights would otherwise "load" dummies again.
-        body = {"model_path": path, "load_format": "safetensors", "weight_version": version}
-        self._post("/update_weights_from_disk", {**body, "flush_cache": True, "abort_all_requests": False})
+        body = {"model_path": path, "load_format": "safetensors", "flush_cache": True, "abort_all_requests": False}
+        self._update("/update_weights_from_disk", body, version)
 
     def weights_by_name(self, name: str, num_rows: int) -> object:
         """The first rows of a tensor, by Hugging Face name, as nested lists of float32; an error where it cannot be had.
@@ -189,11 +185,21 @@ class EngineControl:
             raise EngineControlError(self.url, "POST /generate", f"scored other tokens than the {len(token_ids)} sent: {rows}")
         return [float(row[0]) for row in rows[1:]]
 
-    def _post(self, path: str, body: Json) -> None:
+    def _update(self, path: str, body: Json, version: str | None) -> None:
+        """Change weights, and their label if there is one: the engine must say that it took it."""
+        answer = self._post(path, dict(body) if version is None else {**body, "weight_version": version})
+        if version is None or f"updated to {version}." in str(answer.get("message")):
+            return
+        reported = self.weight_version()
+        if reported != version:
+            raise EngineControlError(self.url, f"POST {path}", f"the engine reports version {reported!r} instead of {version}")
+
+    def _post(self, path: str, body: Json) -> Json:
         answer = self._json("POST", path, body)
         # Pausing answers {"status": "ok"}; everything about weights answers {"success": bool, "message": text}.
         if answer.get("success", True) is not True:
             raise EngineControlError(self.url, f"POST {path}", str(answer.get("message", answer)), refused=True)
+        return answer
 
     def _json(self, method: str, path: str, body: Json | None) -> Json:
         response = self._call(method, path, body)

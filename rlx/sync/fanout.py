@@ -31,6 +31,16 @@ def start[T](call: Callable[[], T]) -> Future[T]:
     return future
 
 
+def finished[T](call: Callable[[], T]) -> Future[T]:
+    """Run ``call`` here and now; how it went, as of a thread."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(call())
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
 def raised[T](futures: Mapping[str, Future[T]]) -> dict[str, BaseException]:
     """Who has failed or does so within ``SETTLE_S``, and how. A call that goes on has not."""
     wait(futures.values(), timeout=SETTLE_S)

@@ -1,9 +1,9 @@
 """Publishing weights: what every trainer rank does, together, to bring all engines to one new version.
 
-Order: pause all engines -> stage after stage, the sender sends its chunks -> every engine reports the version -> continue
--> canary. The canary comes after ``continue`` because SGLang holds scoring requests while paused; engines that fail it are
-paused again at once, and ``publish`` raises, so nothing they wrote meanwhile is used. Engines on the trainers' GPUs take
-their weights' memory back before the chunks, and the rest of it once the trainers have made room.
+Order: pause all engines -> stage after stage, the sender sends its chunks -> the books are complete and every engine has taken
+the version -> continue -> canary. The canary comes after ``continue`` because SGLang holds scoring requests while paused;
+engines that fail it are paused again at once, and ``publish`` raises, so nothing they wrote meanwhile is used. Engines on the
+trainers' GPUs take their weights' memory back before the chunks, and the rest of it once the trainers have made room.
 
 Every phase ends with the ranks telling each other how it went. A failure on one rank thus raises on all of them.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,9 +24,10 @@ from rlx.rollout.control import EngineControl
 from rlx.rollout.keys import EngineKeys
 from rlx.sync.broadcast import BroadcastLane
 from rlx.sync.canary import CanarySpec, canary_sequences, is_due
-from rlx.sync.crew import Crew, PublisherPlace, Share, stop
+from rlx.sync.crew import Crew, PublisherPlace, Share
 from rlx.sync.disk import DiskLane, SyncFolder
 from rlx.sync.errors import SyncError
+from rlx.sync.fanout import start
 from rlx.sync.group import Endpoint, Engine, open_group
 from rlx.sync.lane import Lane
 from rlx.sync.ledger import Ledger
@@ -81,6 +83,7 @@ class Publisher:
         self._connected = False
         self._failure: str | None = None
         self._num_syncs = 0
+        self._draining: dict[str, Future[None]] = {}
 
     def publish(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> WeightManifest:
         """Bring every engine to the weights in ``tensors``, labelled ``version``; returns what was delivered, on every rank.
@@ -132,7 +135,7 @@ class Publisher:
     def _publish(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> tuple[Ledger, CanaryReport | None]:
         what = f"weight sync {version}"
         self._connect(what)
-        self._lead_together(what, "pause", stop)
+        self._lead_together(what, "pause", self._stop)
         sharing = self._target.sharing
         if sharing is not None:
             memory = sharing.memory
@@ -142,7 +145,8 @@ class Publisher:
         ledger = Ledger(self._target.expected)
         for stage in range(self._place.num_stages):
             self._send_stage(stage, version, tensors, ledger)
-        self._crew.together(what, "verify", lambda: self._verify(version, ledger))
+        self._crew.together(what, "verify", ledger.check_complete)
+        self._lead_together(what, "drain", self._wait_drained)
         self._num_syncs += 1
         due = is_due(self._num_syncs, self._config.canary_first, self._config.canary_every)
         canary = self._canary if due else None
@@ -213,9 +217,17 @@ class Publisher:
             sent = [TensorInfo(name=name, shape=tuple(shape), dtype=dtype) for rows in reports for name, shape, dtype in rows]
             ledger.record(sent)
 
-    def _verify(self, version: int, ledger: Ledger) -> None:
-        """The books are complete and every engine reports the version."""
-        ledger.check_complete()
-        for url, reported in self._crew.lead_calls(EngineControl.weight_version).items():
-            if reported != str(version):
-                raise SyncError(f"engine side, phase verify: engine {url} reports version {reported!r} instead of {version}")
+    def _stop(self, engine: Engine) -> None:
+        """Pause it. Its caches must be empty before it goes on: other transports flush with their last chunk, which SGLang dares
+        only when nothing runs any more; while a stream comes in there is time to wait for that."""
+        engine.control.pause("abort")
+        draining = start(engine.control.drain)
+        if self._target.transport == "stream" and self._target.sharing is None:
+            self._draining[engine.url] = draining
+        else:
+            draining.result()
+
+    def _wait_drained(self, engine: Engine) -> None:
+        draining = self._draining.pop(engine.url, None)
+        if draining is not None:
+            draining.result()

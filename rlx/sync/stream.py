@@ -1,9 +1,9 @@
 """The lane of engines that have rlx's receiver (``rlx.rollout.receiver``): one request a publication, bytes at wire speed.
 
 The first publication announces every chunk in a request of its own, and both sides remember them. From the second on one request
-opens the stream: all engines take the same chunks again, in the same order, without further words. Who waits for whom: a chunk is
-flattened once the one before the last has left, and leaves when the last one has; so two buffers exist at once. At the end
-every engine rank says how it went.
+opens the stream, while the first chunk is gathered: all engines take the same chunks again, in the same order, without further
+words. Who waits for whom: a chunk is flattened once the one before the last has left, and leaves when the last one has; so two
+buffers exist at once. At the end every engine rank says how it went. Caches are flushed by the publisher, not by these requests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlx.rollout.shared_tensors import RECEIVER, receiver_text
 from rlx.rollout.weight_group import broadcast_from_trainer
 from rlx.sync.chunks import flatten
 from rlx.sync.errors import SyncError
-from rlx.sync.fanout import start
+from rlx.sync.fanout import finished, start
 from rlx.sync.group import StageGroup, close_group, rank_offsets
 from rlx.sync.lane import SENDER, Departure
 from rlx.types import TensorInfo, WeightChunk
@@ -48,13 +48,15 @@ class StreamLane:
         """A publication starts. What the last one sent will be sent again."""
         self._is_known = bool(self._books)
         self._version, self._number = version, 0
+        if self._is_known:
+            self._ask({"group": self._opened.name, "stream": len(self._books)}, completes=self._completes)
 
     def flatten_below_bytes(self, configured: int) -> int:
         """All of them: a chunk is a stretch of bytes."""
         return 2**62
 
     def depart(self, chunk: WeightChunk, version: int | None) -> Departure:
-        """Announce the chunk if it is new, or the whole stream with its first; send it at once."""
+        """Send the chunk; announce it if it is new."""
         number, self._number = self._number, self._number + 1
         is_last = True
         if not self._is_known:
@@ -65,12 +67,12 @@ class StreamLane:
         else:
             self._check(number, chunk)
             is_last = number + 1 == len(self._books)
-            if number == 0:
-                self._ask({"group": self._opened.name, "stream": len(self._books)}, completes=self._completes)
         buffer = self._flat(chunk)
-        # In a thread: the first NCCL call of a group blocks until every peer is there, which a dead engine never is.
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        sending = start(partial(self._send, buffer, is_last, stream))
+        send = partial(self._send, buffer, is_last, stream)
+        # The last one waits for the engines, in a thread. So does a group's first NCCL call, until every peer is there. Others go
+        # from here: a thread would wait for its turn while the next chunk is gathered.
+        sending = start(send) if is_last else finished(send)
         if is_last:
             return Departure(buffers=(buffer,), pending={**self._asked, SENDER: sending})
         return Departure(buffers=(buffer,), pending={SENDER: sending}, ongoing=self._asked)
@@ -94,7 +96,7 @@ class StreamLane:
                     engine.control.update_weights_from_tensor,
                     [text] * engine.endpoint.tp,
                     load_format=RECEIVER,
-                    flush_cache=completes,
+                    flush_cache=False,
                     weight_version=str(self._version) if completes else None,
                 )
             )
