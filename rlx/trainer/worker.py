@@ -211,6 +211,11 @@ class Worker(RankWorker):
         with phase("make room"):
             return self.engines.end_training(endpoints)
 
+    def make_room(self) -> None:
+        """Put away what is put away while engines have our devices, for engines that are about to start."""
+        with phase("make room"):
+            self.engines.make_room()
+
     def publish(self, version: int, endpoints: Sequence[Endpoint]) -> WeightManifest | SyncFailure:
         """Bring these engines to the present weights; see ``EngineLink.publish``."""
         with phase("publish"):
