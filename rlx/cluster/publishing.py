@@ -127,8 +127,8 @@ class EnginePublisher:
             time.sleep(_POLL_S)
 
     def _let_start(self, held: Sequence[Held]) -> Fleet:
-        """Start these, whose devices nothing of the trainers is on then nor comes back to before each serves or has failed:
-        an engine takes what is free as it starts. SyncError when the launcher says nothing in time."""
+        """Start these while what trainers put away is away, which stays so until each serves or has failed: an engine takes
+        what is free on its devices as it starts. SyncError when the launcher says nothing in time."""
         self._ranks.call("make_room")
         for one in held:
             let_start(self._path.parent, one)

@@ -76,10 +76,8 @@ def shared_phases(config: Config, found: Estimate, sizes: Sizes) -> tuple[Shared
         reserve += (config.rollout.tp - 1) * CONTEXT_BYTES
     loaded, caches = found.engine_weights, _cache_bytes(config, found)
     stays = {"none": loaded + caches, "kv_cache": loaded, "all": 0}[release]
-    both, words = (
-        "weights and key-value cache",
-        {"none": "weights and key-value cache", "kv_cache": "weights", "all": "libraries"},
-    )
+    both = "weights; caches not counted" if mem_fraction_static(config) is None else "weights and key-value cache"
+    words = {"none": both, "kv_cache": "weights", "all": "libraries"}
     held = caches if release == "none" else 0
     width = 2 if config.model.dtype == "bf16" else 4
     chunks = NUM_CHUNKS * max(config.sync.bucket_bytes, width * sizes.embedding)

@@ -73,6 +73,9 @@ def test_what_each_setting_moves() -> None:
     models = 2 + recipe("algorithm.name=ppo").has_reference
     assert critic["rollout"][1] == RESTING_BYTES + models * found.weights + 2 * (found.gradients + found.optimizer)
 
+    embedded, found, _ = phases_of(recipe("rollout.engine=embedded"))  # reserves nothing for keys and values
+    assert embedded["rollout"][0] == ENGINE_RESERVE_BYTES + found.engine_weights
+
     wide, found, _ = phases_of(recipe("rollout.num_engines=1", "rollout.tp=4"))
     assert wide["training"] == (ENGINE_RESERVE_BYTES + 3 * CONTEXT_BYTES, found.trainer)
 
