@@ -10,6 +10,7 @@ from rlx.cluster.seats import PlacementError, picture
 from rlx.config.load import ConfigError, dump_config, load_config, load_on_paper
 from rlx.config.memory import describe, estimate, memory_problems, sizes_of
 from rlx.config.schema import Config
+from rlx.config.sharing import describe_phases, shared_phases, sharing_problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +48,11 @@ def plan(config: Config) -> list[str]:
     except KeyError as error:
         return [*picture(seats), f"memory: not estimated, config.json lacks {error}"]
     found = estimate(config, sizes)
-    if config.cluster.gpus_per_node is not None and (problems := memory_problems(found, config)):
+    phases = shared_phases(config, found, sizes)
+    problems = [*memory_problems(found, config), *sharing_problems(phases, found, config)]
+    if config.cluster.gpus_per_node is not None and problems:
         raise ConfigError(problems)
-    return [*picture(seats), *describe(found, sizes)]
+    return [*picture(seats), *describe(found, sizes), *describe_phases(phases, config)]
 
 
 def summary(config: Config) -> list[str]:

@@ -1,6 +1,9 @@
 """The launcher's engines: started, waited for, replaced when they end, and announced to the trainers.
 
 ``Engines`` is looked after by the launcher's tick; only waiting for ports and health happens in threads, one a start.
+
+An engine on the trainers' devices takes what is free there as it starts, so one that ends while they work is held: it starts
+again once the trainers, which have made room and wait for it, let it.
 """
 
 from __future__ import annotations
@@ -14,10 +17,10 @@ from pathlib import Path
 from signal import SIGKILL
 
 from rlx.cluster.causes import Cause, is_port_taken, tail
-from rlx.cluster.fleet import Fleet, Member, take_request, write_fleet
+from rlx.cluster.fleet import Fleet, Held, Member, take_request, take_start, write_fleet
 from rlx.cluster.processes import Child, kill_members
 from rlx.cluster.supervisor import Watched, now_text
-from rlx.config.schema import RolloutConfig
+from rlx.config.schema import Config
 from rlx.obs.log import Phase
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.server import parse_ready_port, wait_until_healthy
@@ -39,7 +42,8 @@ class EnginePlan:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """One engine of the run through all its incarnations. ``starting`` until it was healthy; then ``url`` is set."""
+    """One engine of the run through all its incarnations. ``starting`` until it was healthy; then ``url`` is set. While it is
+    ``held``, ``child`` is the one that ended."""
 
     index: int
     child: Child
@@ -47,18 +51,19 @@ class _Slot:
     url: str | None = None
     incarnation: int = 0
     num_port_retries: int = 0
+    held: bool = False
     old: list[Child] = field(default_factory=list)
 
 
 class Engines:
     """``plan`` says how to start engine i now (ports differ each time), ``spawn`` starts it.
 
-    The file ``path`` appears once all engines were healthy; from then on it lists those that are.
+    The file ``path`` appears once all engines were healthy; from then on it lists those that are, and those that are held.
     """
 
     def __init__(
         self,
-        config: RolloutConfig,
+        config: Config,
         keys: EngineKeys,
         path: Path,
         *,
@@ -66,10 +71,11 @@ class Engines:
         spawn: Callable[[int, EnginePlan], Child],
         say: Callable[[str], None],
     ) -> None:
-        self._config, self._keys, self._path = config, keys, path
+        self._config, self._keys, self._path = config.rollout, keys, path
+        self._shares_devices = config.cluster.colocated
         self._plan, self._spawn, self._say = plan, spawn, say
         self._cancelled = threading.Event()
-        self._pool = ThreadPoolExecutor(max_workers=config.num_engines, thread_name_prefix="engine-start")
+        self._pool = ThreadPoolExecutor(max_workers=config.rollout.num_engines, thread_name_prefix="engine-start")
         self._slots: list[_Slot] = []
         self._written: Fleet | None = None
         self._failure: Cause | None = None
@@ -84,7 +90,10 @@ class Engines:
     def tick(self) -> None:
         """Look at every engine: note those that became healthy, replace those that ended, announce what changed."""
         for slot in self._slots:
-            if slot.url is None:
+            if slot.held:
+                if take_start(self._path.parent, slot.index, slot.incarnation):
+                    self._begin(slot)
+            elif slot.url is None:
                 self._tend_starting(slot)
             elif slot.child.poll() is not None and self._has_restarts(slot):
                 self._replace(slot, "ended")
@@ -102,9 +111,9 @@ class Engines:
         return self._failure
 
     def forgives(self, child: Watched) -> bool:
-        """Whether this engine's end is not the run's: it is replaced already, or will be at the next tick."""
+        """Whether this engine's end is not the run's: it is replaced already or held, or will be at the next tick."""
         slot = next((slot for slot in self._slots if slot.child is child), None)
-        if slot is None:
+        if slot is None or slot.held:
             return True
         return self._has_restarts(slot) if slot.url is not None or slot.incarnation else self._lost_its_port(slot)
 
@@ -136,7 +145,8 @@ class Engines:
                 self._say(f"engine {slot.index} serves again")
         elif self._lost_its_port(slot):
             slot.num_port_retries += 1
-            self._renew(slot)
+            self._end(slot)
+            self._begin(slot)
         elif slot.incarnation and self._has_restarts(slot):
             self._replace(slot, "did not become healthy")
         else:
@@ -152,14 +162,22 @@ class Engines:
     def _replace(self, slot: _Slot, why: str) -> None:
         slot.incarnation += 1
         self._num_restarts += 1
-        self._say(f"engine {slot.index} {why}; restart {slot.incarnation} of {self._config.max_restarts}")
-        self._renew(slot)
+        # Before the list was there, no trainer has taken anything of its device.
+        slot.held = self._shares_devices and self._written is not None
+        waits = " waits until the trainers have made room" if slot.held else ""
+        self._say(f"engine {slot.index} {why}; restart {slot.incarnation} of {self._config.max_restarts}{waits}")
+        self._end(slot)
+        if not slot.held:
+            self._begin(slot)
 
-    def _renew(self, slot: _Slot) -> None:
+    def _end(self, slot: _Slot) -> None:
         slot.url = None
         slot.child.signal_group(SIGKILL)
         kill_members({slot.child.pid}, None, limit_s=3.0)
         slot.child.reap(timeout_s=1.0)
+
+    def _begin(self, slot: _Slot) -> None:
+        slot.held = False
         slot.old.append(slot.child)
         slot.child, slot.starting = self._launch(slot.index)
 
@@ -172,7 +190,8 @@ class Engines:
             for slot in self._slots
             if slot.url is not None
         ]
-        fleet = Fleet(members=tuple(members), keys=self._keys, num_restarts=self._num_restarts)
+        held = tuple(Held(index=slot.index, incarnation=slot.incarnation) for slot in self._slots if slot.held)
+        fleet = Fleet(members=tuple(members), held=held, keys=self._keys, num_restarts=self._num_restarts)
         if fleet != self._written:
             write_fleet(self._path, fleet)
             self._written = fleet

@@ -1,6 +1,7 @@
 """Which engines serve now: one small file that the launcher writes and the trainers read.
 
-It holds the engines' keys, so only this user can read it. Trainers ask for a replacement by leaving a request beside it.
+It holds the engines' keys, so only this user can read it. Trainers ask for a replacement, or let an engine start that was
+held back for them, by leaving a request beside it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,20 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """An engine that ended on the trainers' devices: this next life of it waits until they let it start."""
+
+    index: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """The engines that serve and their keys. ``launched``: ours, so a dead one comes back by itself."""
+    """The engines that serve and their keys. ``launched``: ours, so a dead one comes back: by itself, or once let where it is
+    ``held``."""
 
     members: tuple[Member, ...]
+    held: tuple[Held, ...] = ()
     keys: EngineKeys = field(default_factory=EngineKeys)
     launched: bool = True
     num_restarts: int = 0
@@ -39,6 +50,7 @@ def write_fleet(path: Path, fleet: Fleet) -> None:
     """Whoever sees the file sees all of it; nobody else's eyes do."""
     content = {
         "engines": [asdict(member) for member in fleet.members],
+        "held": [asdict(held) for held in fleet.held],
         "launched": fleet.launched,
         "num_restarts": fleet.num_restarts,
         "api_key": fleet.keys.api_key,
@@ -57,6 +69,7 @@ def read_fleet(path: Path) -> Fleet:
     content = json.loads(path.read_text())
     return Fleet(
         members=tuple(Member(**member) for member in content["engines"]),
+        held=tuple(Held(**held) for held in content["held"]),
         keys=EngineKeys(api_key=content["api_key"], admin_key=content["admin_key"]),
         launched=content["launched"],
         num_restarts=content["num_restarts"],
@@ -65,16 +78,22 @@ def read_fleet(path: Path) -> Fleet:
 
 def request_replacement(run_dir: Path, member: Member) -> None:
     """Ask whoever started this incarnation of the engine to end it and start another."""
-    _request(run_dir, member.index, member.incarnation).touch()
+    _request(run_dir, "replace", member.index, member.incarnation).touch()
 
 
 def take_request(run_dir: Path, index: int, incarnation: int) -> bool:
     """Whether a replacement of this incarnation was asked for; the request is then gone."""
-    try:
-        _request(run_dir, index, incarnation).unlink()
-    except FileNotFoundError:
-        return False
-    return True
+    return _take(_request(run_dir, "replace", index, incarnation))
+
+
+def let_start(run_dir: Path, held: Held) -> None:
+    """Tell whoever holds this engine back that its devices have room now, and keep it until the engine serves or has failed."""
+    _request(run_dir, "start", held.index, held.incarnation).touch()
+
+
+def take_start(run_dir: Path, index: int, incarnation: int) -> bool:
+    """Whether this incarnation may start; it may once."""
+    return _take(_request(run_dir, "start", index, incarnation))
 
 
 def run_keys(run_dir: Path) -> EngineKeys:
@@ -93,5 +112,13 @@ def run_keys(run_dir: Path) -> EngineKeys:
     return EngineKeys(api_key=api_key, admin_key=admin_key)
 
 
-def _request(run_dir: Path, index: int, incarnation: int) -> Path:
-    return run_dir / "engines" / f"replace-{index}-{incarnation}"
+def _request(run_dir: Path, what: str, index: int, incarnation: int) -> Path:
+    return run_dir / "engines" / f"{what}-{index}-{incarnation}"
+
+
+def _take(request: Path) -> bool:
+    try:
+        request.unlink()
+    except FileNotFoundError:
+        return False
+    return True

@@ -173,7 +173,7 @@ class Launch:
 
     def _start_engines(self, keys: EngineKeys) -> None:
         self._engines = Engines(
-            self._config.rollout,
+            self._config,
             keys,
             self._run_dir / ENDPOINTS,
             plan=lambda index: self._programs.engine(self._config, self._site(index, keys)),

@@ -77,7 +77,7 @@ class NodeEngines:
         )
         self._open.callback(self._guard.dismiss)
         self._engines = Engines(
-            config.rollout,
+            config,
             keys,
             part_path(run_dir, node.number),
             plan=plan,
@@ -144,8 +144,9 @@ class Assembly:
             return
         parts = [read_fleet(path) for path in paths]
         members = sorted((member for part in parts for member in part.members), key=lambda member: member.index)
+        held = tuple(one for part in parts for one in part.held)
         restarts = sum(part.num_restarts for part in parts)
-        fleet = Fleet(members=tuple(members), keys=parts[0].keys, num_restarts=restarts)
+        fleet = Fleet(members=tuple(members), held=held, keys=parts[0].keys, num_restarts=restarts)
         if fleet != self._written:
             write_fleet(self._run_dir / ENDPOINTS, fleet)
             self._written = fleet

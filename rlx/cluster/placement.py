@@ -15,6 +15,7 @@ from rlx.cluster.environment import attached_keys
 from rlx.cluster.fleet import Fleet, Member
 from rlx.cluster.ports import free_port
 from rlx.config.schema import Config, RolloutConfig
+from rlx.config.sharing import release_level
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.server import engine_command
 from rlx.rollout.sglang_server import SGLangSite, sglang_command, sglang_environment, write_key_file, write_modules
@@ -134,8 +135,5 @@ def attached_fleet(rollout: RolloutConfig) -> Fleet:
 
 
 def released_tags(config: Config, device: str) -> tuple[str, ...]:
-    """``rollout.release`` resolved for engines on ``device``: cuda or cpu."""
-    if not config.cluster.colocated:
-        return ()
-    setting = config.rollout.release
-    return _TAGS[("all" if device == "cuda" else "none") if setting == "auto" else setting]
+    """What engines on ``device`` (cuda or cpu) give back while the trainers work, as SGLang calls it."""
+    return _TAGS[release_level(config, device)]

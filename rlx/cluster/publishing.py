@@ -1,7 +1,8 @@
 """Rank 0's way to publish: to the engines that serve now, without those that fail meanwhile.
 
 A publication in which an engine dies or hangs is repeated on the others; the launcher starts the missing one again, and
-it gets the weights with the next publication before any request reaches it.
+it gets the weights with the next publication before any request reaches it. One on the trainers' devices is held back by the
+launcher until a publication: the trainers put their parts away, let it start and wait until it serves or has failed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rlx.cluster.fleet import Fleet, Member, read_fleet, request_replacement
+from rlx.cluster.fleet import Fleet, Held, Member, let_start, read_fleet, request_replacement
 from rlx.cluster.ranks import Ranks
 from rlx.obs.log import logger
 from rlx.rollout.control import EngineControl, EngineControlError
@@ -24,6 +25,8 @@ from rlx.types import WeightManifest
 
 _POLL_S = 0.1
 _ASK_S = 10.0
+# Beyond rollout.start_timeout_s, within which the launcher itself gives an engine up: to notice and to end it.
+_SETTLE_S = 60.0
 _MAX_ATTEMPTS = 4
 Adopt = Callable[[Sequence[str], int], None]
 
@@ -74,8 +77,8 @@ class EnginePublisher:
             self._take_turns("end_training")
 
     def _take_turns(self, method: str, *more: object) -> None:
-        """An engine that cannot follow is replaced; the others and the trainers go on."""
-        fleet = self._serving()
+        """An engine that cannot follow is replaced; the others and the trainers go on, even when no engine is left."""
+        fleet = read_fleet(self._path)
         failure = self._ranks.call(method, _endpoints(fleet), *more)
         if failure is not None:
             logger.warning("%s", failure.message)
@@ -109,16 +112,36 @@ class EnginePublisher:
         raise SyncError(message)
 
     def _serving(self) -> Fleet:
-        """The engines to publish to, at least one. Waits for one that is being started."""
+        """The engines to publish to, at least one. Waits for one that is being started; starts those that are held."""
         deadline = time.monotonic() + self._start_timeout_s
         while True:
             fleet = read_fleet(self._path)
             if not fleet.launched:
                 fleet = self._attached(fleet)
+            elif fleet.held:
+                fleet = self._let_start(fleet.held)
             if fleet.members:
                 return fleet
             if time.monotonic() > deadline:
                 raise SyncError(f"no engine serves after {self._start_timeout_s:g} s (rollout.start_timeout_s)")
+            time.sleep(_POLL_S)
+
+    def _let_start(self, held: Sequence[Held]) -> Fleet:
+        """Start these while what trainers put away is away, which stays so until each serves or has failed: an engine takes
+        what is free on its devices as it starts. SyncError when the launcher says nothing in time."""
+        self._ranks.call("make_room")
+        for one in held:
+            let_start(self._path.parent, one)
+        limit_s = self._start_timeout_s + _SETTLE_S
+        deadline = time.monotonic() + limit_s
+        while True:
+            fleet = read_fleet(self._path)
+            waiting = [one.index for one in held if not _is_settled(one, fleet)]
+            if not waiting:
+                return fleet
+            if time.monotonic() > deadline:
+                numbers = ", ".join(map(str, waiting))
+                raise SyncError(f"engine {numbers} neither serves nor was given up {limit_s:g} s after it was let start")
             time.sleep(_POLL_S)
 
     def _attached(self, fleet: Fleet) -> Fleet:
@@ -161,6 +184,12 @@ class EnginePublisher:
                 return False
             time.sleep(_POLL_S)
         return True
+
+
+def _is_settled(held: Held, fleet: Fleet) -> bool:
+    """Whether this life serves, or is over."""
+    serves = any(member.index == held.index and member.incarnation >= held.incarnation for member in fleet.members)
+    return serves or any(one.index == held.index and one.incarnation > held.incarnation for one in fleet.held)
 
 
 def _endpoints(fleet: Fleet) -> tuple[Endpoint, ...]:

@@ -74,7 +74,7 @@ class HttpRolloutService:
     Every sample is one HTTP request with a seed of its own, at most ``config.max_concurrent_requests`` at a time,
     routed to the least loaded engine, retried and resubmitted (see ``router``). With ``recorder`` each group is
     written before it is yielded. ``stats`` counts over the life of the service. ``care`` is asked for help when engines
-    fail for good. Not for concurrent consumers.
+    fail for good; with it there may be no endpoints until ``use`` names some. Not for concurrent consumers.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class HttpRolloutService:
         api_key: str | None = None,
         care: EngineCare | None = None,
     ) -> None:
-        if not endpoints:
+        if not endpoints and care is None:
             raise ValueError("rollout.endpoints: at least one engine url is needed")
         for url in endpoints:
             check_url(url)
@@ -141,7 +141,8 @@ class HttpRolloutService:
         if self._closed:
             raise RuntimeError("generate was iterated on a closed rollout service")
         if self._loop is None:
-            self._loop = _LoopThread(self._make, self.stats)
+            make = self._make if self._serving is None else replace(self._make, endpoints=self._serving[0])
+            self._loop = _LoopThread(make, self.stats)
             if self._serving is not None:
                 self._loop.use(*self._serving)
         run = self._loop.start(prompts, sampling)

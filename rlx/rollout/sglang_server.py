@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlx.config.schema import Config
+from rlx.config.sharing import MEM_FRACTION_STATIC
 from rlx.rollout.flags import flags
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.shared_tensors import RECEIVER, RECEIVER_MODULE
@@ -96,7 +97,7 @@ def sglang_command(config: Config, site: SGLangSite) -> list[str]:
         loaders = given.pop("custom_weight_loader", None) or []
         defaults["custom_weight_loader"] = [*([loaders] if isinstance(loaders, str) else loaders), RECEIVER]
     if config.cluster.colocated and site.device == "cuda":
-        defaults |= {"mem_fraction_static": 0.6, "enable_memory_saver": site.releases}
+        defaults |= {"mem_fraction_static": MEM_FRACTION_STATIC, "enable_memory_saver": site.releases}
     return [site.python, "-m", "sglang.launch_server", *flags(fixed | defaults | given)]
 
 

@@ -22,7 +22,7 @@ from rlx.sync.crew import PublisherPlace
 from rlx.sync.disk import SyncFolder
 from rlx.sync.errors import CanaryError, SyncError, SyncFailure
 from rlx.sync.group import Endpoint
-from rlx.sync.occupation import EngineMemory, Sharing
+from rlx.sync.occupation import KEY_VALUES, EngineMemory, Sharing
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.types import CanaryReport, WeightManifest
 
@@ -51,20 +51,27 @@ class EngineLink:
         self._keys, self._engine_memory = keys, memory
 
     def begin_training(self, endpoints: Sequence[Endpoint], tags: Sequence[str] | None) -> SyncFailure | None:
-        """Engines pause and give back memory (``tags`` of it; None: all they give); then ours comes back."""
+        """Engines (there may be none) pause and give back memory (``tags`` of it; None: all they give); then ours comes back."""
         failure: SyncFailure | None = None
         try:
-            self._to(endpoints).release(tags)
+            if endpoints:
+                self._to(endpoints).release(tags)
         except SyncError as error:
             failure = SyncFailure(message=str(error), engines=error.engines)
         self._memory.bring_back()
         return failure
 
+    def make_room(self) -> None:
+        """Ours goes away, for engines that are about to start."""
+        self._claim_device()
+        self._memory.put_away()
+
     def end_training(self, endpoints: Sequence[Endpoint]) -> SyncFailure | None:
         """Ours goes away; then the engines, which kept their weights, take theirs back and go on."""
         self._memory.put_away()
         try:
-            self._to(endpoints).serve()
+            if endpoints:
+                self._to(endpoints).serve()
         except SyncError as error:
             return SyncFailure(message=str(error), engines=error.engines)
         return None
@@ -72,12 +79,13 @@ class EngineLink:
     def publish(self, version: int, endpoints: Sequence[Endpoint]) -> WeightManifest | SyncFailure:
         """Bring these engines to the present weights; other engines than last time are connected anew. CanaryError for
         weights that arrived wrong."""
-        if self._context.device.type == "cuda":
-            torch.cuda.set_device(self._context.device)  # the caller may be a thread that has none yet
+        self._claim_device()
         self._memory.put_away(("optimizer", "gradients"))
-        self._memory.bring_back(("weights",))
         assert self._canary.export is not None
         try:
+            # Engines that serve, or that have just started, still have the memory that our weights may need.
+            self._to(endpoints).release((KEY_VALUES,))
+            self._memory.bring_back(("weights",))
             manifest = self._to(endpoints).publish(version, self._canary.export())
             self._tell_once()
             self._warn(version, manifest.canary)
@@ -87,6 +95,11 @@ class EngineLink:
         except SyncError as error:
             self.close()
             return SyncFailure(message=str(error), engines=error.engines)
+
+    def _claim_device(self) -> None:
+        """The caller may be a thread that has no GPU yet."""
+        if self._context.device.type == "cuda":
+            torch.cuda.set_device(self._context.device)
 
     def _warn(self, version: int, canary: CanaryReport | None) -> None:
         """Doubts that the canary left go to the log: the first and then every tenth. ``sync/canary_doubts`` counts all."""

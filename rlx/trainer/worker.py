@@ -14,6 +14,7 @@ from rlx.algos.kl import kl_estimate
 from rlx.algos.registry import make_algorithm
 from rlx.algos.stats import sum_and_count
 from rlx.config.schema import Config
+from rlx.config.sharing import offload_level
 from rlx.models.build import build_model
 from rlx.models.families import read_architecture
 from rlx.models.heads import token_head, value_head
@@ -76,11 +77,10 @@ class Worker(RankWorker):
         return Trained(model=model, head=value_head, loss=self._value_loss, aggregation="token-mean")
 
     def _make_memory(self) -> TrainerMemory:
-        level, shares = self.config.cluster.offload, self.config.cluster.colocated
-        if level == "auto":
-            level = "optimizer" if shares and self.context.device.type == "cuda" else "none"
+        away_level = LEVELS[offload_level(self.config, self.context.device.type)]
         trained = [trained.model for _, trained in self._trained()]
-        found = TrainerMemory(trained, self.reference or (), LEVELS[level] if shares else ())
+        found = TrainerMemory(trained, self.reference or (), away_level)
+        shares = self.config.cluster.colocated
         away = f"; in host memory while engines generate: {', '.join(found.away) or 'nothing'}" if shares else ""
         notice(f"memory of trainer rank {self.context.rank}: {describe(found.sizes())}{away}")
         return found
@@ -210,6 +210,11 @@ class Worker(RankWorker):
         """Undo ``begin_training`` with engines that kept their weights."""
         with phase("make room"):
             return self.engines.end_training(endpoints)
+
+    def make_room(self) -> None:
+        """Put away what is put away while engines have our devices, for engines that are about to start."""
+        with phase("make room"):
+            self.engines.make_room()
 
     def publish(self, version: int, endpoints: Sequence[Endpoint]) -> WeightManifest | SyncFailure:
         """Bring these engines to the present weights; see ``EngineLink.publish``."""

@@ -1,7 +1,7 @@
 """A small stand-in for a trainer rank or an engine: real process, real sockets, no model.
 
     dummy_child.py trainer RUN_DIR ENDPOINTS_FILE PARENT_PIPE RANK_TO_BEHAVIOUR_JSON
-    dummy_child.py engine PARENT_PIPE BEHAVIOUR
+    dummy_child.py engine PARENT_PIPE BEHAVIOUR      ("once": healthy in its first life only)
 
 Rank 0 listens on MASTER_PORT and every other rank stays connected to it: when one goes, the others notice.
 """
@@ -92,9 +92,12 @@ def train(run_dir: Path, endpoints_file: Path, behaviour: str, rank: int, world_
 
 
 def serve(behaviour: str) -> None:
+    # Its output is its log, which all its lives share.
+    unhealthy = behaviour == "unhealthy" or (behaviour == "once" and os.fstat(1).st_size > 0)
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(503 if behaviour == "unhealthy" else 200)
+            self.send_response(503 if unhealthy else 200)
             self.end_headers()
 
         def log_request(self, code: int | str = "-", size: int | str = "-") -> None:

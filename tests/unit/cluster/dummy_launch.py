@@ -19,7 +19,9 @@ def main() -> int:
         data=DataConfig(train="nothing.jsonl"),
         reward=RewardConfig(name="exact"),
         run=RunConfig(dir=run_dir, steps=4, failure_timeout_s=float(settings.get("failure_timeout_s", 60))),
-        cluster=ClusterConfig(num_trainer_ranks=len(json.loads(behaviours)), threads_per_rank=1),
+        cluster=ClusterConfig(
+            num_trainer_ranks=len(json.loads(behaviours)), threads_per_rank=1, colocated="colocated" in settings
+        ),
         rollout=RolloutConfig(
             num_engines=max(1, int(engine != "none")),
             start_timeout_s=2.0,

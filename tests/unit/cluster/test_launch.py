@@ -8,13 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from rlx.cluster.fleet import read_fleet, request_replacement
+from rlx.cluster.fleet import Held, let_start, read_fleet, request_replacement
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -109,6 +109,13 @@ def urls_of(run: Run) -> list[str]:
     return [member.url for member in read_fleet(run.dir / "engines.json").members]
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -188,6 +195,41 @@ def test_a_replacement_that_a_trainer_asks_for(launch) -> None:
     [after] = read_fleet(path).members
     assert is_listening(int(after.url.rpartition(":")[2])) and not is_listening(int(before.url.rpartition(":")[2]))
     assert run.finish() == 0, run.err
+
+
+def test_an_engine_on_the_trainers_devices_waits_until_they_let_it_start(launch) -> None:
+    """Held in its last life too, without being the run's failure; a life may start once."""
+    run = launch({"0": "done 60"}, "ok", "max_restarts=2", "colocated=1")
+    run.wait_for_step(1)
+    path = run.dir / "engines.json"
+    for life in (1, 2):
+        run.child("engine", 0).kill()
+        held = Held(index=0, incarnation=life)
+        wait_for(lambda held=held: read_fleet(path).held == (held,))
+        if life == 2:
+            let_start(run.dir, Held(index=0, incarnation=1))
+        time.sleep(1.0)
+        assert read_fleet(path).members == () and read_fleet(path).held == (held,)
+        assert [p for p in run.members() if "engine" in p.cmdline()] == [] and run.process.poll() is None
+        let_start(run.dir, held)
+        wait_for(lambda life=life: [member.incarnation for member in read_fleet(path).members] == [life])
+        assert read_fleet(path).held == ()
+    assert "engine 0 ended; restart 2 of 2 waits until the trainers have made room" in run.out
+    assert run.finish() == 0, run.err
+    assert run.members() == []
+
+
+def test_a_held_engine_that_does_not_become_healthy_is_held_again(launch) -> None:
+    run = launch({"0": "done 999"}, "once", "max_restarts=2", "colocated=1")
+    run.wait_for_step(1)
+    path = run.dir / "engines.json"
+    run.child("engine", 0).kill()
+    for life in (1, 2):
+        wait_for(lambda life=life: read_fleet(path).held == (Held(index=0, incarnation=life),))
+        let_start(run.dir, Held(index=0, incarnation=life))
+    assert run.finish() == 1
+    assert run.last_lines[0] == 'rlx: FAILED engine rank 0 in phase "start engine" before the first step'
+    assert run.members() == []
 
 
 @pytest.mark.parametrize("engine", ["silent", "unhealthy"])

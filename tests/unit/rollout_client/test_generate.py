@@ -20,6 +20,7 @@ from rlx.config.schema import RolloutConfig
 from rlx.rollout.client import EngineError
 from rlx.rollout.generate import HttpRolloutService, sample_seed, validate_prompts
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
+from rlx.rollout.router import EngineCare
 from rlx.types import Prompt, RolloutGroup, SamplingSpec
 from tests.unit.rollout_client.peer import VOCAB, Answer, Peer, answer_to, expected
 
@@ -223,6 +224,18 @@ def test_bad_endpoints_are_refused_at_birth() -> None:
         HttpRolloutService(["localhost:30000"], RolloutConfig(), VOCAB)
     with pytest.raises(ValueError, match=r"rollout\.endpoints"):
         HttpRolloutService([], RolloutConfig(), VOCAB)
+
+
+def test_engines_may_come_later_where_somebody_looks_after_them(start_peer: Callable[..., Peer], rng: random.Random) -> None:
+    peer, prompts = start_peer(), some_prompts(rng, 3)
+    care = EngineCare(recover=lambda: None, report_unwell=lambda url: None)
+    service = HttpRolloutService([], RolloutConfig(request_timeout_s=20.0), VOCAB, care=care)
+    try:
+        service.use([peer.url], version=0)
+        found = list(service.generate(prompts, SamplingSpec(num_samples=1, max_new_tokens=2)))
+    finally:
+        service.close()
+    assert {group.prompt.prompt_id for group in found} == {prompt.prompt_id for prompt in prompts}
 
 
 def test_a_recorder_gets_each_group_in_the_order_given(

@@ -1,0 +1,174 @@
+"""Co-located memory: each phase against a hand-worked sum, what is refused with which keys, and which transport goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from megatron.core.parallel_state import RankGenerator
+
+from rlx.cli.check import plan
+from rlx.cli.main import main
+from rlx.config.load import ConfigError, load_config, load_on_paper
+from rlx.config.memory import GIB, RESERVE_BYTES, Estimate, Sizes, estimate, sizes_of
+from rlx.config.schema import Config
+from rlx.config.sharing import (
+    CONTEXT_BYTES,
+    ENGINE_RESERVE_BYTES,
+    RESTING_BYTES,
+    offload_level,
+    release_level,
+    shared_phases,
+)
+
+Problems = Callable[..., tuple[str, ...]]
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+ARCHITECTURES = CONFIGS / "architectures"
+SHARED = ("cluster.colocated=true", "rollout.engine=sglang", "cluster.device=cuda")
+
+
+def recipe(*overrides: str, name: str = "llama-3.1-8b") -> Config:
+    """Four trainer ranks (tp 4) and four engines of one GPU, on the same GPUs of 80 GiB; GRPO with a reference."""
+    return load_on_paper(CONFIGS / "recipes" / f"{name}.yaml", [*SHARED, *overrides], ARCHITECTURES)
+
+
+def phases_of(config: Config) -> tuple[dict[str, tuple[int, int]], Estimate, Sizes]:
+    sizes = sizes_of(config.model.path)
+    found = estimate(config, sizes)
+    return {phase.name: (phase.engine, phase.trainer) for phase in shared_phases(config, found, sizes)}, found, sizes
+
+
+def test_phases_by_hand() -> None:
+    """auto: optimizer and gradients away, the engines give back everything."""
+    phases, found, sizes = phases_of(recipe())
+    weights = 2 * found.weights  # the reference's too
+    chunks = 3 * 2 * sizes.embedding  # the embedding travels alone, beyond sync.bucket_bytes
+    assert list(phases) == ["rollout", "training", "publication"]
+    assert phases["rollout"] == (ENGINE_RESERVE_BYTES + 48 * GIB, RESTING_BYTES + weights)
+    assert phases["training"] == (ENGINE_RESERVE_BYTES, found.trainer)
+    assert phases["publication"] == (ENGINE_RESERVE_BYTES + found.engine_weights, RESERVE_BYTES + weights + chunks)
+
+
+def test_what_each_setting_moves() -> None:
+    base, found, sizes = phases_of(recipe())
+    everything, _, _ = phases_of(recipe("cluster.offload=all"))
+    assert everything["rollout"] == (base["rollout"][0], RESTING_BYTES)
+    assert everything["training"] == base["training"] and everything["publication"] == base["publication"]
+
+    nothing, _, _ = phases_of(recipe("cluster.offload=none"))
+    for phase in ("rollout", "publication"):
+        assert nothing[phase][1] - base[phase][1] == found.gradients + found.optimizer
+
+    loaded, _, _ = phases_of(recipe("rollout.release=kv_cache"))
+    assert loaded["training"][0] == ENGINE_RESERVE_BYTES + found.engine_weights
+    keeps, _, _ = phases_of(recipe("rollout.release=none"))
+    assert keeps["training"][0] == keeps["publication"][0] == keeps["rollout"][0] == base["rollout"][0]
+
+    less, _, _ = phases_of(recipe("rollout.server_args={mem-fraction-static: 0.4}", "sync.bucket_bytes=4294967296"))
+    assert less["rollout"][0] == ENGINE_RESERVE_BYTES + 32 * GIB
+    assert less["publication"][1] - base["publication"][1] == 3 * (4 * GIB - 2 * sizes.embedding)
+
+    critic, found, _ = phases_of(recipe("algorithm.name=ppo", "cluster.offload=none"))
+    models = 2 + recipe("algorithm.name=ppo").has_reference
+    assert critic["rollout"][1] == RESTING_BYTES + models * found.weights + 2 * (found.gradients + found.optimizer)
+
+    embedded, found, _ = phases_of(recipe("rollout.engine=embedded"))  # reserves nothing for keys and values
+    assert embedded["rollout"][0] == ENGINE_RESERVE_BYTES + found.engine_weights
+
+    wide, found, _ = phases_of(recipe("rollout.num_engines=1", "rollout.tp=4"))
+    assert wide["training"] == (ENGINE_RESERVE_BYTES + 3 * CONTEXT_BYTES, found.trainer)
+
+
+@pytest.mark.parametrize("overrides", [["cluster.device=cpu"], ["cluster.colocated=false"], ["finetune.objective=sft"]])
+def test_nothing_is_said_where_no_gpu_is_shared(overrides: list[str]) -> None:
+    assert phases_of(recipe(*overrides))[0] == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["cluster.gpu_memory_gib=160", "rollout.server_args={mem_fraction_static: 0.97}"],
+         ["rollout takes about 167 GiB of 160", "cluster.offload=all", "server_args.mem_fraction_static"]),
+        (["rollout.release=none"], ["training takes about 98", "rollout.release=all", "server_args.mem_fraction_static"]),
+        (["rollout.release=kv_cache", "cluster.gpu_memory_gib=60"], ["training takes about 65", "rollout.release=all"]),
+        (["cluster.offload=none", "cluster.gpu_memory_gib=58", "sync.bucket_bytes=8589934592"],
+         ["publication takes about", "cluster.offload=optimizer", "sync.bucket_bytes"]),
+        (["rollout.server_args={mem_fraction_static: 0.15}"], ["mem_fraction_static: 0.15 of 80 GiB", "15 GiB of weights"]),
+    ],
+)  # fmt: skip
+def test_the_fullest_phase_is_refused_with_what_helps(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(recipe(*overrides))
+    (problem,) = caught.value.problems
+    assert all(word in problem for word in words), problem
+
+
+def test_check_prints_the_phases_and_refuses_only_on_gpus_that_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["check", str(CONFIGS / "recipes" / "llama-3.1-8b.yaml"), *SHARED, "rollout.release=none"]
+    paper = ["--on-paper", str(ARCHITECTURES)]
+    assert main([*arguments, *paper]) == 2
+    assert main([*arguments, "cluster.gpus_per_node=null", *paper]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " = engine " in line]
+    assert [line.split(":")[0] for line in lines] == ["#   rollout", "#   training", "#   publication"]
+    assert lines[1].startswith("#   training: about 98.0 = engine 50.0 (weights and key-value cache) + trainer 48.0 (everything)")
+    assert [line.endswith("; too much") for line in lines] == [False, True, False]
+
+
+def test_levels_that_auto_stands_for() -> None:
+    config = recipe()
+    assert [offload_level(config, device) for device in ("cuda", "cpu")] == ["optimizer", "none"]
+    assert [release_level(config, device) for device in ("cuda", "cpu")] == ["all", "none"]
+    apart = recipe("cluster.colocated=false")
+    assert offload_level(apart, "cuda") == release_level(apart, "cuda") == "none"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pp", "engines", "tp", "transport"),
+    [
+        (1, 1, 1, 1, "ipc"),
+        (4, 1, 1, 1, "ipc"),  # the sender is rank 0, the engine sits on its GPU
+        (4, 1, 1, 4, "ipc"),
+        (2, 1, 2, 1, "shm"),  # engine 1 does not see the sender's GPU
+        (4, 1, 2, 2, "shm"),
+        (4, 2, 1, 4, "ipc"),  # senders are ranks 0 and 2
+        (4, 2, 1, 3, "ipc"),
+        (4, 2, 1, 2, "shm"),
+        (4, 4, 1, 4, "ipc"),
+    ],
+)
+def test_ipc_goes_where_one_engine_sees_the_gpus_of_all_senders(
+    problems: Problems, run_yaml: Path, ranks: int, pp: int, engines: int, tp: int, transport: str
+) -> None:
+    overrides = [
+        "cluster.colocated=true",
+        "cluster.device=cuda",
+        f"cluster.num_trainer_ranks={ranks}",
+        f"parallel.pp={pp}",
+        f"rollout.num_engines={engines}",
+        f"rollout.tp={tp}",
+    ]
+    config = load_config(run_yaml, overrides)
+    assert config.transport == transport
+    order = RankGenerator(tp=1, ep=1, dp=ranks // pp, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
+    assert list(config.sender_ranks) == order.get_ranks("pp")[0], "the first rank of each stage sends"
+    found = problems(*overrides, "sync.transport=ipc")
+    if transport == "ipc":
+        assert found == ()
+    else:
+        assert len(found) == 1 and f"rollout.tp to at least {max(config.sender_ranks) + 1}, or use shm" in found[0]
+    assert problems(*overrides, "sync.transport=shm") == problems(*overrides, "sync.transport=disk") == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["cluster.launcher=ray"], ["cluster.colocated", "ray", "cluster.launcher=local or torchrun"]),
+        (["sync.transport=broadcast"], ["sync.transport", "ipc or disk"]),
+        (["rollout.num_engines=2"], ["rollout.num_engines x rollout.tp", "2 x 1", "1 trainer rank"]),
+        (["cluster.rollout_nodes=1", "sync.transport=disk"], ["cluster.rollout_nodes"]),
+    ],
+)
+def test_what_cannot_be_co_located_is_refused(problems: Problems, overrides: list[str], words: list[str]) -> None:
+    (problem,) = problems("cluster.colocated=true", "cluster.device=cuda", *overrides)
+    assert all(word in problem for word in words), problem
