@@ -172,10 +172,11 @@ def _take(model: Model, group: dist.ProcessGroup, name: str, request: dict[str, 
             return f"{request['stream']} buckets were announced, {len(todo)} are known of the group {name}"
         _tell_once(name, todo)
     problem = ""
-    addresses = _addresses(model)
+    addresses: tuple[int, ...] | None = None
     for bucket, received in zip(todo, _received(group, todo, _device(model, group)), strict=True):
         if problem:
             continue
+        addresses = addresses or _addresses(model)  # the first buckets are on their way meanwhile
         try:
             bucket.load(model, received) if "bucket" in request else bucket.fill(model, received, addresses)
         except Exception as error:

@@ -40,12 +40,13 @@ def chunks(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, flatten_bel
 
 def tensor_info(name: str, tensor: Tensor) -> TensorInfo:
     """The description that is announced for ``tensor``."""
-    return TensorInfo(name=name, shape=tuple(tensor.shape), dtype=_dtype_name(tensor.dtype))
+    return _info(name, tensor.shape, tensor.dtype)
 
 
 @cache
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _info(name: str, shape: torch.Size, dtype: torch.dtype) -> TensorInfo:
+    """One object for each tensor of the model, whose books are then quickly compared."""
+    return TensorInfo(name=name, shape=tuple(shape), dtype=str(dtype).removeprefix("torch."))
 
 
 def flatten(chunk: WeightChunk) -> Tensor:

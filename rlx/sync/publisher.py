@@ -27,8 +27,8 @@ from rlx.sync.canary import CanarySpec, canary_sequences, is_due
 from rlx.sync.crew import Crew, PublisherPlace, Share
 from rlx.sync.disk import DiskLane, SyncFolder
 from rlx.sync.errors import SyncError
-from rlx.sync.fanout import start
-from rlx.sync.group import Endpoint, Engine, open_group
+from rlx.sync.fanout import describe, failures, start, unwell
+from rlx.sync.group import GRACE_S, Endpoint, Engine, open_group
 from rlx.sync.lane import Lane
 from rlx.sync.ledger import Ledger
 from rlx.sync.occupation import KEY_VALUES, WEIGHTS, Sharing
@@ -84,6 +84,7 @@ class Publisher:
         self._failure: str | None = None
         self._num_syncs = 0
         self._draining: dict[str, Future[None]] = {}
+        self._sent: dict[int, tuple[TensorInfo, ...]] = {}  # by stage, in the last publication
 
     def publish(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> WeightManifest:
         """Bring every engine to the weights in ``tensors``, labelled ``version``; returns what was delivered, on every rank.
@@ -145,8 +146,7 @@ class Publisher:
         ledger = Ledger(self._target.expected)
         for stage in range(self._place.num_stages):
             self._send_stage(stage, version, tensors, ledger)
-        self._crew.together(what, "verify", ledger.check_complete)
-        self._lead_together(what, "drain", self._wait_drained)
+        self._crew.together(what, "verify", lambda: self._verify(ledger))
         self._num_syncs += 1
         due = is_due(self._num_syncs, self._config.canary_first, self._config.canary_every)
         canary = self._canary if due else None
@@ -201,21 +201,27 @@ class Publisher:
         """One stage's turn; afterwards every rank's ledger holds its tensors."""
         mine = self._place.stage == stage
 
-        def send() -> list[tuple[str, list[int], str]]:
+        def send() -> list[tuple[str, list[int], str]] | None:
+            """What a sender sent, unless it is what it sent the last time."""
             if not mine:
-                return []
+                return None
             if self._lane is None:
                 for _ in tensors:
                     pass
-                return []
+                return None
             before = len(ledger.tensors)
             StageSender(self._lane, stage, self._config).send(tensors, ledger, version)
-            return [(info.name, list(info.shape), info.dtype) for info in ledger.tensors[before:]]
+            sent, last = ledger.tensors[before:], self._sent.get(stage)
+            self._sent[stage] = sent
+            return None if sent == last else [(info.name, list(info.shape), info.dtype) for info in sent]
 
         reports = self._crew.together(f"weight sync {version}", f"send of stage {stage}", send)
-        if not (mine and self._place.is_sender):
-            sent = [TensorInfo(name=name, shape=tuple(shape), dtype=dtype) for rows in reports for name, shape, dtype in rows]
-            ledger.record(sent)
+        if mine and self._place.is_sender:
+            return
+        for rows in reports:
+            if rows is not None:
+                self._sent[stage] = tuple(TensorInfo(name=name, shape=tuple(shape), dtype=dtype) for name, shape, dtype in rows)
+        ledger.record(self._sent[stage])
 
     def _stop(self, engine: Engine) -> None:
         """Pause it. Its caches must be empty before it goes on: other transports flush with their last chunk, which SGLang dares
@@ -227,7 +233,10 @@ class Publisher:
         else:
             draining.result()
 
-    def _wait_drained(self, engine: Engine) -> None:
-        draining = self._draining.pop(engine.url, None)
-        if draining is not None:
-            draining.result()
+    def _verify(self, ledger: Ledger) -> None:
+        """The books are complete, and engines that were not idle when they were paused have become so."""
+        ledger.check_complete()
+        draining, self._draining = self._draining, {}
+        found = failures(draining, self._config.timeout_s + GRACE_S)
+        if found:
+            raise SyncError(f"engine side, phase drain: {describe(found)}", unwell(found)) from next(iter(found.values()))

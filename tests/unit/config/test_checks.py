@@ -37,7 +37,7 @@ Problems = Callable[..., tuple[str, ...]]
         (["algorithm.gamma=1.01"], ["algorithm.gamma", "at most 1"]),
         (["optimizer.min_lr=0.1"], ["optimizer.min_lr", "optimizer.lr", "1e-06"]),
         (["critic_optimizer.beta2=1"], ["critic_optimizer.beta2", "below 1"]),
-        (["sync.dir=/tmp/x"], ["sync.dir", "sync.transport=disk", "broadcast"]),
+        (["sync.dir=/tmp/x"], ["sync.dir", "sync.transport=disk", "stream"]),
         (["cluster.device=cpu", "model.layer_spec=transformer_engine"], ["model.layer_spec", "cluster.device"]),
         (["parallel.vpp=2"], ["parallel.vpp", "parallel.pp > 1"]),
         (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tp > 1"]),
