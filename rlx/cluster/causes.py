@@ -88,6 +88,13 @@ def tail(text: str, num_lines: int) -> str:
     return "\n".join([line for line in text.splitlines() if line.strip()][-num_lines:])
 
 
+def shown_log(cause: Cause, log: str) -> list[str]:
+    """The end of the log of whoever is to blame, for the terminal; nothing where ``cause`` quotes it already."""
+    if cause.told or not log.strip():
+        return []
+    return [f"rlx: last lines of {cause.log_path.name}:", *(f"    {line}" for line in tail(log, 12).splitlines())]
+
+
 def cause_of(ended: Ended) -> Cause:
     """One child's own cause: its FAILED line where it wrote one, else how it ended."""
     failure: Failure | None = first_failure(ended.log)

@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from signal import SIGKILL
 
 from rlx.cluster.causes import Cause, is_port_taken, tail
 from rlx.cluster.fleet import Fleet, Member, take_request, write_fleet
-from rlx.cluster.processes import Child, kill_members
+from rlx.cluster.processes import Child, end_now
 from rlx.cluster.supervisor import Watched, now_text
 from rlx.config.schema import RolloutConfig
 from rlx.obs.log import Phase
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.server import parse_ready_port, wait_until_healthy
+from rlx.rollout.sglang_server import Span
 
 _POLL_S = 0.1
 _MAX_PORT_RETRIES = 3
@@ -29,12 +29,13 @@ _MAX_PORT_RETRIES = 3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
     """How to start one engine. ``port`` None: the engine takes one and says so in a ready line. ``host`` is where
-    others reach it."""
+    others reach it. ``span``: it is one of the engine's processes."""
 
     argv: Sequence[str]
     env: Mapping[str, str]
     port: int | None = None
     host: str = "127.0.0.1"
+    span: Span | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +54,7 @@ class _Slot:
 class Engines:
     """``plan`` says how to start engine i now (ports differ each time), ``spawn`` starts it.
 
-    The file ``path`` appears once all engines were healthy; from then on it lists those that are.
+    The file ``path`` appears once all engines were healthy, if there are any; from then on it lists those that are.
     """
 
     def __init__(
@@ -157,14 +158,12 @@ class Engines:
 
     def _renew(self, slot: _Slot) -> None:
         slot.url = None
-        slot.child.signal_group(SIGKILL)
-        kill_members({slot.child.pid}, None, limit_s=3.0)
-        slot.child.reap(timeout_s=1.0)
+        end_now(slot.child)
         slot.old.append(slot.child)
         slot.child, slot.starting = self._launch(slot.index)
 
     def _announce(self) -> None:
-        if self._written is None and any(slot.url is None for slot in self._slots):
+        if not self._slots or (self._written is None and any(slot.url is None for slot in self._slots)):
             return
         tp = self._config.tp if self._config.engine == "sglang" else 1
         members = [
@@ -199,11 +198,12 @@ class Engines:
 def _cause(engine: Child, error: BaseException) -> Cause:
     # The log is shown apart.
     first_line = (str(error).splitlines() or [""])[0].removesuffix("; last lines of its log:")
+    why = engine.why()
     return Cause(
         role=engine.spec.role,
         rank=engine.spec.rank,
         phase=Phase(name="start engine"),
-        cause=f"{type(error).__name__}: {first_line}",
+        cause=f"{type(error).__name__}: {first_line}{'' if why is None else f' ({why})'}",
         log_path=engine.spec.log_path,
         when=now_text(),
     )

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+from rlx.cluster.causes import shown_log
 from rlx.cluster.environment import RolloutNode, default_interface, rollout_node
 from rlx.cluster.node_engines import Node, NodeEngines
 from rlx.cluster.pulse import Pulse
@@ -30,19 +31,20 @@ def serve_node() -> int:
     config = load_config(str(run_dir / "config.yaml"), [])
     seats = seats_of(config, machines_of(config, trainer_nodes=place.trainer_nodes))
     number = place.trainer_nodes + place.number
-    gpus_of = seats.engines_of(number)
-    if not gpus_of:
+    parts = seats.parts_of(number)
+    if not parts:
         return 0
     default_interface(place.meeting.own_address())
     asked = threading.Event()
     end_on_signals(lambda signal_number: asked.set())
     pulse = Pulse(store, number, range(seats.machines.nodes), run=place.meeting.attempt, end=END_KEY)
     pulse.start()
-    engines = NodeEngines(config, run_dir, Node(number=number, address=place.meeting.own_address()), gpus_of)
+    engines = NodeEngines(config, run_dir, Node(number=number, address=place.meeting.own_address()), parts)
     try:
         while not asked.is_set():
             cause = engines.tick()
             if cause is not None:
+                print(*shown_log(cause, engines.log_of(cause)), sep="\n", file=sys.stderr)
                 print(f"rlx: FAILED {cause.role} rank {cause.rank} on {socket.gethostname()}", file=sys.stderr)
                 print(f"rlx: cause: {cause.cause}\nrlx: logs: {cause.log_path}", file=sys.stderr, flush=True)
                 return 1
