@@ -153,7 +153,9 @@ class Engines:
     def _replace(self, slot: _Slot, why: str) -> None:
         slot.incarnation += 1
         self._num_restarts += 1
-        self._say(f"engine {slot.index} {why}; restart {slot.incarnation} of {self._config.max_restarts}")
+        more = slot.child.why()
+        told = f"{why}{'' if more is None else f' ({more})'}"
+        self._say(f"engine {slot.index} {told}; restart {slot.incarnation} of {self._config.max_restarts}")
         self._renew(slot)
 
     def _renew(self, slot: _Slot) -> None:

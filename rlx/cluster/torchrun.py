@@ -259,10 +259,10 @@ class _Duty(threading.Thread):
         self.stop()
         os._exit(128 + number)
 
-    def fail(self, cause: str, log: str, role: str = "trainer", rank: int | None = None) -> None:
+    def fail(self, cause: str, log: str, role: str = "trainer", rank: int | None = None, host: str | None = None) -> None:
         """Leave because of a failure; does not return. What only follows from another's failure is said in one line."""
         number = self._place.rank if rank is None else rank
-        host = socket.gethostname()
+        host = host or socket.gethostname()
         if role == "trainer" and speaks_of_lost_peer(cause):
             lost = self._pulse.lost(0)
             cause = cause if lost is None else f"{lost}; {cause}"
@@ -283,6 +283,9 @@ class _Duty(threading.Thread):
             )
 
     def _watch_hosts(self) -> None:
+        words = self._pulse.last_words
+        if words is not None:
+            self.fail(words.cause, words.log or str(self._run_dir / "logs"), words.role, words.rank, words.host)
         lost = self._pulse.lost(self._config.run.failure_timeout_s)
         if lost is not None:
             self.fail(str(lost), str(log_path(self._run_dir, "trainer", self._place.rank)))

@@ -36,7 +36,7 @@ class RayNodes:
             wait_for_nodes(self.address, 1, hosts)
             for node in nodes[1:]:
                 self.nodes.append(self._start([f"--address={self.address}"], node))
-            wait_for_nodes(self.address, len(nodes), hosts)
+                wait_for_nodes(self.address, len(self.nodes), hosts)  # two that start at once take the same socket
         except BaseException:
             self.close()
             raise

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,14 +14,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import TCPStore
 
 from rlx.cluster import spanning
 from rlx.cluster.causes import Cause
 from rlx.cluster.fleet import Member, read_fleet
 from rlx.cluster.node_engines import Node, NodeEngines, part_path
 from rlx.cluster.placement import EngineSite, plan_engine
+from rlx.cluster.pulse import Pulse
 from rlx.cluster.seating import check_spanning, seats_of
 from rlx.cluster.seats import PlacementError
+from rlx.cluster.torchrun import END_KEY
+from rlx.config.load import dump_config
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, SyncConfig
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.sglang_server import Span
@@ -27,6 +33,8 @@ from tests.ports import free_port
 
 SERVER = Path(__file__).with_name("dummy_server.py")
 LEADER, FOLLOWER = 1, 2
+SHAPE = {"model_type": "qwen2", "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+SHAPE |= {"num_key_value_heads": 4, "max_position_embeddings": 4096}
 
 
 def config_of(folder: Path, *, engine: str = "sglang", transport: str = "auto", **rollout: object) -> Config:
@@ -35,11 +43,13 @@ def config_of(folder: Path, *, engine: str = "sglang", transport: str = "auto", 
     if not python.exists():
         python.write_text(f'#!/bin/sh\nexec {sys.executable} -u {SERVER} "$@"\n')
         python.chmod(0o755)
+        (folder / "config.json").write_text(json.dumps(SHAPE))
+        (folder / "train.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n')
     settings = {"start_timeout_s": 60.0, "python": str(python), **rollout}
     return Config(
         run=RunConfig(dir=str(folder / "run")),
-        model=ModelConfig(path="nowhere"),
-        data=DataConfig(train="nothing.jsonl"),
+        model=ModelConfig(path=str(folder)),
+        data=DataConfig(train=str(folder / "train.jsonl")),
         reward=RewardConfig(name="exact"),
         cluster=ClusterConfig(nodes=3, rollout_nodes=2, gpus_per_node=2, num_trainer_ranks=1, device="cuda"),
         sync=SyncConfig(transport=transport),
@@ -109,6 +119,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
 
     def make(*numbers: int, span: str = "", **rollout: object) -> Job:
         monkeypatch.setenv("DUMMY_SPAN", span)
+        if span == "deaf":  # nobody else will end
+            monkeypatch.setattr(spanning, "_SETTLE_S", 0.3)
         started.append(Job(config_of(tmp_path, **rollout)))
         started[-1].start(*numbers)
         return started[-1]
@@ -207,6 +219,40 @@ def test_whoever_takes_over_a_part_has_the_engine_begin_anew(job) -> None:
     both.start(FOLLOWER)
     both.until(lambda: both.serves(1))
     assert sorted(both.servers()) == [0, 1] and has_gone(before[0])
+
+
+@pytest.mark.slow
+def test_nodes_for_engines_only_tell_the_trainers_and_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As processes, which meet a store as torchrun keeps one."""
+    monkeypatch.setenv("DUMMY_SPAN", "fails 1")
+    config = config_of(tmp_path)
+    run_dir = tmp_path / "run"
+    (run_dir / "logs").mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("rlx/run/0", json.dumps({"problems": [], "run_dir": str(run_dir)}))
+    pulse = Pulse(TCPStore("127.0.0.1", store.port, is_master=False), 0, range(3), run="0", end=END_KEY)
+    pulse.start()
+    env = os.environ | {"NNODES": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    command = [sys.executable, "-m", "rlx.cli.engines"]
+    outs = [tmp_path / f"{number}.out" for number in range(2)]
+    nodes = []
+    for number, path in enumerate(outs):
+        with path.open("w") as out:
+            own = env | {"NODE_RANK": str(number)}
+            nodes.append(subprocess.Popen(command, env=own, stdout=out, stderr=subprocess.STDOUT))
+    try:
+        assert [node.wait(120) for node in nodes] == [1, 1]
+    finally:
+        pulse.stop()
+        for node in nodes:
+            node.kill()
+    words = pulse.last_words
+    assert words is not None and (words.role, words.rank) == ("engine", 0)
+    assert words.log == str(run_dir / "logs" / "engine-0-node1.log")
+    for out in outs:
+        assert out.read_text().splitlines()[-2:] == [f"rlx: cause: {words.cause}", f"rlx: logs: {words.log}"]
+    assert "    MemoryError: no room for the weights" in outs[0].read_text()
 
 
 def test_files_that_are_being_replaced_are_no_files_yet(tmp_path: Path) -> None:
