@@ -26,7 +26,7 @@ _LOST_PEER = re.compile(
     r"|peer (closed|disconnected)|no longer reachable",
     re.IGNORECASE,
 )
-_PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+_PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use|port is already in use", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
