@@ -67,14 +67,18 @@ def test_torchrun(tmp_path: Path) -> None:
             process.kill()
 
 
-def test_ray(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["server", "actor"])
+def test_ray(tmp_path: Path, victim: str) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
     cluster = RayNodes(*[{"num-cpus": 2, "num-gpus": 1}] * 3)
     run = RayRun(tmp_path, tmp_path / "run", [*arguments(tmp_path), "cluster.nodes=3"], cluster.address)
     try:
         run.wait_for_step(1, LIMIT_S)
         assert "part of an engine on 2 nodes" in run.out
-        kill_part(run.dir, 1)
+        if victim == "server":
+            kill_part(run.dir, 1)
+        else:
+            os.kill(run.actor("engine", 0, 1), signal.SIGKILL)
         assert run.finish(LIMIT_S) == 0, run.out[-3000:]
         check(run.dir)
         assert not run.members()
