@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlx.cluster.causes import Cause, where
+from rlx.cluster.causes import Cause, shown_log, where
 from rlx.cluster.environment import RankEnvironment
 from rlx.cluster.fleet import write_fleet
 from rlx.cluster.guard import Guard
@@ -65,7 +65,8 @@ def run_ray(config: Config, address: RayAddress) -> int:
         if left:
             print(f"rlx: could not end processes: {'; '.join(left)}", file=sys.stderr)
         if outcome.cause is not None:
-            print(_failure_text(outcome.cause, launch.host_of(outcome.cause)), file=sys.stderr, flush=True)
+            text = _failure_text(outcome.cause, launch.host_of(outcome.cause), launch.log_of(outcome.cause))
+            print(text, file=sys.stderr, flush=True)
             return 1
         if outcome.interrupted:
             print(f"rlx: {interrupts.name}: stopped; run folder: {run_dir}", file=sys.stderr, flush=True)
@@ -102,6 +103,11 @@ class RayLaunch:
         """Where the one to blame ran."""
         found = [child for child in self._children() if child.spec.log_path == cause.log_path]
         return found[-1].spec.host.name if found else None
+
+    def log_of(self, cause: Cause) -> str:
+        """What the one to blame wrote."""
+        found = [child for child in self._children() if child.spec.log_path == cause.log_path]
+        return found[-1].log_text() if found else ""
 
     def run(self) -> Outcome:
         """Start everything and watch until it is over."""
@@ -282,7 +288,7 @@ def _answers(calls: Sequence[Any], limit_s: float) -> list[Any]:
     return found
 
 
-def _failure_text(cause: Cause, host: str | None) -> str:
+def _failure_text(cause: Cause, host: str | None, log: str) -> str:
     on = "" if host is None else f" on {host}"
     lines = [f"rlx: FAILED {cause.role} rank {cause.rank}{on} {where(cause.phase)}", f"rlx: cause: {cause.cause}"]
-    return "\n".join([*lines, f"rlx: logs: {cause.log_path}"])
+    return "\n".join([*shown_log(cause, log), *lines, f"rlx: logs: {cause.log_path}"])

@@ -20,14 +20,15 @@ from tests.sglang.conftest import needs_sglang
 from tests.sglang.engines import sglang_python
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, needs_sglang, pytest.mark.timeout(900)]
-STEPS, LIMIT_S = 4, 500
+# As many as outlast the moments in which an engine whose actor was killed still serves.
+STEPS, LIMIT_S = 40, 500
 LAYOUT = ["parallel.tp=1", "cluster.num_trainer_ranks=1", "cluster.gpus_per_node=1", "cluster.rollout_nodes=2"]
 SMALL = ["run.export_hf=false", "checkpoint.at_end=false", "algorithm.name=grpo", "cluster.threads_per_rank=1"]
 
 
 def arguments(folder: Path) -> list[str]:
     engine = ["rollout.engine=sglang", "rollout.tp=2", f"rollout.python={sglang_python()}"]
-    engine.append("rollout.server_args={mem_fraction_static: 0.1, max_total_tokens: 8192}")
+    engine.append("rollout.server_args={max_total_tokens: 8192}")
     return [*demo_overrides(make_demo(folder / "demo"), folder / "run", STEPS), *LAYOUT, *SMALL, *engine]
 
 
