@@ -120,6 +120,9 @@ def sglang_environment(
     it sees."""
     # Off unless asked for, yet SGLang refuses to start when its default, port + 10000, is no port.
     env = {"SGLANG_GRPC_PORT": str(site.port), **base}
+    if site.span is not None:
+        # Where this node's processes are reached; by itself SGLang asks for the route to the internet, which need not be there.
+        env["SGLANG_HOST_IP"] = site.host
     if site.device != "cpu":
         if site.releases:
             folders = [env.get("LD_LIBRARY_PATH"), *cuda_runtime_folders(site.python)]

@@ -42,6 +42,7 @@ class Nodes:
         for number, path in enumerate(self.engine_outs):
             with path.open("w") as out:
                 command = [sys.executable, "-m", "rlx.cli.engines", *arguments]
+                command = hosts.command(number, command) if hosts else command
                 env = shared | {"NODE_RANK": str(number)}
                 self.engines.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT))
 

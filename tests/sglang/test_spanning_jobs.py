@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from rlx.obs.metrics import read_metrics
 from tests.e2e.job import demo_overrides, make_demo
 from tests.e2e.ray_job import RayNodes, RayRun
 from tests.e2e.torchrun_job import Nodes
+from tests.e2e.two_hosts import TwoHosts, why_not
 from tests.sglang.conftest import needs_sglang
 from tests.sglang.engines import sglang_python
 
@@ -54,15 +56,30 @@ def check(run_dir: Path) -> None:
     assert {"engine-0.log", "engine-0-node1.log"} <= {path.name for path in (run_dir / "logs").iterdir()}
 
 
-def test_torchrun(tmp_path: Path) -> None:
-    nodes = Nodes(tmp_path, arguments(tmp_path), 1, rollout_nodes=2)
+@pytest.fixture(params=["one host", "two hosts"])
+def hosts(request: pytest.FixtureRequest) -> Iterator[TwoHosts | None]:
+    """The trainer and the engine's first process are on the first one."""
+    if request.param == "one host":
+        yield None
+        return
+    if reason := why_not():
+        pytest.skip(reason)
+    pair = TwoHosts(own_memory=True)
+    yield pair
+    pair.close()
+
+
+def test_torchrun(tmp_path: Path, hosts: TwoHosts | None) -> None:
+    nodes = Nodes(tmp_path, arguments(tmp_path), 1, hosts, rollout_nodes=2)
     try:
         wait_for_step(tmp_path / "run", 1, lambda: nodes.out(0)[-3000:])
         kill_part(tmp_path / "run", 1)
         assert nodes.finish(LIMIT_S) == [0], nodes.out(0)[-3000:]
         assert [each.wait(60) for each in nodes.engines] == [0, 0], nodes.engine_outs[0].read_text()[-3000:]
         check(tmp_path / "run")
-        assert "rlx: node 2" not in nodes.out(0) and not nodes.members()
+        address = json.loads((tmp_path / "run" / "engines" / "span-0.json").read_text())["address"]
+        assert address.startswith(f"{hosts.addresses[0] if hosts else '127.0.0.1'}:")
+        assert not nodes.members()
     finally:
         for process in (*nodes.scripts, *nodes.engines):
             process.kill()

@@ -261,7 +261,7 @@ def test_files_that_are_being_replaced_are_no_files_yet(tmp_path: Path) -> None:
     assert spanning._read(tmp_path) is None  # an OSError of another kind, as of a stale handle
 
 
-def test_each_node_gives_its_own_ranks_all_its_cores(tmp_path: Path) -> None:
+def test_each_node_gives_its_own_ranks_all_its_cores_and_its_address(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     run_dir = tmp_path / "cpu"
     run_dir.mkdir()
@@ -274,7 +274,9 @@ def test_each_node_gives_its_own_ranks_all_its_cores(tmp_path: Path) -> None:
         keys=EngineKeys(),
         span=Span(rank=1, num_nodes=2, address="host:1"),
     )
-    shares = plan_engine(config, site).env["SGLANG_CPU_OMP_THREADS_BIND"].split("|")
+    env = plan_engine(config, site).env
+    assert env["SGLANG_HOST_IP"] == site.host
+    shares = env["SGLANG_CPU_OMP_THREADS_BIND"].split("|")
     cores = {str(core) for core in os.sched_getaffinity(0)}
     assert len(shares) == 2 and shares[0] == shares[1] and set(shares[0].split(",")) == cores
 
