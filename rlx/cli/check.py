@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rlx.cluster.seating import seats_of
+from rlx.cluster.seating import check_spanning, seats_of
 from rlx.cluster.seats import PlacementError, picture
 from rlx.config.load import ConfigError, dump_config, load_config, load_on_paper
 from rlx.config.memory import describe, estimate, memory_problems, sizes_of
@@ -41,6 +41,7 @@ def plan(config: Config) -> list[str]:
     """Who sits where and what memory that takes; ConfigError when it does not fit on the GPUs that the file names."""
     try:
         seats = seats_of(config)
+        check_spanning(config, seats)
     except PlacementError as error:
         raise ConfigError([str(error)]) from error
     try:

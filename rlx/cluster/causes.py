@@ -26,7 +26,7 @@ _LOST_PEER = re.compile(
     r"|peer (closed|disconnected)|no longer reachable",
     re.IGNORECASE,
 )
-_PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+_PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use|port is already in use", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +86,13 @@ def is_port_taken(log: str) -> bool:
 def tail(text: str, num_lines: int) -> str:
     """The last lines that hold anything."""
     return "\n".join([line for line in text.splitlines() if line.strip()][-num_lines:])
+
+
+def shown_log(cause: Cause, log: str) -> list[str]:
+    """The end of the log of whoever is to blame, for the terminal; nothing where ``cause`` quotes it already."""
+    if cause.told or not log.strip():
+        return []
+    return [f"rlx: last lines of {cause.log_path.name}:", *(f"    {line}" for line in tail(log, 12).splitlines())]
 
 
 def cause_of(ended: Ended) -> Cause:

@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from signal import SIGKILL
 
 from rlx.cluster.causes import Cause, is_port_taken, tail
 from rlx.cluster.fleet import Fleet, Held, Member, take_request, take_start, write_fleet
-from rlx.cluster.processes import Child, kill_members
+from rlx.cluster.processes import Child, end_now
 from rlx.cluster.supervisor import Watched, now_text
 from rlx.config.schema import Config
 from rlx.obs.log import Phase
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.server import parse_ready_port, wait_until_healthy
+from rlx.rollout.sglang_server import Span
 
 _POLL_S = 0.1
 _MAX_PORT_RETRIES = 3
@@ -32,12 +32,13 @@ _MAX_PORT_RETRIES = 3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
     """How to start one engine. ``port`` None: the engine takes one and says so in a ready line. ``host`` is where
-    others reach it."""
+    others reach it. ``span``: it is one of the engine's processes."""
 
     argv: Sequence[str]
     env: Mapping[str, str]
     port: int | None = None
     host: str = "127.0.0.1"
+    span: Span | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +59,8 @@ class _Slot:
 class Engines:
     """``plan`` says how to start engine i now (ports differ each time), ``spawn`` starts it.
 
-    The file ``path`` appears once all engines were healthy; from then on it lists those that are, and those that are held.
+    The file ``path`` appears once all engines were healthy, if there are any; from then on it lists those that are, and those
+    that are held.
     """
 
     def __init__(
@@ -162,19 +164,19 @@ class Engines:
     def _replace(self, slot: _Slot, why: str) -> None:
         slot.incarnation += 1
         self._num_restarts += 1
+        more = slot.child.why()
+        told = f"{why}{'' if more is None else f' ({more})'}"
         # Before the list was there, no trainer has taken anything of its device.
         slot.held = self._shares_devices and self._written is not None
         waits = " waits until the trainers have made room" if slot.held else ""
-        self._say(f"engine {slot.index} {why}; restart {slot.incarnation} of {self._config.max_restarts}{waits}")
+        self._say(f"engine {slot.index} {told}; restart {slot.incarnation} of {self._config.max_restarts}{waits}")
         self._end(slot)
         if not slot.held:
             self._begin(slot)
 
     def _end(self, slot: _Slot) -> None:
         slot.url = None
-        slot.child.signal_group(SIGKILL)
-        kill_members({slot.child.pid}, None, limit_s=3.0)
-        slot.child.reap(timeout_s=1.0)
+        end_now(slot.child)
 
     def _begin(self, slot: _Slot) -> None:
         slot.held = False
@@ -182,7 +184,7 @@ class Engines:
         slot.child, slot.starting = self._launch(slot.index)
 
     def _announce(self) -> None:
-        if self._written is None and any(slot.url is None for slot in self._slots):
+        if not self._slots or (self._written is None and any(slot.url is None for slot in self._slots)):
             return
         tp = self._config.tp if self._config.engine == "sglang" else 1
         members = [
@@ -218,11 +220,12 @@ class Engines:
 def _cause(engine: Child, error: BaseException) -> Cause:
     # The log is shown apart.
     first_line = (str(error).splitlines() or [""])[0].removesuffix("; last lines of its log:")
+    why = engine.why()
     return Cause(
         role=engine.spec.role,
         rank=engine.spec.rank,
         phase=Phase(name="start engine"),
-        cause=f"{type(error).__name__}: {first_line}",
+        cause=f"{type(error).__name__}: {first_line}{'' if why is None else f' ({why})'}",
         log_path=engine.spec.log_path,
         when=now_text(),
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rlx
-from rlx.cluster.causes import Cause, is_port_taken, tail, where
+from rlx.cluster.causes import Cause, is_port_taken, shown_log, where
 from rlx.cluster.engines import EnginePlan, Engines
 from rlx.cluster.environment import QUIET
 from rlx.cluster.fleet import run_keys, write_fleet
@@ -228,9 +228,7 @@ def child_environment(config: Config, launch_id: str, *, num_engines: int) -> di
 
 
 def _failure_text(cause: Cause, left: Sequence[int], log: str) -> str:
-    lines = []
-    if not cause.told and log.strip():
-        lines += [f"rlx: last lines of {cause.log_path.name}:", *(f"    {line}" for line in tail(log, 12).splitlines())]
+    lines = shown_log(cause, log)
     if left:
         lines.append(f"rlx: could not end processes {sorted(left)}: stuck in the kernel")
     lines.append(f"rlx: FAILED {cause.role} rank {cause.rank} {where(cause.phase)}")

@@ -1,8 +1,9 @@
-"""The engines of one node of a job whose trainers somebody else starts (torchrun, SLURM).
+"""The engines of one node of a job whose trainers somebody else starts (torchrun, SLURM, Ray), and its parts of engines that
+span several nodes.
 
 The same processes, guard and health checks as under the local launcher; ``tick`` is called now and then by the owner.
-When all of a node's engines are healthy their URLs appear in ``RUN_DIR/engines-NODE.json``; the node of rank 0 puts the
-parts together.
+When all engines that a node leads are healthy their URLs appear in ``RUN_DIR/engines-NODE.json``; the node of rank 0 puts
+these lists together.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rlx.cluster.causes import Cause, Ended, cause_of
@@ -20,11 +22,15 @@ from rlx.cluster.fleet import Fleet, read_fleet, run_keys, write_fleet
 from rlx.cluster.guard import Guard
 from rlx.cluster.local import child_environment, inherited_pipe
 from rlx.cluster.placement import EngineSite, plan_engine
+from rlx.cluster.ports import free_port
 from rlx.cluster.processes import LAUNCH_ID, Child, ChildSpec, stop_all
 from rlx.cluster.rundir import ENDPOINTS, log_path
+from rlx.cluster.seats import EnginePart
+from rlx.cluster.spanning import Follower, SpanningChild
 from rlx.cluster.supervisor import now_text
 from rlx.config.schema import Config
 from rlx.obs.log import Phase, last_phase, logger
+from rlx.rollout.sglang_server import Span
 
 # A server that inherited these would take itself for one of the trainer ranks.
 _RANK_VARIABLES = (
@@ -48,44 +54,40 @@ class Node:
 
 
 class NodeEngines:
-    """Starts at once. Raises ValueError for settings that no engine can be started with, with nothing started."""
+    """``parts``: engine number -> what this node holds of it. Starts at once. Raises ValueError for settings that no engine
+    can be started with, with nothing started."""
 
     def __init__(
-        self, config: Config, run_dir: Path, node: Node, gpus_of: Mapping[int, tuple[int, ...]], *, incarnation: int = 0
+        self, config: Config, run_dir: Path, node: Node, parts: Mapping[int, EnginePart], *, incarnation: int = 0
     ) -> None:
-        self._run_dir = run_dir
+        self._config, self._run_dir, self._node, self._parts = config, run_dir, node, parts
         self._id = uuid.uuid4().hex
         self._open = ExitStack()
-        pipe = self._open.enter_context(inherited_pipe())
-        env = _environment(config, self._id, node)
-        keys = run_keys(run_dir)
-
-        def plan(index: int) -> EnginePlan:
-            gpus = tuple(_visible(gpus_of[index]).split(",")) if gpus_of[index] else ()
-            site = EngineSite(index=index, run_dir=run_dir, parent_pipe=pipe, env=env, keys=keys, host=node.address, gpus=gpus)
-            found = plan_engine(config, site)
-            # A signal that asks the trainers to save may reach every process of a job.
-            return replace(found, argv=["env", "--ignore-signal=USR1", *found.argv])
-
-        for index in gpus_of:
-            plan(index)
+        self._pipe = self._open.enter_context(inherited_pipe())
+        self._env = _environment(config, self._id, node)
+        self._keys = run_keys(run_dir)
+        for index in parts:
+            self._plan(index)
         self._guard = Guard(
             launch_id=self._id,
             launcher_pid=os.getpid(),
             log=log_path(run_dir, "trainer", 0),
-            env={name: value for name, value in env.items() if name != LAUNCH_ID},
+            env={name: value for name, value in self._env.items() if name != LAUNCH_ID},
         )
         self._open.callback(self._guard.dismiss)
         self._engines = Engines(
             config,
-            keys,
+            self._keys,
             part_path(run_dir, node.number),
-            plan=plan,
-            spawn=lambda index, found: self._spawn(index, found, pipe),
+            plan=self._plan,
+            spawn=self._spawn,
             say=lambda text: logger.info("%s", text),
         )
         self._open.callback(self._engines.cancel)
-        self._engines.start(gpus_of, incarnation)
+        self._engines.start([index for index, part in parts.items() if not part.rank], incarnation)
+        self._followers = [
+            Follower(run_dir, index, part.rank, partial(self._start_part, index)) for index, part in parts.items() if part.rank
+        ]
 
     def tick(self) -> Cause | None:
         """Announce the engines once they are healthy; the cause when one is not, or has ended."""
@@ -94,18 +96,50 @@ class NodeEngines:
             if engine.poll() is not None and not self._engines.forgives(engine):
                 return cause_of(self._ended(engine))
         self._engines.tick()
+        for follower in self._followers:
+            follower.tick()
         return self._engines.failed()
+
+    def log_of(self, cause: Cause) -> str:
+        """What the process that is to blame wrote."""
+        logs = [engine.log_text() for engine in self._engines.children() if engine.spec.log_path == cause.log_path]
+        return logs[-1] if logs else ""
 
     def stop(self) -> list[int]:
         """End them all; the numbers of those that could not be ended."""
-        left = stop_all(self._engines.all_children(), self._id)
+        followers = [child for follower in self._followers for child in follower.children()]
+        left = stop_all([*self._engines.all_children(), *followers], self._id)
         self._open.close()
         return left
 
-    def _spawn(self, index: int, plan: EnginePlan, pipe: int) -> Child:
-        path = log_path(self._run_dir, "engine", index)
-        spec = ChildSpec(role="engine", rank=index, argv=tuple(plan.argv), env=plan.env, log_path=path, pass_fds=(pipe,))
-        child = Child(spec)
+    def _plan(self, index: int, address: str | None = None) -> EnginePlan:
+        """``address`` is where the parts of an engine on several nodes meet; without one a port of this node is taken."""
+        part, host = self._parts[index], self._node.address
+        span = None
+        if part.num_nodes > 1:
+            span = Span(rank=part.rank, num_nodes=part.num_nodes, address=address or f"{host}:{free_port(host)}")
+        site = EngineSite(
+            index=index,
+            run_dir=self._run_dir,
+            parent_pipe=self._pipe,
+            env=self._env,
+            keys=self._keys,
+            host=host,
+            gpus=tuple(_visible(part.gpus).split(",")) if part.gpus else (),
+            span=span,
+        )
+        found = plan_engine(self._config, site)
+        # A signal that asks the trainers to save may reach every process of a job.
+        return replace(found, argv=["env", "--ignore-signal=USR1", *found.argv])
+
+    def _start_part(self, index: int, address: str) -> Child:
+        return self._spawn(index, self._plan(index, address))
+
+    def _spawn(self, index: int, plan: EnginePlan) -> Child:
+        path = log_path(self._run_dir, "engine", index, self._parts[index].rank)
+        spec = ChildSpec(role="engine", rank=index, argv=tuple(plan.argv), env=plan.env, log_path=path, pass_fds=(self._pipe,))
+        leads = plan.span is not None and not plan.span.rank
+        child = SpanningChild(spec, self._run_dir, plan.span) if plan.span and leads else Child(spec)
         self._guard.add(child.pid)
         return child
 
@@ -122,6 +156,7 @@ class NodeEngines:
             log=log,
             log_path=engine.spec.log_path,
             phase=own if own.step >= 0 or not self._engines.serving() else Phase(name="serve"),
+            why=engine.why(),
         )
 
 

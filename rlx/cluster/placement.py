@@ -18,7 +18,7 @@ from rlx.config.schema import Config, RolloutConfig
 from rlx.config.sharing import release_level
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.server import engine_command
-from rlx.rollout.sglang_server import SGLangSite, sglang_command, sglang_environment, write_key_file, write_modules
+from rlx.rollout.sglang_server import SGLangSite, Span, sglang_command, sglang_environment, write_key_file, write_modules
 
 # What SGLang calls the memory that it gives back, by rollout.release.
 _TAGS: Mapping[str, tuple[str, ...]] = {"none": (), "kv_cache": ("kv_cache",), "all": ("kv_cache", "weights")}
@@ -27,7 +27,7 @@ _TAGS: Mapping[str, tuple[str, ...]] = {"none": (), "kv_cache": ("kv_cache",), "
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSite:
     """Engine ``index`` of a launch: its run folder, the environment of all children, the pipe of the launcher's life, the
-    address to listen on. ``gpus`` empty: the ones after the trainers'."""
+    address to listen on. ``gpus`` empty: the ones after the trainers'. ``span``: this is one of the engine's processes."""
 
     index: int
     run_dir: Path
@@ -36,6 +36,7 @@ class EngineSite:
     keys: EngineKeys
     host: str = "127.0.0.1"
     gpus: tuple[str, ...] = ()
+    span: Span | None = None
 
 
 def plan_engine(config: Config, site: EngineSite) -> EnginePlan:
@@ -79,6 +80,7 @@ def _plan_sglang(config: Config, site: EngineSite) -> EnginePlan:
         key_file=_key_file(site),
         python=config.rollout.python or sys.executable,
         releases=device == "cuda" and bool(released_tags(config, device)),
+        span=site.span,
     )
     env = sglang_environment(
         _without_own_code(site.env),
@@ -88,13 +90,14 @@ def _plan_sglang(config: Config, site: EngineSite) -> EnginePlan:
         modules=modules,
         devices=site.gpus or (_gpus_of(config, site.index) if device == "cuda" else ()),
     )
-    return EnginePlan(argv=sglang_command(config, server), env=env, port=port, host=site.host)
+    return EnginePlan(argv=sglang_command(config, server), env=env, port=port, host=site.host, span=site.span)
 
 
 def _key_file(site: EngineSite) -> Path:
     folder = site.run_dir / "engines"
     folder.mkdir(exist_ok=True)
-    path = folder / f"keys-{site.index}.yaml"
+    # Of its own for each node: on a shared file system another one would take it away while it is read.
+    path = folder / (f"keys-{site.index}.yaml" if site.span is None else f"keys-{site.index}-node{site.span.rank}.yaml")
     write_key_file(path, site.keys)
     return path
 

@@ -139,6 +139,13 @@ def kill_members(
     return alive
 
 
+def end_now(child: Child) -> None:
+    """SIGKILL the child and its session, and wait a few seconds until it is gone."""
+    child.signal_group(signal.SIGKILL)
+    kill_members({child.pid}, None, limit_s=3.0)
+    child.reap(timeout_s=1.0)
+
+
 def stop_all(
     children: Sequence[Child],
     launch_id: str | None = None,

@@ -6,11 +6,12 @@ it never do.
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
@@ -32,6 +33,17 @@ class Lost:
         return f"host {self.host} (node {self.node}) was lost: not heard of for {self.seconds:.0f} s"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastWords:
+    """Why a node leaves before the run is over: who failed there, and the log that tells more, if there is one."""
+
+    host: str
+    role: str
+    rank: int
+    cause: str
+    log: str | None
+
+
 class Pulse(threading.Thread):
     """Consumes the other ``nodes``' signs and the key ``end``, produces this one's; waits for the store only and stops when
     told or at ``end``. ``store`` must be a connection of its own. Node 0 keeps the store."""
@@ -44,6 +56,9 @@ class Pulse(threading.Thread):
         self._round = time.monotonic()
         self.is_over = False
         """The run's end was announced, or the store left."""
+        self.last_words: LastWords | None = None
+        """Of a node that said why it leaves."""
+        self._own_words: LastWords | None = None
 
     def run(self) -> None:
         signs: dict[int, str] = {}
@@ -56,18 +71,25 @@ class Pulse(threading.Thread):
                     if not self._store.check([self._key(other)]):
                         continue
                     sign = self._store.get(self._key(other)).decode()
-                    if signs.get(other) != sign:
+                    if sign.startswith("{"):
+                        self.last_words = LastWords(**json.loads(sign))
+                        self._heard.pop(other, None)
+                    elif signs.get(other) != sign:
                         signs[other] = sign
                         self._heard[other] = (sign.partition(" ")[2], time.monotonic())
                 over = self._store.check([self._end])
                 self._round = time.monotonic()
                 self.is_over = self.is_over or over
                 time.sleep(_BEAT_S)
+            if self._own_words is not None:
+                self._store.set(self._key(self._node), json.dumps(asdict(self._own_words)))
         except (DistError, RuntimeError):
             self.is_over = True
 
-    def stop(self) -> None:
-        """End the thread, unless a cut cable holds it: an interpreter that ends while it is inside torch is aborted."""
+    def stop(self, last_words: LastWords | None = None) -> None:
+        """Tell the other nodes why this one leaves, if it fails, and end the thread, unless a cut cable holds it: an
+        interpreter that ends while it is inside torch is aborted."""
+        self._own_words = last_words
         self.is_over = True
         if self.is_alive():
             self.join(_STOP_S)

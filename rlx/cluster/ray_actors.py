@@ -23,6 +23,7 @@ from rlx.cluster.causes import Cause
 from rlx.cluster.environment import RankEnvironment, interface_of
 from rlx.cluster.processes import JOB_ID, kill_members
 from rlx.cluster.rundir import ENDPOINTS, log_path, wait_for_shared
+from rlx.cluster.seats import EnginePart
 from rlx.cluster.stopping import REQUEUE_STATUS
 from rlx.config.load import load_config
 from rlx.obs.log import log_failure, logger, start_log
@@ -124,20 +125,21 @@ class TrainerActor:
 
 
 class EngineActor:
-    """One engine: its process, its health and its restarts. Needs two threads: ``serve`` lasts until ``stop``."""
+    """One engine, or what one node holds of it: its process, its health and its restarts. Needs two threads: ``serve`` lasts
+    until ``stop``."""
 
-    def __init__(self, job: Job, host: Host, index: int, gpus: tuple[int, ...], incarnation: int) -> None:
-        self._job, self._host, self._index, self._gpus, self._incarnation = job, host, index, gpus, incarnation
+    def __init__(self, job: Job, host: Host, index: int, part: EnginePart, incarnation: int) -> None:
+        self._job, self._host, self._index, self._part, self._incarnation = job, host, index, part, incarnation
         _enter(job)
         _be_on(host)
-        mark = f"{job.id}-{index}"
+        mark = f"{job.id}-{index}-{part.rank}"
         kill_members((), mark, 10.0, variable=ENGINE_ID)  # of an earlier life: it would hold the GPUs
         os.environ[ENGINE_ID] = mark
         self._stopping, self._over = threading.Event(), threading.Event()
 
     def serve(self) -> Cause | None:
         """Until told to stop; the cause when the engine cannot be kept up."""
-        _log_to(log_path(self._job.run_dir, "engine", self._index))
+        _log_to(log_path(self._job.run_dir, "engine", self._index, self._part.rank))
         start_log("engine", self._index)
         try:
             return self._serve()
@@ -150,11 +152,11 @@ class EngineActor:
         self._over.wait(20.0)
 
     def _serve(self) -> Cause | None:
-        logger.info("host %s, GPUs %s of the plan's", socket.gethostname(), self._gpus or "none")
+        logger.info("host %s, GPUs %s of the plan's", socket.gethostname(), self._part.gpus or "none")
         module = import_module("rlx.cluster.node_engines")
         config = load_config(str(self._job.run_dir / "config.yaml"), [])
         node = module.Node(number=self._index, address=self._host.address)
-        engines = module.NodeEngines(config, self._job.run_dir, node, {self._index: self._gpus}, incarnation=self._incarnation)
+        engines = module.NodeEngines(config, self._job.run_dir, node, {self._index: self._part}, incarnation=self._incarnation)
         try:
             while not self._stopping.wait(_LOOK_S):
                 cause: Cause | None = engines.tick()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlx.cluster.causes import Cause, where
+from rlx.cluster.causes import Cause, shown_log, where
 from rlx.cluster.environment import RankEnvironment
 from rlx.cluster.fleet import write_fleet
 from rlx.cluster.guard import Guard
@@ -34,7 +34,7 @@ from rlx.cluster.ray_cluster import Interrupted, RayCluster, Room, actor_environ
 from rlx.cluster.ray_plan import LackError, bundles_of
 from rlx.cluster.ray_watch import ActorChild, ActorSpec, HostWatch, RayEngines
 from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir
-from rlx.cluster.seating import demand_of, refuse_spanning_engines
+from rlx.cluster.seating import check_spanning, demand_of
 from rlx.cluster.seats import PlacementError, Seats, picture
 from rlx.cluster.stopping import REQUEUE_STATUS, StopRequest
 from rlx.cluster.supervisor import NoEngines, Outcome, Supervisor, now_text
@@ -65,7 +65,8 @@ def run_ray(config: Config, address: RayAddress) -> int:
         if left:
             print(f"rlx: could not end processes: {'; '.join(left)}", file=sys.stderr)
         if outcome.cause is not None:
-            print(_failure_text(outcome.cause, launch.host_of(outcome.cause)), file=sys.stderr, flush=True)
+            text = _failure_text(outcome.cause, launch.host_of(outcome.cause), launch.log_of(outcome.cause))
+            print(text, file=sys.stderr, flush=True)
             return 1
         if outcome.interrupted:
             print(f"rlx: {interrupts.name}: stopped; run folder: {run_dir}", file=sys.stderr, flush=True)
@@ -102,6 +103,11 @@ class RayLaunch:
         """Where the one to blame ran."""
         found = [child for child in self._children() if child.spec.log_path == cause.log_path]
         return found[-1].spec.host.name if found else None
+
+    def log_of(self, cause: Cause) -> str:
+        """What the one to blame wrote."""
+        found = [child for child in self._children() if child.spec.log_path == cause.log_path]
+        return found[-1].log_text() if found else ""
 
     def run(self) -> Outcome:
         """Start everything and watch until it is over."""
@@ -147,7 +153,7 @@ class RayLaunch:
         self._open.callback(lambda: self._job.stop_file.unlink(missing_ok=True))
         room = self._cluster.reserve(self._progress.say)
         self._open.callback(self._cluster.release, room)
-        refuse_spanning_engines(room.seats)
+        check_spanning(self._config, room.seats)
         hosts = self._keep_hosts(room)
         self._tell(room.seats, hosts)
         self._hosts = HostWatch(self._keepers)
@@ -194,14 +200,16 @@ class RayLaunch:
     def _start_engines(self, room: Room, hosts: Sequence[Host]) -> None:
         seats = room.seats.engines
 
-        def make(index: int, incarnation: int) -> ActorChild:
-            node = seats[index].nodes[0]
-            host = hosts[node]
+        def make(index: int, rank: int, incarnation: int) -> ActorChild:
+            node = seats[index].nodes[rank]
+            host, part = hosts[node], room.seats.parts_of(node)[index]
             place = _in_bundle(room, node, num_cpus=self._threads, max_concurrency=2)
-            handle = _actor(EngineActor, place).remote(self._job, host, index, seats[index].gpus, incarnation)
-            return self._child("engine", index, host, handle, handle.serve.remote)
+            handle = _actor(EngineActor, place).remote(self._job, host, index, part, incarnation)
+            spec = ActorSpec(role="engine", rank=index, log_path=log_path(self._run_dir, "engine", index, rank), host=host)
+            return ActorChild(spec, handle, handle.serve.remote)
 
-        self._engines = RayEngines(self._run_dir, len(seats), self._config.rollout.max_restarts, make, self._progress.say)
+        nodes_of = [len(seat.nodes) for seat in seats]
+        self._engines = RayEngines(self._run_dir, nodes_of, self._config.rollout.max_restarts, make, self._progress.say)
 
     def _start_trainers(self, room: Room, hosts: Sequence[Host]) -> None:
         assert self._cluster is not None
@@ -214,11 +222,9 @@ class RayLaunch:
         [meeting] = self._cluster.wait_for([handles[0].open_store.remote(hosts[0].address)], _START_S, "trainer rank 0")
         for rank, handle in enumerate(handles):
             call = partial(handle.run.remote, meeting)
-            self._trainers.append(self._child("trainer", rank, hosts[rank // each], handle, call))
-
-    def _child(self, role: str, rank: int, host: Host, handle: Any, call: Callable[[], Any]) -> ActorChild:
-        spec = ActorSpec(role=role, rank=rank, log_path=log_path(self._run_dir, role, rank), host=host)
-        return ActorChild(spec, handle, call)
+            log = log_path(self._run_dir, "trainer", rank)
+            spec = ActorSpec(role="trainer", rank=rank, log_path=log, host=hosts[rank // each])
+            self._trainers.append(ActorChild(spec, handle, call))
 
     @property
     def _threads(self) -> int:
@@ -282,7 +288,7 @@ def _answers(calls: Sequence[Any], limit_s: float) -> list[Any]:
     return found
 
 
-def _failure_text(cause: Cause, host: str | None) -> str:
+def _failure_text(cause: Cause, host: str | None, log: str) -> str:
     on = "" if host is None else f" on {host}"
     lines = [f"rlx: FAILED {cause.role} rank {cause.rank}{on} {where(cause.phase)}", f"rlx: cause: {cause.cause}"]
-    return "\n".join([*lines, f"rlx: logs: {cause.log_path}"])
+    return "\n".join([*shown_log(cause, log), *lines, f"rlx: logs: {cause.log_path}"])

@@ -89,56 +89,59 @@ def reason_of_death(error: RayError, host: str) -> str:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
+    """One engine: the actor that leads it and those of its further nodes."""
+
     index: int
-    child: ActorChild
+    actors: list[ActorChild]
     incarnation: int = 0
     num_said: int = 0
     old: list[ActorChild] = field(default_factory=list)
 
 
 class RayEngines:
-    """The engines' actors. Each keeps its engine's process up; one that dies itself is made anew, which counts as a
-    restart too. ``make`` starts the actor of engine i in its n-th life."""
+    """The engines' actors, ``nodes_of[i]`` of engine i. Each keeps its process up; one that dies itself is made anew, which
+    counts as a restart too. ``make(i, k, n)`` starts the actor of engine i's k-th node in the engine's n-th life."""
 
     def __init__(
         self,
         run_dir: Path,
-        num_engines: int,
+        nodes_of: Sequence[int],
         max_restarts: int,
-        make: Callable[[int, int], ActorChild],
+        make: Callable[[int, int, int], ActorChild],
         say: Callable[[str], None],
     ) -> None:
         self._run_dir, self._max_restarts, self._make, self._say = run_dir, max_restarts, make, say
-        self._slots = [_Slot(index, make(index, 0)) for index in range(num_engines)]
-        self._assembly = Assembly(run_dir, range(num_engines))
+        self._slots = [_Slot(index, [make(index, node, 0) for node in range(count)]) for index, count in enumerate(nodes_of)]
+        self._assembly = Assembly(run_dir, range(len(nodes_of)))
 
     def tick(self) -> None:
         """Replace actors that died; announce what serves."""
         for slot in self._slots:
             self._note_restarts(slot)
-            if slot.child.poll() is not None and self._may_replace(slot):
-                self._replace(slot)
+            for node, actor in enumerate(slot.actors):
+                if actor.poll() is not None and self._may_replace(slot, actor):
+                    self._replace(slot, node)
         self._assembly.tick()
 
     def children(self) -> Sequence[ActorChild]:
-        return [slot.child for slot in self._slots]
+        return [actor for slot in self._slots for actor in slot.actors]
 
     def failed(self) -> Cause | None:
         """What the first engine that could not be kept up said."""
-        causes = [slot.child.answer for slot in self._slots if isinstance(slot.child.answer, Cause)]
+        causes = [actor.answer for actor in self.children() if isinstance(actor.answer, Cause)]
         return causes[0] if causes else None
 
     def forgives(self, child: Watched) -> bool:
         """A dead actor is replaced; one that ended with a cause is told by ``failed``."""
-        slot = next((slot for slot in self._slots if slot.child is child), None)
-        return slot is None or isinstance(slot.child.answer, Cause) or self._may_replace(slot)
+        found = [(slot, actor) for slot in self._slots for actor in slot.actors if actor is child]
+        return not found or isinstance(found[0][1].answer, Cause) or self._may_replace(*found[0])
 
     def serving(self) -> bool:
         return self._assembly.is_complete
 
-    def _may_replace(self, slot: _Slot) -> bool:
+    def _may_replace(self, slot: _Slot, actor: ActorChild) -> bool:
         """Only an actor that was killed: one whose own code failed would fail again, and a lost host takes its ranks along."""
-        return slot.child.poll() == _KILLED and slot.incarnation < self._max_restarts
+        return actor.poll() == _KILLED and slot.incarnation < self._max_restarts
 
     def _note_restarts(self, slot: _Slot) -> None:
         part = part_path(self._run_dir, slot.index)
@@ -148,14 +151,19 @@ class RayEngines:
             slot.num_said = slot.incarnation
             self._say(f"engine {slot.index} serves again; restart {slot.incarnation} of {self._max_restarts}")
 
-    def _replace(self, slot: _Slot) -> None:
-        slot.incarnation += 1
-        slot.num_said = slot.incarnation
-        self._say(f"engine {slot.index}: {slot.child.why()}; restart {slot.incarnation} of {self._max_restarts}")
-        keys = run_keys(self._run_dir)
-        write_fleet(part_path(self._run_dir, slot.index), Fleet(members=(), keys=keys, num_restarts=slot.incarnation))
-        slot.old.append(slot.child)
-        slot.child = self._make(slot.index, slot.incarnation)
+    def _replace(self, slot: _Slot, node: int) -> None:
+        actor = slot.actors[node]
+        if node:
+            # The one that leads hears of the new actor that the part is gone, and counts this as a restart.
+            self._say(f"engine {slot.index}: {actor.why()}; its node {node} is made anew")
+        else:
+            slot.incarnation += 1
+            slot.num_said = slot.incarnation
+            self._say(f"engine {slot.index}: {actor.why()}; restart {slot.incarnation} of {self._max_restarts}")
+            keys = run_keys(self._run_dir)
+            write_fleet(part_path(self._run_dir, slot.index), Fleet(members=(), keys=keys, num_restarts=slot.incarnation))
+        slot.old.append(actor)
+        slot.actors[node] = self._make(slot.index, node, slot.incarnation)
 
 
 class HostWatch:

@@ -1,7 +1,7 @@
 """A node that holds engines only, in a job whose trainers torchrun starts on other nodes.
 
-It meets them at torchrun's store, starts the engines that the plan seats here and serves until rank 0 says that the run
-is over or the store is gone, which is the end of the trainers' node.
+It meets them at torchrun's store, starts what the plan seats here of engines and serves until rank 0 says that the run is
+over or the store is gone, which is the end of the trainers' node. When it fails it tells the trainers why.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
+from rlx.cluster.causes import shown_log
 from rlx.cluster.environment import RolloutNode, default_interface, rollout_node
 from rlx.cluster.node_engines import Node, NodeEngines
-from rlx.cluster.pulse import Pulse
+from rlx.cluster.pulse import LastWords, Pulse
 from rlx.cluster.seating import machines_of, seats_of
 from rlx.cluster.stopping import end_on_signals
 from rlx.cluster.torchrun import END_KEY, agreed_run, meet
@@ -30,30 +32,49 @@ def serve_node() -> int:
     config = load_config(str(run_dir / "config.yaml"), [])
     seats = seats_of(config, machines_of(config, trainer_nodes=place.trainer_nodes))
     number = place.trainer_nodes + place.number
-    gpus_of = seats.engines_of(number)
-    if not gpus_of:
+    parts = seats.parts_of(number)
+    if not parts:
         return 0
     default_interface(place.meeting.own_address())
     asked = threading.Event()
     end_on_signals(lambda signal_number: asked.set())
     pulse = Pulse(store, number, range(seats.machines.nodes), run=place.meeting.attempt, end=END_KEY)
     pulse.start()
-    engines = NodeEngines(config, run_dir, Node(number=number, address=place.meeting.own_address()), gpus_of)
+    engines: NodeEngines | None = None
+    words: LastWords | None = None
     try:
-        while not asked.is_set():
-            cause = engines.tick()
-            if cause is not None:
-                print(f"rlx: FAILED {cause.role} rank {cause.rank} on {socket.gethostname()}", file=sys.stderr)
-                print(f"rlx: cause: {cause.cause}\nrlx: logs: {cause.log_path}", file=sys.stderr, flush=True)
-                return 1
-            lost = pulse.lost(config.run.failure_timeout_s)
-            if lost is not None:
-                print(f"rlx: FAILED engines on {socket.gethostname()}\nrlx: cause: {lost}", file=sys.stderr, flush=True)
-                return 1
-            if pulse.is_over:
-                return 0
-            time.sleep(_LOOK_S)
-        return 0
+        engines = NodeEngines(config, run_dir, Node(number=number, address=place.meeting.own_address()), parts)
+        words = _serve(engines, pulse, asked, config.run.failure_timeout_s)
+    except (OSError, ValueError) as error:
+        words = _words("engines", number, f"{type(error).__name__}: {error}", None)
     finally:
-        engines.stop()
-        pulse.stop()
+        if engines is not None:
+            engines.stop()
+        pulse.stop(words)
+    if words is None:
+        return 0
+    print(f"rlx: FAILED {words.role} rank {words.rank} on {words.host}", file=sys.stderr)
+    print(f"rlx: cause: {words.cause}\nrlx: logs: {words.log or run_dir / 'logs'}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _serve(engines: NodeEngines, pulse: Pulse, asked: threading.Event, failure_timeout_s: float) -> LastWords | None:
+    """Until the run is over or someone asks this node to leave: None; or until something fails, here or elsewhere."""
+    while not asked.is_set():
+        cause = engines.tick()
+        if cause is not None:
+            print(*shown_log(cause, engines.log_of(cause)), sep="\n", file=sys.stderr)
+            return _words(cause.role, cause.rank, cause.cause, cause.log_path)
+        if pulse.last_words is not None:
+            return pulse.last_words
+        lost = pulse.lost(failure_timeout_s)
+        if lost is not None:
+            return _words("engines", lost.node, str(lost), None)
+        if pulse.is_over:
+            return None
+        time.sleep(_LOOK_S)
+    return None
+
+
+def _words(role: str, rank: int, cause: str, log: Path | None) -> LastWords:
+    return LastWords(host=socket.gethostname(), role=role, rank=rank, cause=cause, log=None if log is None else str(log))

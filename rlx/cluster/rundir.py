@@ -19,9 +19,9 @@ _SHARED_S = 60.0
 _OURS = ("metrics.jsonl", "checkpoints", "hf", "tensorboard", "logs", "config.yaml", "sync", "engines", "report.html", ENDPOINTS)
 
 
-def log_path(run_dir: Path, role: str, rank: int) -> Path:
-    """``RUN_DIR/logs/ROLE-RANK.log``."""
-    return run_dir / "logs" / f"{role}-{rank}.log"
+def log_path(run_dir: Path, role: str, rank: int, node: int = 0) -> Path:
+    """``RUN_DIR/logs/ROLE-RANK.log``; of the further nodes of an engine that has several ``ROLE-RANK-nodeNODE.log``."""
+    return run_dir / "logs" / (f"{role}-{rank}-node{node}.log" if node else f"{role}-{rank}.log")
 
 
 def check_run_dir(config: Config) -> None:

@@ -35,11 +35,15 @@ def seats_of(config: Config, machines: Machines | None = None) -> Seats:
     return plan_seats(machines or machines_of(config), demand_of(config))
 
 
-def refuse_spanning_engines(seats: Seats) -> None:
-    """PlacementError for engines that several nodes would have to start together."""
-    spanning = [index for index, seat in enumerate(seats.engines) if len(seat.nodes) > 1]
-    if spanning:
+def check_spanning(config: Config, seats: Seats) -> None:
+    """PlacementError for engines on several nodes that cannot be there."""
+    spans = [len(seat.nodes) for seat in seats.engines if len(seat.nodes) > 1]
+    if not spans:
+        return
+    what = f"rollout.tp: {config.rollout.tp} ranks make an engine span {spans[0]} nodes"
+    if config.rollout.engine != "sglang":
+        raise PlacementError(f"{what}, which only SGLang's servers do: set rollout.engine=sglang, or make rollout.tp smaller")
+    if config.transport in ("ipc", "shm"):
         raise PlacementError(
-            f"rollout.tp: engine {spanning[0]} would span {len(seats.engines[spanning[0]].nodes)} nodes, which no launcher here"
-            " starts: start such servers yourself and name them in rollout.endpoints"
+            f"{what}, and sync.transport {config.transport} joins processes of one machine: use broadcast or disk"
         )

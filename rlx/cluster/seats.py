@@ -47,6 +47,16 @@ class EngineSeat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePart:
+    """What one node holds of an engine: it is the ``rank``-th of the engine's ``num_nodes`` nodes. Rank 0 leads: it answers
+    requests and is the one to replace the engine."""
+
+    rank: int = 0
+    num_nodes: int = 1
+    gpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Seats:
     """The plan. Rank r sits on node ``r // ranks_per_node`` at GPU ``r % ranks_per_node``."""
 
@@ -55,9 +65,18 @@ class Seats:
     ranks_per_node: int
     engines: tuple[EngineSeat, ...]
 
-    def engines_of(self, node: int) -> dict[int, tuple[int, ...]]:
-        """Engine number -> GPUs, of the engines that ``node`` starts (the first of their nodes)."""
-        return {index: seat.gpus for index, seat in enumerate(self.engines) if seat.nodes[0] == node}
+    def parts_of(self, node: int) -> dict[int, EnginePart]:
+        """Engine number -> what ``node`` starts of it."""
+        return {
+            index: EnginePart(rank=seat.nodes.index(node), num_nodes=len(seat.nodes), gpus=seat.gpus)
+            for index, seat in enumerate(self.engines)
+            if node in seat.nodes
+        }
+
+    @property
+    def leading_nodes(self) -> list[int]:
+        """The nodes that lead an engine, in order."""
+        return sorted({seat.nodes[0] for seat in self.engines})
 
     @property
     def idle_gpus(self) -> int:

@@ -24,7 +24,7 @@ from typing import TextIO
 
 from torch._C._distributed_c10d import TCPStore
 
-from rlx.cluster.causes import Cause, speaks_of_lost_peer, where
+from rlx.cluster.causes import Cause, shown_log, speaks_of_lost_peer, where
 from rlx.cluster.environment import RankEnvironment, Rendezvous, default_interface, rendezvous, report_cause
 from rlx.cluster.fleet import write_fleet
 from rlx.cluster.node_engines import Assembly, Node, NodeEngines
@@ -33,7 +33,7 @@ from rlx.cluster.preflight import preflight
 from rlx.cluster.progress import Progress
 from rlx.cluster.pulse import Pulse
 from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir, wait_for_shared
-from rlx.cluster.seating import machines_of, refuse_spanning_engines, seats_of
+from rlx.cluster.seating import check_spanning, machines_of, seats_of
 from rlx.cluster.seats import Machines, PlacementError, Seats
 from rlx.cluster.stopping import end_on_signals
 from rlx.config.load import ConfigError, dump_config, load_config
@@ -119,7 +119,7 @@ def _agree(
         return agreed_run(store, meeting)
     try:
         config = preflight(_load(path, overrides, place))
-        refuse_spanning_engines(seats_of(config, _machines(config, place, meeting)))
+        check_spanning(config, seats_of(config, _machines(config, place, meeting)))
         run_dir = stack.enter_context(open_run_dir(config))
     except (ConfigError, PlacementError) as error:
         problems = list(error.problems) if isinstance(error, ConfigError) else [str(error)]
@@ -209,10 +209,10 @@ class _Duty(threading.Thread):
         node, own = self._meeting.node, self._config.starts_engines
         if self._place.rank == 0:
             self._begin_rank_0(seats if own else None)
-        gpus_of = seats.engines_of(node) if own and self._place.local_rank == 0 else {}
-        if gpus_of:
+        parts = seats.parts_of(node) if own and self._place.local_rank == 0 else {}
+        if parts:
             here = Node(number=node, address=self._meeting.own_address())
-            self._engines = NodeEngines(self._config, self._run_dir, here, gpus_of)
+            self._engines = NodeEngines(self._config, self._run_dir, here, parts)
             self._ticks.append(self._tend_engines)
         if self._place.local_rank == 0:
             self._pulse.start()
@@ -222,8 +222,7 @@ class _Duty(threading.Thread):
         if seats is None:
             write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._config.rollout))
         else:
-            nodes = [node for node in range(seats.machines.nodes) if seats.engines_of(node)]
-            self._ticks.append(Assembly(self._run_dir, nodes).tick)
+            self._ticks.append(Assembly(self._run_dir, seats.leading_nodes).tick)
         self._progress = Progress(self._run_dir, total_steps=self._config.run.steps, out=self._terminal)
         self._progress.say(f"{self._place.world_size} trainer rank(s) under torchrun; run folder: {self._run_dir}")
         self._ticks.append(self._progress.tick)
@@ -260,10 +259,10 @@ class _Duty(threading.Thread):
         self.stop()
         os._exit(128 + number)
 
-    def fail(self, cause: str, log: str, role: str = "trainer", rank: int | None = None) -> None:
+    def fail(self, cause: str, log: str, role: str = "trainer", rank: int | None = None, host: str | None = None) -> None:
         """Leave because of a failure; does not return. What only follows from another's failure is said in one line."""
         number = self._place.rank if rank is None else rank
-        host = socket.gethostname()
+        host = host or socket.gethostname()
         if role == "trainer" and speaks_of_lost_peer(cause):
             lost = self._pulse.lost(0)
             cause = cause if lost is None else f"{lost}; {cause}"
@@ -284,6 +283,9 @@ class _Duty(threading.Thread):
             )
 
     def _watch_hosts(self) -> None:
+        words = self._pulse.last_words
+        if words is not None:
+            self.fail(words.cause, words.log or str(self._run_dir / "logs"), words.role, words.rank, words.host)
         lost = self._pulse.lost(self._config.run.failure_timeout_s)
         if lost is not None:
             self.fail(str(lost), str(log_path(self._run_dir, "trainer", self._place.rank)))
@@ -291,5 +293,7 @@ class _Duty(threading.Thread):
     def _tend_engines(self) -> None:
         with self._once:
             cause: Cause | None = None if self._engines is None else self._engines.tick()
+            log = "" if self._engines is None or cause is None else self._engines.log_of(cause)
         if cause is not None:
+            print(*shown_log(cause, log), sep="\n", file=self._terminal, flush=True)
             self.fail(cause.cause, str(cause.log_path), cause.role, cause.rank)

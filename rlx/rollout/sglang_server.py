@@ -32,6 +32,10 @@ RESERVED = frozenset(
         "api_key",
         "admin_api_key",
         "config",
+        "nnodes",
+        "node_rank",
+        "dist_init_addr",
+        "nccl_init_addr",
     }
 )
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -55,9 +59,19 @@ def rotary_embedding(*arguments: object, **named: object) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A process's place in an engine of ``num_nodes`` processes, one a node, which meet at ``address`` (HOST:PORT, where
+    rank 0 listens). Only rank 0 answers requests."""
+
+    rank: int
+    num_nodes: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SGLangSite:
     """Where one server runs: its number, device, address, port and key file. ``releases``: it gives GPU memory back when
-    asked."""
+    asked. ``span`` None: the whole engine is this process."""
 
     index: int
     device: str
@@ -66,6 +80,7 @@ class SGLangSite:
     key_file: Path
     python: str
     releases: bool = False
+    span: Span | None = None
 
 
 def sglang_command(config: Config, site: SGLangSite) -> list[str]:
@@ -87,6 +102,8 @@ def sglang_command(config: Config, site: SGLangSite) -> list[str]:
         "device": site.device,
         "config": site.key_file,
     }
+    if site.span is not None:
+        fixed |= {"nnodes": site.span.num_nodes, "node_rank": site.span.rank, "dist_init_addr": site.span.address}
     # Engines that shared a seed would give the same draws to the same prompt.
     defaults = {**_DEFAULTS, "random_seed": config.run.seed * 1009 + site.index}
     if dtype != "fp32":
@@ -104,11 +121,14 @@ def sglang_command(config: Config, site: SGLangSite) -> list[str]:
 def sglang_environment(
     base: Mapping[str, str], site: SGLangSite, *, tp: int, cores: Sequence[int], modules: Path, devices: Sequence[str]
 ) -> dict[str, str]:
-    """``base`` with what a server needs: the folder ``modules`` on its path. On CPUs: cores split over the ``tp`` ranks, and
-    no NCCL, which SGLang would otherwise open. On GPUs: ``devices`` are the ones it sees."""
+    """``base`` with what a server needs: the folder ``modules`` on its path. On CPUs: cores split over those of the ``tp``
+    ranks that are here, and no NCCL, which SGLang would otherwise open. On GPUs: ``devices`` are the ones it sees."""
     # Off unless asked for, yet SGLang refuses to start when its default, port + 10000, is no port.
     env = {"SGLANG_GRPC_PORT": str(site.port), **base}
     env["PYTHONPATH"] = os.pathsep.join([str(modules), *filter(None, [env.get("PYTHONPATH")])])
+    if site.span is not None:
+        # Where this node's processes are reached; by itself SGLang asks for the route to the internet, which need not be there.
+        env["SGLANG_HOST_IP"] = site.host
     if site.device != "cpu":
         if site.releases:
             folders = [env.get("LD_LIBRARY_PATH"), *cuda_runtime_folders(site.python)]
@@ -117,7 +137,8 @@ def sglang_environment(
     env["CUDA_VISIBLE_DEVICES"] = ""
     env["SGLANG_NCCL_SO_PATH"] = "/nonexistent"
     if tp > 1:
-        shares = [cores[rank % len(cores) :: tp] for rank in range(tp)]
+        here = tp if site.span is None else tp // site.span.num_nodes  # SGLang looks its share up by the rank among all
+        shares = [cores[rank % here % len(cores) :: here] for rank in range(tp)]
         env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
     return env
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlx.cluster.processes import JOB_ID
+from rlx.cluster.rundir import log_path
 from tests.e2e.job import ROOT
 from tests.e2e.two_hosts import TwoHosts
 from tests.ports import free_port
@@ -36,7 +37,7 @@ class RayNodes:
             wait_for_nodes(self.address, 1, hosts)
             for node in nodes[1:]:
                 self.nodes.append(self._start([f"--address={self.address}"], node))
-            wait_for_nodes(self.address, len(nodes), hosts)
+                wait_for_nodes(self.address, len(self.nodes), hosts)  # two that start at once take the same socket
         except BaseException:
             self.close()
             raise
@@ -121,9 +122,9 @@ class RayRun:
                 self._jobs |= {entry for entry in environment if entry.startswith(f"{JOB_ID}=".encode())}
         return [pid for pid, environment in environments.items() if self._jobs & set(environment)]
 
-    def actor(self, role: str, rank: int) -> int:
+    def actor(self, role: str, rank: int, node: int = 0) -> int:
         """The process of an actor."""
-        log = f"{self.dir}/logs/{role}-{rank}.log"
+        log = str(log_path(self.dir, role, rank, node))
         found = [pid for pid in self.members() if _output(pid) == log and _command(pid).startswith(b"ray::")]
         assert len(found) == 1, (log, found)
         return found[0]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.job import demo_overrides, make_demo, numbers, rlx
+from tests.e2e.job import ROOT, demo_overrides, make_demo, numbers, rlx
 from tests.e2e.torchrun_job import Nodes
+
+DUMMY_SERVER = ROOT / "tests" / "unit" / "cluster" / "dummy_server.py"
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,23 @@ def test_killed_engine_ends_the_job_with_its_name(demo: Path, tmp_path: Path, no
     assert all(nodes[0].finish(200))
     last = nodes[0].out(0).splitlines()[-3:]
     assert last[0].startswith("rlx: FAILED engine rank 0 on ") and "SIGKILL" in last[1], last
+    assert not nodes[0].members()
+
+
+@pytest.mark.slow
+def test_a_node_for_engines_that_fails_is_named_by_the_trainers(demo: Path, tmp_path: Path, nodes: list[Nodes]) -> None:
+    """The engine is a stand-in that spans two nodes; its second process ends at once."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nDUMMY_SPAN="fails 1" exec {sys.executable} -u {DUMMY_SERVER} "$@"\n')
+    python.chmod(0o755)
+    layout = ["parallel.tp=1", "cluster.gpus_per_node=1", "cluster.rollout_nodes=2"]
+    engine = ["rollout.engine=sglang", "rollout.tp=2", f"rollout.python={python}"]
+    nodes.append(Nodes(tmp_path, [*demo_overrides(demo, tmp_path / "run", 2), *layout, *engine], 1, rollout_nodes=2))
+    assert all(nodes[0].finish(200)) and all(each.wait(60) for each in nodes[0].engines)
+    last = nodes[0].out(0).splitlines()[-3:]
+    assert last[0].startswith("rlx: FAILED engine rank 0 on "), last
+    assert last[1].startswith("rlx: cause: node 1 of its 2, on ") and last[1].endswith(": exited with status 1"), last
+    assert last[2] == f"rlx: logs: {tmp_path / 'run' / 'logs' / 'engine-0-node1.log'}"
     assert not nodes[0].members()
 
 

@@ -17,9 +17,12 @@ MARK = "RLX_TORCHRUN_TEST"
 
 
 class Nodes:
-    """The nodes' scripts as processes; everything they start inherits a mark in its environment."""
+    """The nodes' scripts as processes, and ``rlx.cli.engines`` of nodes for engines only; everything they start inherits a
+    mark in its environment."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], num_nodes: int, hosts: TwoHosts | None = None) -> None:
+    def __init__(
+        self, folder: Path, arguments: Sequence[str], num_nodes: int, hosts: TwoHosts | None = None, rollout_nodes: int = 0
+    ) -> None:
         self.mark, self._outs = str(folder), [folder / f"node-{number}.out" for number in range(num_nodes)]
         shared = os.environ | {
             "MASTER_ADDR": hosts.addresses[0] if hosts else "127.0.0.1",
@@ -34,6 +37,14 @@ class Nodes:
                 command = hosts.command(number, command) if hosts else command
                 env = shared | {"NODE_RANK": str(number), "NPROC_PER_NODE": "1"}
                 self.scripts.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT))
+        self.engines = []
+        self.engine_outs = [folder / f"engines-{number}.out" for number in range(rollout_nodes)]
+        for number, path in enumerate(self.engine_outs):
+            with path.open("w") as out:
+                command = [sys.executable, "-m", "rlx.cli.engines", *arguments]
+                command = hosts.command(number, command) if hosts else command
+                env = shared | {"NODE_RANK": str(number)}
+                self.engines.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT))
 
     def out(self, number: int) -> str:
         return self._outs[number].read_text()

@@ -23,9 +23,11 @@ def why_not() -> str | None:
 
 
 class TwoHosts:
-    """``names`` and ``addresses``; ``command`` puts a program on one of them; ``cut`` pulls the cable."""
+    """``names`` and ``addresses``; ``command`` puts a program on one of them; ``cut`` pulls the cable. ``own_memory``: each
+    program has a /dev/shm of its own, by which SGLang tells hosts apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, own_memory: bool = False) -> None:
+        self._own_memory = own_memory
         mark = secrets.token_hex(3)
         self.names = (f"host-a-{mark}", f"host-b-{mark}")
         self.addresses = ("10.213.7.1", "10.213.7.2")
@@ -40,8 +42,9 @@ class TwoHosts:
 
     def command(self, host: int, argv: Sequence[str]) -> list[str]:
         """The command line that runs ``argv`` on host 0 or 1, under its name."""
-        inside = ["sh", "-c", 'hostname "$0"; exec "$@"', self.names[host], *argv]
-        return ["ip", "netns", "exec", self.names[host], "unshare", "--uts", *inside]
+        mount = "mount -t tmpfs tmpfs /dev/shm; " if self._own_memory else ""
+        inside = ["sh", "-c", f'hostname "$0"; {mount}exec "$@"', self.names[host], *argv]
+        return ["ip", "netns", "exec", self.names[host], "unshare", "--uts", "--mount", *inside]
 
     def cut(self) -> None:
         _ip("-n", self.names[1], "link", "set", self._ends[1], "down")

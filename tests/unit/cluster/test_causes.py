@@ -107,4 +107,5 @@ def test_silent_exit_status_and_engine_that_left() -> None:
 
 def test_port_taken_is_found_in_a_traceback() -> None:
     assert is_port_taken(CAUSES[3] + "\n" * 60)
+    assert is_port_taken("Port is already in use. dist_init_port=40001 port_base=40002")  # SGLang's
     assert not is_port_taken("\n".join(CAUSES[:3]))

@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from rlx.cluster import pulse as module
-from rlx.cluster.pulse import Pulse
+from rlx.cluster.pulse import LastWords, Pulse
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -44,6 +44,19 @@ def test_silence_is_noticed_and_a_node_that_never_came_is_not(pair: tuple[Pulse,
     lost = first.lost(0)
     assert lost is not None and lost.node == 1 and "was lost: not heard of for" in str(lost)
     assert first.lost(30) is None
+
+
+def test_a_node_that_leaves_says_why(pair: tuple[Pulse, Pulse]) -> None:
+    first, second = pair
+    first.start()
+    second.start()
+    wait_for(lambda: first._heard)
+    words = LastWords(host="h", role="engine", rank=3, cause='it "died"', log=None)
+    second.stop(words)
+    wait_for(lambda: first.last_words is not None)
+    assert first.last_words == words
+    time.sleep(1.2)
+    assert first.lost(0) is None, "its silence needs no more words"
 
 
 def test_the_end_of_the_run_is_no_loss(pair: tuple[Pulse, Pulse]) -> None:

@@ -50,8 +50,12 @@ def test_nobody_shares_a_gpu_and_no_small_group_straddles_an_island(job: tuple[M
         if demand.engine_gpus <= island:
             assert len({gpu // island for gpu in seat.gpus}) == len(seat.nodes) == 1
         assert not where.rollout_nodes or min(seat.nodes) >= where.trainer_nodes
-    started = [index for node in range(where.nodes) for index in seats.engines_of(node)]
-    assert sorted(started) == list(range(demand.num_engines))
+    parts = [(index, part) for node in range(where.nodes) for index, part in seats.parts_of(node).items()]
+    for index, seat in enumerate(seats.engines):
+        own = [part for number, part in parts if number == index]
+        assert [part.rank for part in own] == list(range(len(seat.nodes))) and {part.num_nodes for part in own} == {len(own)}
+        assert seat.nodes[0] in seats.leading_nodes and {part.gpus for part in own} == {seat.gpus}
+    assert len(seats.engines) == demand.num_engines
 
 
 ONE = dict(nodes=1, gpus_per_node=8)
