@@ -22,7 +22,10 @@ from torch.serialization import skip_data
 from converters.extents import Extent
 from converters.items import Position
 from converters.places import GlobalTensor, Piece
+from rlx.models.hf_files import itemsize
+from rlx.models.hf_folder import torch_dtype
 
+torch.set_num_threads(1)  # the workers are the parallelism
 _LOCAL_HEADER_BYTES = 30  # of a zip archive; the lengths of name and extra field are its last two words
 
 
@@ -64,7 +67,9 @@ class StoredCheckpoint:
         self._chunks: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
-                self.tensors[key] = GlobalTensor(shape=tuple(entry.size), dtype=entry.properties.dtype)
+                self.tensors[key] = GlobalTensor(
+                    shape=tuple(entry.size), dtype=str(entry.properties.dtype).removeprefix("torch.")
+                )
                 for chunk in entry.chunks:
                     # Stacked layers are found by their first coordinate.
                     self._chunks.setdefault(key, {}).setdefault(chunk.offsets[0] if chunk.offsets else 0, []).append(chunk)
@@ -76,7 +81,7 @@ class StoredCheckpoint:
     def read(self, key: str, offset: Position, shape: Position) -> Tensor:
         """The block of ``shape`` at ``offset``. ValueError when it is not all there."""
         tensor = self.tensors[key]
-        result = torch.empty(shape, dtype=tensor.dtype)
+        result = torch.empty(shape, dtype=torch_dtype(tensor.dtype))
         filled = 0
         for first, chunks in self._chunks[key].items():
             if first >= offset[0] + shape[0]:
@@ -91,7 +96,7 @@ class StoredCheckpoint:
         """Where the bytes of a piece lie, in its order; None when they are not in one row of stretches (a tensor cut along
         another axis than the parameter's first)."""
         axis, found = piece.num_prepended, []
-        row_bytes = math.prod(piece.shape[axis + 1 :]) * self.tensors[piece.key].dtype.itemsize
+        row_bytes = math.prod(piece.shape[axis + 1 :]) * itemsize(self.tensors[piece.key].dtype)
         at, end = piece.offset[axis], piece.offset[axis] + piece.shape[axis]
         for chunk in sorted(self._chunks_of(piece), key=lambda chunk: chunk.offsets[axis]):
             first, last = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]

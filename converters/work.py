@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -31,17 +30,12 @@ def run_all[T](
     """``work(item, advance)`` for all items; ``advance`` takes bytes. The first error stops what has not begun and is raised."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     keep_freed_memory()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the workers are the parallelism
-    try:
-        with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(num_workers) as pool:
-            task = progress.add_task(title, total=total_bytes, completed=done_bytes)
-            futures = [pool.submit(work, item, lambda count: progress.advance(task, count)) for item in items]
-            try:
-                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in finished:
-                    future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-    finally:
-        torch.set_num_threads(threads)
+    with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(num_workers) as pool:
+        task = progress.add_task(title, total=total_bytes, completed=done_bytes)
+        futures = [pool.submit(work, item, lambda count: progress.advance(task, count)) for item in items]
+        try:
+            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -19,7 +19,8 @@ from rlx.models.architecture import Architecture
 from rlx.models.companions import copy_companions
 from rlx.models.families import weight_table
 from rlx.models.families.experts import layers_of
-from rlx.models.hf_folder import INDEX, SINGLE, HfFolder
+from rlx.models.hf_files import INDEX, SINGLE
+from rlx.models.hf_folder import HfFolder
 from rlx.models.row_tensors import export, load
 from rlx.models.weights import Row, Shard
 from rlx.parallel.context import ParallelContext
