@@ -77,8 +77,8 @@ def _prepare_to_hf(args: argparse.Namespace, stack: ExitStack) -> Callable[[], i
     if not args.megatron.is_dir():
         raise ValueError(f"--megatron {args.megatron}: no such folder")
     companions = find_companions(args.megatron, args.config, args.tokenizer)
-    to_hf = importlib.import_module("converters.to_hf")  # with torch, before the other process starts
     books = stack.enter_context(Books())
+    to_hf = importlib.import_module("converters.to_hf")  # while the other process begins
     options = to_hf.Options(against=args.verify_against, num_workers=args.workers, resume=args.resume)
     conversion = to_hf.ToHuggingFace(args.megatron, companions, args.out, options, books)
     proof = f"every tensor equals {args.verify_against}" if args.verify_against else None

@@ -1,19 +1,20 @@
-"""Megatron checkpoint (converted, or from a training run) to a Hugging Face folder, file by file."""
+"""Megatron checkpoint (converted, or from a training run) to a Hugging Face folder, file by file. Knows no torch."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from converters.books import Books
 from converters.differences import Difference, differences_of
 from converters.export import Exporter
-from converters.extents import put, write_all
+from converters.extents import write_all
 from converters.journal import Output, check_free, fingerprint
 from converters.places import check_agreement, places
 from converters.plan import Parameter, batched, file_bytes, parameters
@@ -132,12 +133,15 @@ class ToHuggingFace:
             stream.write(file.header)
             stream.flush()
             for parameter in file.parameters:
-                extents = self._exporter.extents(parameter)
-                for name, found in (extents or {}).items():
-                    advance(put(found, stream.fileno(), len(file.header) + file.starts[name]))
-                for name, row, block in self._exporter.blocks(parameter) if extents is None else ():
-                    start = len(file.header) + file.starts[name] + row * (block.nbytes // max(1, block.shape[0]))
-                    advance(write_all(stream.fileno(), memoryview(block.view(-1).view(torch.uint8).numpy()), start))
+                writes = self._exporter.writes(parameter)
+                for name, write in (writes or {}).items():
+                    advance(write(stream.fileno(), len(file.header) + file.starts[name]))
+                for name, start, content in self._blocks.bytes_of(parameter) if writes is None else ():
+                    advance(write_all(stream.fileno(), content, len(file.header) + file.starts[name] + start))
+
+    @cached_property
+    def _blocks(self) -> Any:
+        return importlib.import_module("converters.blocks").Blocks(self._exporter)  # only where torch is needed
 
 
 def _noted_dtypes(folder: Path) -> dict[str, str]:

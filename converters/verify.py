@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from converters.blocks import Blocks
 from converters.differences import Difference
 from converters.export import Exporter
 from converters.places import Places
@@ -36,6 +37,7 @@ def compare(
     """Re-read the checkpoint in ``folder`` and compare every tensor with ``source``, cast to the stored type."""
     stored, original = StoredCheckpoint(folder), HfFolder(source)
     exporter = Exporter(stored, arch, places, {})
+    blocks = Blocks(exporter)
     differences: list[Difference] = []
     lines: list[Line] = []
     lock = threading.Lock()
@@ -45,7 +47,7 @@ def compare(
         wrong: dict[str, str] = {}
         dtype = exporter.dtype(parameter.hf_names[0], parameter)
         try:
-            for name, start, block in exporter.blocks(parameter):
+            for name, start, block in blocks.of(parameter):
                 expected = original.read(name, 0, start, start + block.shape[0]).to(torch_dtype(dtype))
                 if not _same_bits(block, expected):
                     wrong.setdefault(name, _first_difference(block, expected, start))

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from converters import extents, places, to_hf
+from converters import export, extents, places, to_hf
 from converters.__main__ import main as convert
 from converters.books import without_compiler
 from converters.items import ItemFile, Write
@@ -61,7 +61,7 @@ def wrong_weight(key_part: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hf_disk_full(_: Any) -> Iterator[None]:
-    with mock.patch.object(to_hf, "write_all", out_of_space), mock.patch.object(to_hf, "put", out_of_space):
+    with mock.patch.object(export, "put", out_of_space), mock.patch.object(to_hf, "write_all", out_of_space):
         yield
 
 

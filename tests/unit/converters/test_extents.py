@@ -157,7 +157,7 @@ def test_megatrons_process_says_how_it_ended(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_nothing_waits_for_torch() -> None:
     """Neither what is imported nor the process's start: torch takes a second, in which weights can move."""
-    modules = "converters.__main__, converters.to_megatron, converters.estimate, sys"
+    modules = "converters.__main__, converters.to_megatron, converters.to_hf, converters.estimate, sys"
     code = f"import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
