@@ -46,17 +46,18 @@ class Exporter:
         stored = self.stored.tensors[pieces[0].key].dtype
         if any(self.dtype(name, parameter) != stored for name in parameter.hf_names):
             return None
-        parts = [self.stored.extents(piece) for piece in pieces]
-        whole = [extent for part in parts for extent in part or ()]
-        if None in parts:
-            # Only what is one tensor on both sides is cut by columns.
-            sides = self.stored.columns(pieces[0]) if len(pieces) == len(parameter.hf_names) == 1 else None
-            return None if sides is None else {parameter.hf_names[0]: partial(put_columns, sides)}
         num_rows = sum(piece.shape[piece.num_prepended] for piece in pieces)
+        rows = exported_rows(parameter, self.arch)
+        parts = [self.stored.extents(piece) for piece in pieces]
+        if None in parts:
+            is_one = len(pieces) == 1 and rows == [[(0, num_rows)]]
+            sides = self.stored.columns(pieces[0]) if is_one else None
+            return None if sides is None else {parameter.hf_names[0]: partial(put_columns, sides)}
+        whole = [extent for part in parts for extent in part or ()]
         row_bytes = sum(extent.length for extent in whole) // num_rows
         found: dict[str, Write] = {}
-        for name, rows in zip(parameter.hf_names, exported_rows(parameter, self.arch), strict=True):
-            own = [extent for first, count in rows for extent in cut(whole, first * row_bytes, count * row_bytes)]
+        for name, spans in zip(parameter.hf_names, rows, strict=True):
+            own = [extent for first, count in spans for extent in cut(whole, first * row_bytes, count * row_bytes)]
             found[name] = partial(put, own)
         return found
 
