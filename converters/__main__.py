@@ -58,8 +58,8 @@ def _prepare(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
         return _prepare_estimate(args)
     source = resolve(args.hf)
     companions = find_companions(source, args.config, args.tokenizer)
-    if args.dtype:
-        importlib.import_module("converters.casts")  # before the other process starts, so that torch is imported once
+    if args.dtype or args.verify:
+        importlib.import_module("torch")  # here before the other process starts, so that it is imported once
     books = stack.enter_context(Books())
     to_megatron = importlib.import_module("converters.to_megatron")  # while the other process begins
     options = to_megatron.Options(

@@ -226,6 +226,19 @@ def test_every_family_there_and_back(bench: Bench) -> None:
         assert_same_bits(tensors_of(bench.back(name)), tensors_of(source))
 
 
+def test_bits_that_stay_as_they_are_move_without_torch(bench: Bench, tmp_path: Path) -> None:
+    """There and back, cut by rows and by columns, the process that moves them imports no torch."""
+    there, back = str(tmp_path / "there"), str(tmp_path / "back")
+    for argv in (
+        ["hf-to-megatron", "--hf", str(bench.sources["bf16"]), "--out", there, *LAYOUT],
+        ["megatron-to-hf", "--megatron", there, "--out", back, "--verify-against", str(bench.sources["bf16"])],
+    ):
+        code = f"import sys; from converters.__main__ import main; sys.exit(main({argv!r}) or 'torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_bits(tensors_of(Path(back)), tensors_of(bench.sources["bf16"]))
+
+
 def test_verification_prints_a_manifest(bench: Bench) -> None:
     lines = bench.outcomes["there mixed"]["out"].splitlines()
     tensors = tensors_of(bench.sources["mixed"])
