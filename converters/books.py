@@ -7,15 +7,12 @@ a conversion that changes no bit does without it.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
-import importlib.util
 import logging
 import multiprocessing
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -92,7 +89,7 @@ def _keep(connection: Connection, parents: Connection) -> None:
     logging.disable(logging.WARNING)
     with suppress(BrokenPipeError):
         try:
-            _begin()
+            _hasten()
             without_compiler()
             importlib.import_module("torch").set_num_threads(1)
             describe = importlib.import_module("converters.description").write_description
@@ -109,22 +106,11 @@ def _keep(connection: Connection, parents: Connection) -> None:
             connection.send((None, traceback.format_exc()))
 
 
-def _begin() -> None:
-    """Make the imports quicker, which are the longest way through a conversion: torch's libraries load beside the largest of
-    the Python packages that it and Megatron need, nothing is collected, and an extra of no use here counts as missing."""
+def _hasten() -> None:
+    """Make the imports quicker, which are the longest way through a conversion: nothing is collected, and an extra of no use
+    here counts as missing."""
     gc.disable()
     sys.modules.setdefault("torch.utils.tensorboard", None)  # type: ignore[arg-type]
-    torch = importlib.util.find_spec("torch")
-    assert torch is not None and torch.origin is not None
-    libraries = threading.Thread(target=_load_library, args=(Path(torch.origin).parent / "lib" / "libtorch_python.so",))
-    libraries.start()
-    importlib.import_module("sympy")
-    libraries.join()
-
-
-def _load_library(path: Path) -> None:
-    with suppress(OSError):  # another system's name: torch finds its own
-        ctypes.CDLL(str(path))
 
 
 def without_compiler() -> None:
