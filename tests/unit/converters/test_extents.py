@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from converters.frames import frame
 from converters.items import ItemFile
 from converters.places import check_agreement, places
 from converters.plan import exported_rows, parameters
+from converters.work import Advance, run_all
 from rlx.models.architecture import Architecture
 from rlx.models.families import family_of
 from rlx.models.row_tensors import load
@@ -168,3 +170,15 @@ def test_a_refusal_does_not_wait_for_megatron(monkeypatch: pytest.MonkeyPatch) -
     with books.Books() as kept:
         pass
     assert time.monotonic() - start < 10 and not kept._process.is_alive()
+
+
+def test_workers_give_way_and_only_they() -> None:
+    """To the process that imports Megatron, which takes longest."""
+    own, found = os.getpriority(os.PRIO_PROCESS, 0), list[int]()
+
+    def work(item: int, advance: Advance) -> None:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        advance(1)
+
+    run_all("working", [1, 2], work, num_workers=2, total_bytes=2)
+    assert len(found) == 2 and (min(found) > own or own >= 16) and os.getpriority(os.PRIO_PROCESS, 0) == own
