@@ -1,4 +1,5 @@
-"""``python -m converters hf-to-megatron | megatron-to-hf``. A dry run starts no Megatron, which takes seconds to import."""
+"""``python -m converters hf-to-megatron | megatron-to-hf``. What takes long to import is imported where it is needed, and
+torch and Megatron beside the work."""
 
 from __future__ import annotations
 
@@ -8,23 +9,26 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
+from converters.books import Books
 from converters.cli import layout_of, parser
-from converters.estimate import estimate
 from converters.plan import DTYPES
-from converters.source import Companions, find_companions, read_config, resolve
-from converters.to_megatron import Options, ToMegatron
+from converters.source import CONVERTIBLE, Companions, find_companions, read_config, resolve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one conversion and return the exit status."""
     args = parser().parse_args(argv)
+    with ExitStack() as stack:
+        return _main(args, stack)
+
+
+def _main(args: argparse.Namespace, stack: ExitStack) -> int:
     try:
-        run = _prepare(args)
+        run = _prepare(args, stack)
     except (ValueError, FileNotFoundError) as error:
         print(f"converters: {error}", file=sys.stderr)
         return 2
@@ -45,34 +49,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _prepare(args: argparse.Namespace) -> Callable[[], int]:
+def _prepare(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {args.workers}")
     if args.command == "megatron-to-hf":
-        return _prepare_to_hf(args)
+        return _prepare_to_hf(args, stack)
     if args.dry_run:
         return _prepare_estimate(args)
     source = resolve(args.hf)
     companions = find_companions(source, args.config, args.tokenizer)
-    options = Options(
+    if args.dtype or args.verify:
+        importlib.import_module("torch")  # here before the other process starts, so that it is imported once
+    books = stack.enter_context(Books())
+    to_megatron = importlib.import_module("converters.to_megatron")  # while the other process begins
+    options = to_megatron.Options(
         layout=layout_of(args),
         dtype=DTYPES[args.dtype] if args.dtype else None,
         num_workers=args.workers,
         verify=args.verify,
         resume=args.resume,
     )
-    conversion = ToMegatron(source, companions, args.out, options)
+    conversion = to_megatron.ToMegatron(source, companions, args.out, options, books)
     return lambda: _finish(conversion, args.out, "every tensor equals the source" if args.verify else None)
 
 
-def _prepare_to_hf(args: argparse.Namespace) -> Callable[[], int]:
+def _prepare_to_hf(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
     if not args.megatron.is_dir():
         raise ValueError(f"--megatron {args.megatron}: no such folder")
     companions = find_companions(args.megatron, args.config, args.tokenizer)
-    # Reading a checkpoint takes a part of torch that is slow to import and that the way there does without.
-    conversion = importlib.import_module("converters.to_hf").ToHuggingFace(
-        args.megatron, companions, args.out, against=args.verify_against, num_workers=args.workers, resume=args.resume
-    )
+    books = stack.enter_context(Books())
+    to_hf = importlib.import_module("converters.to_hf")  # while the other process begins
+    options = to_hf.Options(against=args.verify_against, num_workers=args.workers, resume=args.resume)
+    conversion = to_hf.ToHuggingFace(args.megatron, companions, args.out, options, books)
     proof = f"every tensor equals {args.verify_against}" if args.verify_against else None
     return lambda: _finish(conversion, args.out, proof)
 
@@ -82,9 +90,10 @@ def _prepare_estimate(args: argparse.Namespace) -> Callable[[], int]:
     if not file.is_file():
         raise ValueError(f"{file} is missing; name the model's configuration with --config FILE")
     arch = Companions(folder=file.parent, config=file, tokenizer=None).architecture()
-    name = args.dtype or str(read_config(file).get("dtype") or read_config(file).get("torch_dtype") or "bfloat16")
-    dtype = DTYPES.get(name) or {"float32": torch.float32}.get(name, torch.bfloat16)
-    lines = list(estimate(arch, layout_of(args), dtype, args.out))
+    config = read_config(file)
+    own = str(config.get("dtype") or config.get("torch_dtype"))
+    dtype = DTYPES[args.dtype] if args.dtype else own if own in CONVERTIBLE else "bfloat16"
+    lines = list(importlib.import_module("converters.estimate").estimate(arch, layout_of(args), dtype, args.out))
 
     def show() -> int:
         print("\n".join(lines))

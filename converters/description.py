@@ -20,9 +20,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from converters.frames import frame
 from converters.items import Item
 from converters.places import GlobalTensor
 from converters.skeleton import Skeleton
+from rlx.models.hf_folder import torch_dtype
 
 OBJECTS_FILE = "__0_objects.distcp"
 
@@ -30,18 +32,22 @@ OBJECTS_FILE = "__0_objects.distcp"
 def write_description(
     folder: Path, tensors: Mapping[str, GlobalTensor], files: Mapping[str, Sequence[Item]], skeleton: Skeleton
 ) -> None:
-    """Write what the model stores beside tensors, ``.metadata`` and, last, ``metadata.json``."""
+    """Fill the rooms of the files, write what the model stores beside tensors, ``.metadata`` and, last, ``metadata.json``."""
     described: dict[str, Any] = {
-        key: TensorStorageMetadata(properties=TensorProperties(dtype=tensor.dtype), size=torch.Size(tensor.shape), chunks=[])
+        key: TensorStorageMetadata(
+            properties=TensorProperties(dtype=torch_dtype(tensor.dtype)), size=torch.Size(tensor.shape), chunks=[]
+        )
         for key, tensor in tensors.items()
     }
     places: dict[MetadataIndex, _StorageInfo] = {}
     for name, items in files.items():
-        for item in items:
-            chunks = described[item.key].chunks
-            offset = torch.Size(item.offset)
-            places[MetadataIndex(item.key, offset, len(chunks))] = _StorageInfo(name, item.position, item.length)
-            chunks.append(ChunkStorageMetadata(offsets=offset, sizes=torch.Size(item.shape)))
+        with (folder / name).open("r+b", buffering=0) as stream:
+            for item in items:
+                position, length = frame(stream.fileno(), item, tensors[item.key].dtype)
+                chunks = described[item.key].chunks
+                offset = torch.Size(item.offset)
+                places[MetadataIndex(item.key, offset, len(chunks))] = _StorageInfo(name, position, length)
+                chunks.append(ChunkStorageMetadata(offsets=offset, sizes=torch.Size(item.shape)))
     # Under this key Megatron looks for what is not sharded.
     common = str(ShardedObject("common_state", None, (1,), (0,)).unique_key)
     objects = {common: {"content_metadata": dict(skeleton.content_metadata)}} | dict(skeleton.objects)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from converters.source import row_blocks, same_bits, same_tensor
+from converters.source import row_blocks, same_tensor
 from converters.work import Advance, run_all
-from rlx.models.hf_folder import HfFolder
+from rlx.models.hf_files import HfFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +17,7 @@ class Difference:
     what: str
 
 
-def differences_of(found: HfFolder, expected: HfFolder, num_workers: int) -> list[Difference]:
+def differences_of(found: HfFiles, expected: HfFiles, num_workers: int) -> list[Difference]:
     """Name by name, bit by bit. A tied output matrix that ``found`` leaves to the embedding counts as there."""
     differences = [Difference(name=name, what="is not in the reference") for name in found.files if name not in expected.files]
     both = []
@@ -34,18 +34,18 @@ def differences_of(found: HfFolder, expected: HfFolder, num_workers: int) -> lis
             differences.append(Difference(name=name, what=what))
             return
         for start, stop in row_blocks(a.shape, a.num_bytes):
-            block = found.read(name, 0, start, stop)
-            if not same_bits(block, expected.read(name, 0, start, stop)):
+            block = found.read_rows(name, start, stop)
+            if block != expected.read_rows(name, start, stop):
                 differences.append(Difference(name=name, what=f"differs in rows {start} to {stop - 1}"))
                 return
-            advance(block.nbytes)
+            advance(len(block))
 
     total = sum(found.tensor(name).num_bytes for name in both)
     run_all("verifying", both, check, num_workers=num_workers, total_bytes=total)
     return sorted(differences, key=lambda difference: difference.name)
 
 
-def _is_implied(name: str, found: HfFolder, expected: HfFolder) -> bool:
+def _is_implied(name: str, found: HfFiles, expected: HfFiles) -> bool:
     if name.endswith(".rotary_emb.inv_freq"):
         return True
     embedding = "model.embed_tokens.weight"

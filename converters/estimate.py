@@ -7,20 +7,19 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from converters.plan import Layout, bytes_by_rank, file_plans
 from rlx.models.architecture import Architecture
+from rlx.models.hf_files import itemsize
 
 _SAMPLE_BYTES = 64 * 2**20
 
 
-def estimate(arch: Architecture, layout: Layout, dtype: torch.dtype, out: Path) -> Iterator[str]:
+def estimate(arch: Architecture, layout: Layout, dtype: str, out: Path) -> Iterator[str]:
     """The lines of the report. ValueError when the layout does not fit. Writes and removes a small sample beside ``out``."""
-    plans = file_plans(arch, layout, lambda parameter: dtype.itemsize)
-    per_rank = bytes_by_rank(plans, lambda parameter: dtype.itemsize)
+    plans = file_plans(arch, layout, lambda parameter: itemsize(dtype))
+    per_rank = bytes_by_rank(plans, lambda parameter: itemsize(dtype))
     files, total = Counter(plan.rank for plan in plans), sum(per_rank.values())
-    elements = total // dtype.itemsize
+    elements = total // itemsize(dtype)
     yield f"{arch.model_type}: {arch.num_layers} layers, {elements / 1e9:.2f} billion weights, {_gib(total)} as {dtype}"
     yield f"layout: tp {layout.tp}, pp {layout.pp}, ep {layout.ep}, etp {layout.etp}; {len(plans)} files"
     for rank, size in per_rank.items():

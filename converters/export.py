@@ -1,83 +1,65 @@
-"""Hugging Face tensors out of a Megatron checkpoint, one parameter at a time."""
+"""Hugging Face tensors out of a Megatron checkpoint: of which type, and where their bytes lie. Knows no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
-import torch
-from torch import Tensor
-
-from converters.extents import Extent, RowNumbers, cut, stretches, worth_copying
+from converters.extents import cut, put, put_columns
+from converters.items import Write
 from converters.places import Piece, Places
-from converters.plan import Parameter
-from converters.source import row_blocks
+from converters.plan import Parameter, exported_rows
 from converters.storage import StoredCheckpoint
 from rlx.models.architecture import Architecture
-from rlx.models.weights import Vocab
 
 
 class Exporter:
-    """Reads parameters by their pieces and turns them into Hugging Face tensors of the types in ``dtypes``."""
+    """Finds parameters by their pieces; ``dtypes`` are the tensors' own types where they differ from what is stored."""
 
-    def __init__(self, stored: StoredCheckpoint, arch: Architecture, places: Places, dtypes: Mapping[str, torch.dtype]) -> None:
-        self._stored, self._arch, self._places, self._dtypes = stored, arch, places, dtypes
-        self._numbers = RowNumbers(arch)
+    def __init__(self, stored: StoredCheckpoint, arch: Architecture, places: Places, dtypes: Mapping[str, str]) -> None:
+        self.stored, self.arch, self.places, self._dtypes = stored, arch, places, dtypes
 
     def problems(self) -> Iterator[str]:
         """What the checkpoint lacks of the model."""
         seen = set()
-        for pieces in self._places.values():
+        for pieces in self.places.values():
             for piece in pieces:
                 if piece.key in seen:
                     continue
                 seen.add(piece.key)
-                found = self._stored.tensors.get(piece.key)
+                found = self.stored.tensors.get(piece.key)
                 if found is None:
-                    yield f"{self._stored.folder} has no tensor {piece.key}, which config.json implies"
+                    yield f"{self.stored.folder} has no tensor {piece.key}, which config.json implies"
                 elif found.shape != piece.global_shape and not self._is_padded(found.shape, piece):
                     yield (
-                        f"{self._stored.folder}: {piece.key} has shape {list(found.shape)},"
+                        f"{self.stored.folder}: {piece.key} has shape {list(found.shape)},"
                         f" config.json implies {list(piece.global_shape)}"
                     )
 
-    def dtype(self, name: str, parameter: Parameter) -> torch.dtype:
+    def dtype(self, name: str, parameter: Parameter) -> str:
         """The type of an exported tensor: what was noted, or else what is stored."""
-        return self._dtypes.get(name) or self._stored.tensors[self._places[parameter.hf_names][0].key].dtype
+        return self._dtypes.get(name) or self.stored.tensors[self.places[parameter.hf_names][0].key].dtype
 
-    def extents(self, parameter: Parameter) -> dict[str, list[Extent]] | None:
-        """Where the bytes of the parameter's tensors lie, by name; None when they are quicker read as ``blocks``, or only
-        come about in memory."""
-        pieces, parts = self._places[parameter.hf_names], []
-        stored = self._stored.tensors[pieces[0].key].dtype
+    def writes(self, parameter: Parameter) -> dict[str, Write] | None:
+        """What writes each of the parameter's tensors; None when they only come about in memory."""
+        pieces = self.places[parameter.hf_names]
+        stored = self.stored.tensors[pieces[0].key].dtype
         if any(self.dtype(name, parameter) != stored for name in parameter.hf_names):
             return None
-        for piece in pieces:
-            part = self._stored.extents(piece)
-            if part is None:
-                return None
-            parts += part
         num_rows = sum(piece.shape[piece.num_prepended] for piece in pieces)
-        row_bytes = sum(extent.length for extent in parts) // num_rows
-        found = {}
-        for name, numbers in zip(parameter.hf_names, self._numbers.exported(parameter, num_rows), strict=True):
-            runs = [(first * row_bytes, count * row_bytes) for first, count in stretches(numbers)]
-            found[name] = [extent for start, length in runs for extent in cut(parts, start, length)]
-        return found if worth_copying([extent for extents in found.values() for extent in extents]) else None
-
-    def blocks(self, parameter: Parameter) -> Iterator[tuple[str, int, Tensor]]:
-        """(name, first row, rows) of the parameter's tensors: large vocabularies block by block, the others whole."""
-        pieces = self._places[parameter.hf_names]
-        if isinstance(parameter.row, Vocab):
-            name, shape = parameter.hf_names[0], parameter.hf_shapes[0]
-            for start, stop in row_blocks(shape, parameter.num_elements * 4):
-                block = self._stored.read(pieces[0].key, (start, 0), (stop - start, shape[1]))
-                yield name, start, block.to(self.dtype(name, parameter))
-            return
-        halves = [self._stored.read(piece.key, piece.offset, piece.shape) for piece in pieces]
-        plain = [half.reshape(half.shape[piece.num_prepended :]) for half, piece in zip(halves, pieces, strict=True)]
-        whole = plain[0] if len(plain) == 1 else torch.cat(plain)
-        for name, tensor in zip(parameter.hf_names, parameter.row.export([whole], self._arch), strict=True):
-            yield name, 0, tensor.to(self.dtype(name, parameter)).contiguous()
+        rows = exported_rows(parameter, self.arch)
+        parts = [self.stored.extents(piece) for piece in pieces]
+        if None in parts:
+            is_one = len(pieces) == 1 and rows == [[(0, num_rows)]]
+            sides = self.stored.columns(pieces[0]) if is_one else None
+            return None if sides is None else {parameter.hf_names[0]: partial(put_columns, sides)}
+        whole = [extent for part in parts for extent in part or ()]
+        row_bytes = sum(extent.length for extent in whole) // num_rows
+        found: dict[str, Write] = {}
+        for name, spans in zip(parameter.hf_names, rows, strict=True):
+            own = [extent for first, count in spans for extent in cut(whole, first * row_bytes, count * row_bytes)]
+            found[name] = partial(put, own)
+        return found
 
     def _is_padded(self, shape: tuple[int, ...], piece: Piece) -> bool:
         """A vocabulary as a training run leaves it, padded for its layout."""

@@ -1,5 +1,5 @@
-"""Moves that change no bit: which stretches of which files make up a block, found out by giving the tables row numbers for
-weights; and copying them inside the kernel, where the bytes need not pass through this process."""
+"""Moves that change no bit: stretches of files end to end, copied inside the kernel, where the bytes need not pass through this
+process, or gathered in memory where they are short; and columns, side by side. Knows no torch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
-import torch
-from torch import Tensor
-
-from converters.plan import Parameter
-from rlx.models.architecture import Architecture
-from rlx.models.weights import Shard
+import numpy as np
 
 MIN_EXTENT_BYTES = 16 * 2**10
 """Shorter stretches, on average, are quicker to gather in memory."""
 
 _COPY_BYTES = 16 * 2**20  # between two looks of the interpreter at signals
-_BLOCK_BYTES = 2**20
+_BLOCK_BYTES = 2**20  # fits the processor's cache
+_SHORT_BYTES = 64 * 2**10
+_MAX_WASTE = 4  # how many times the bytes of columns may be read
 _NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -33,55 +29,16 @@ class Extent:
     length: int
 
 
-class _NotRows(Exception):
-    """A slice that is not made of whole rows."""
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Of each of ``count`` rows of an open file, ``step`` bytes apart, the same ``length`` bytes; the first ones from
+    ``position``."""
 
-
-class RowNumbers:
-    """What a row of a table does to the rows of its tensors. Numbers count from 0 through all tensors of one side, with one
-    left out after each tensor, so that neighbours in number are neighbours in a file."""
-
-    def __init__(self, arch: Architecture) -> None:
-        self._arch = arch
-        self._known: dict[tuple[object, Shard], Tensor | None] = {}
-
-    def loaded(self, parameter: Parameter, shard: Shard) -> Tensor | None:
-        """For each row of the Megatron slice [rows, 1, ...] the number of its Hugging Face row; None if it is not made of
-        whole rows. Padding rows, which come last, have number 0."""
-        key = (parameter.row, shard)
-        if key not in self._known:
-            self._known[key] = self._load(parameter, shard)
-        return self._known[key]
-
-    def exported(self, parameter: Parameter, num_rows: int) -> Sequence[Tensor]:
-        """For each row of each Hugging Face tensor the number of its Megatron row, of ``num_rows``."""
-        ones = [1] * (len(parameter.hf_shapes[0]) - 1)
-        return parameter.row.export([torch.arange(num_rows).view(-1, *ones)], self._arch)
-
-    def _load(self, parameter: Parameter, shard: Shard) -> Tensor | None:
-        firsts = dict(zip(parameter.hf_names, accumulate((s[0] + 1 for s in parameter.hf_shapes), initial=0), strict=False))
-        shapes = dict(zip(parameter.hf_names, parameter.hf_shapes, strict=True))
-
-        def read(name: str, dim: int, start: int, stop: int) -> Tensor:
-            shape = shapes[name]
-            if dim:
-                if (start, stop) != (0, shape[dim]):
-                    raise _NotRows
-                start, stop = 0, shape[0]
-            return torch.arange(firsts[name] + start, firsts[name] + stop).view(-1, *[1] * (len(shape) - 1))
-
-        try:
-            return parameter.row.load(read, parameter.hf_names, shard, self._arch)
-        except _NotRows:
-            return None
-
-
-def stretches(numbers: Tensor) -> Iterator[tuple[int, int]]:
-    """(first, count) of the runs of consecutive numbers, in order."""
-    flat = numbers.reshape(-1)
-    borders = (torch.nonzero(flat[1:] - flat[:-1] != 1).reshape(-1) + 1).tolist()
-    for start, stop in zip([0, *borders], [*borders, flat.numel()], strict=True):
-        yield int(flat[start]), stop - start
+    descriptor: int
+    position: int
+    length: int
+    step: int
+    count: int
 
 
 def cut(extents: Iterable[Extent], start: int, length: int) -> Iterator[Extent]:
@@ -93,13 +50,14 @@ def cut(extents: Iterable[Extent], start: int, length: int) -> Iterator[Extent]:
         start -= extent.length
 
 
-def worth_copying(extents: Sequence[Extent]) -> bool:
-    """Whether copying in the kernel is quicker than gathering in memory."""
-    return sum(extent.length for extent in extents) >= MIN_EXTENT_BYTES * len(extents)
+def put(extents: Sequence[Extent], descriptor: int, position: int) -> int:
+    """Write them end to end from ``position`` on; their bytes. ValueError when a file ends before its extent does."""
+    is_long = sum(extent.length for extent in extents) >= MIN_EXTENT_BYTES * len(extents)
+    return (copy if is_long else gather)(extents, descriptor, position)
 
 
 def copy(extents: Iterable[Extent], descriptor: int, position: int) -> int:
-    """Write them end to end from ``position`` on; their bytes. ValueError when a file ends before its extent does."""
+    """``put`` inside the kernel."""
     begin = position
     for extent in extents:
         done = 0
@@ -107,11 +65,60 @@ def copy(extents: Iterable[Extent], descriptor: int, position: int) -> int:
             count = min(_COPY_BYTES, extent.length - done)
             moved = _move(extent.descriptor, extent.position + done, descriptor, position, count)
             if not moved:
-                name = os.readlink(f"/proc/self/fd/{extent.descriptor}")
-                raise ValueError(f"{name} ended at byte {extent.position + done} while it was read")
+                raise _cut_short(extent.descriptor, extent.position + done)
             done += moved
             position += moved
     return position - begin
+
+
+def gather(extents: Sequence[Extent], descriptor: int, position: int) -> int:
+    """``put`` through memory."""
+    begin, filled = position, 0
+    buffer = memoryview(bytearray(min(_BLOCK_BYTES, sum(extent.length for extent in extents))))
+    for extent in extents:
+        done = 0
+        while done < extent.length:
+            count = min(len(buffer) - filled, extent.length - done)
+            _fill(extent.descriptor, buffer[filled : filled + count], extent.position + done)
+            done, filled = done + count, filled + count
+            if filled == len(buffer):
+                position += write_all(descriptor, buffer, position)
+                filled = 0
+    return position + write_all(descriptor, buffer[:filled], position) - begin
+
+
+def put_columns(sides: Sequence[Columns], descriptor: int, position: int) -> int:
+    """Write rows that consist of the same row of every side, one beside the other, from ``position`` on; their bytes."""
+    begin, count, width = position, sides[0].count, sum(side.length for side in sides)
+    rows = max(1, _BLOCK_BYTES // max(width, *(side.step for side in sides)))
+    for first in range(0, count, rows):
+        block = np.empty((min(rows, count - first), width), np.uint8)
+        left = 0
+        for side in sides:
+            _read_columns(side, first, block[:, left : left + side.length])
+            left += side.length
+        position += write_all(descriptor, memoryview(block).cast("B"), position)
+    return position - begin
+
+
+def _read_columns(side: Columns, first: int, target: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:
+    """The rows from ``first`` on. Short pieces of rows are cut out of whole rows: a call each takes longer."""
+    begin, rows = side.position + first * side.step, len(target)
+    if side.length < _SHORT_BYTES and side.step <= side.length * _MAX_WASTE:
+        raw = np.empty(rows * side.step, np.uint8)
+        _fill(side.descriptor, memoryview(raw)[: (rows - 1) * side.step + side.length], begin)
+        target[:] = raw.reshape(rows, side.step)[:, : side.length]
+        return
+    for row in range(rows):
+        _fill(side.descriptor, memoryview(target[row]), begin + row * side.step)
+
+
+def write_all(descriptor: int, data: memoryview, position: int) -> int:
+    """Write everything; its bytes."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], position + done)
+    return done
 
 
 def _move(source: int, start: int, target: int, position: int, count: int) -> int:
@@ -127,9 +134,15 @@ def _move(source: int, start: int, target: int, position: int, count: int) -> in
     return write_all(target, memoryview(os.pread(source, min(count, _BLOCK_BYTES), start)), position)
 
 
-def write_all(descriptor: int, data: memoryview, position: int) -> int:
-    """Write everything; its bytes."""
+def _fill(descriptor: int, buffer: memoryview, position: int) -> None:
     done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)
-    return done
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], position + done)
+        if not count:
+            raise _cut_short(descriptor, position + done)
+        done += count
+
+
+def _cut_short(descriptor: int, position: int) -> ValueError:
+    name = os.readlink(f"/proc/self/fd/{descriptor}")
+    return ValueError(f"{name} ended at byte {position} while it was read")

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from converters.plan import Cutter, Parameter, num_experts, parameters
 from rlx.models.architecture import Architecture
 from rlx.models.weights import Gated, Row, Shard, Stacked
 
+_MAX_SHOWN = 20
 # Norms that Megatron keeps inside the linear layer that follows them; the layers of latent attention keep them apart.
 _FUSED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -35,10 +34,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalTensor:
-    """Shape and type of a stored tensor."""
+    """Shape of a stored tensor, and torch's name of its type."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
 
 
 Places = Mapping[tuple[str, ...], tuple[Piece, ...]]
@@ -92,11 +91,17 @@ def _is_gated(row: Row) -> bool:
     return isinstance(row.inner if isinstance(row, Stacked) else row, Gated)
 
 
-def disagreements(ours: Places, theirs: Places) -> Iterator[str]:
-    """How the rule's places differ from Megatron's own, by tensor."""
-    for names in sorted(ours.keys() | theirs.keys()):
-        if ours.get(names) != theirs.get(names):
-            yield f"{' + '.join(names)}: the rule says {_words(ours.get(names))}, Megatron says {_words(theirs.get(names))}"
+def check_agreement(ours: Places, theirs: Places) -> None:
+    """ValueError names the parameters that Megatron stores elsewhere than the rule says."""
+    differing = [
+        f"{' + '.join(names)}: the rule says {_words(ours.get(names))}, Megatron says {_words(theirs.get(names))}"
+        for names in sorted(ours.keys() | theirs.keys())
+        if ours.get(names) != theirs.get(names)
+    ]
+    if differing:
+        more = f"\n  and {len(differing) - _MAX_SHOWN} more" if len(differing) > _MAX_SHOWN else ""
+        shown = "\n  ".join(differing[:_MAX_SHOWN])
+        raise ValueError(f"this Megatron stores parameters elsewhere than the converter's rule says:\n  {shown}{more}")
 
 
 def _words(pieces: tuple[Piece, ...] | None) -> str:

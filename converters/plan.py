@@ -1,4 +1,5 @@
-"""What a conversion moves and how it is cut into files: computed from the configuration alone. Knows no Megatron."""
+"""What a conversion moves and how it is cut into files: computed from the configuration alone. Knows no Megatron
+and no torch."""
 
 from __future__ import annotations
 
@@ -7,19 +8,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from rlx.models.architecture import Architecture
 from rlx.models.families import weight_table
 from rlx.models.families.experts import layers_of
 from rlx.models.pipeline import layers_per_chunk
 from rlx.models.weights import QKV, Row, Shard, Vocab
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 PART_BYTES = 16 * 2**20
-"""A parameter is moved in parts of about this size where its row can be split so far; memory is bounded by it. Small enough
-for the allocator to hand the same pages out again, which touching fresh ones would make twice as slow."""
+"""A parameter is moved in parts of about this size where its row can be split so far; memory is bounded by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +122,20 @@ def layout_problems(arch: Architecture, layout: Layout) -> Iterator[str]:
         yield f"--ep {layout.ep} does not divide the {experts} experts of config.json"
 
 
+def exported_rows(parameter: Parameter, arch: Architecture) -> list[list[tuple[int, int]]]:
+    """For each Hugging Face tensor the rows of the whole Megatron parameter, (first, count) in order, that make it up."""
+    found: list[list[tuple[int, int, int]]] = [[] for _ in parameter.hf_names]
+    at = 0
+    for run in parameter.row.runs(Shard(rank=0, size=1), arch):
+        # Of a parameter that is whole, columns are whole too.
+        count = run.stop - run.start if run.dim == 0 else parameter.hf_shapes[0][0]
+        found[run.tensor].append((run.start, at, count))
+        at += count
+    return [[(first, count) for _, first, count in sorted(rows)] for rows in found]
+
+
 class Cutter:
-    """Finds out along which axis and how finely each row can be split, with tensors of one column, or one row. (Tensors of the
-    meta device would do, but joining them imports the compiler.)"""
+    """Finds out along which axis and how finely each row can be split."""
 
     def __init__(self, arch: Architecture) -> None:
         self._arch = arch
@@ -142,16 +150,12 @@ class Cutter:
 
     def shape(self, parameter: Parameter, shard: Shard) -> tuple[int, ...]:
         """Shape of a slice of the Megatron parameter."""
-        axes: set[int] = set()
-
-        def read(name: str, dim: int, start: int, stop: int) -> Tensor:
-            axes.add(dim)
-            return torch.empty([stop - start if axis == dim else 1 for axis in range(num_axes)])
-
-        num_axes = len(parameter.hf_shapes[0])
-        found = parameter.row.load(read, parameter.hf_names, shard, self._arch).shape
-        assert len(axes) == 1, f"{parameter.name} is cut along several axes"
-        return tuple(found[axis] if axis in axes else extent for axis, extent in enumerate(parameter.hf_shapes[0]))
+        whole, runs = parameter.hf_shapes[0], parameter.row.runs(shard, self._arch)
+        dim = runs[0].dim
+        extent = sum(run.stop - run.start for run in runs)
+        if isinstance(parameter.row, Vocab):
+            extent = parameter.row.num_rows(shard, self._arch)
+        return (*whole[:dim], extent, *whole[dim + 1 :])
 
     def _probe(self, parameter: Parameter, size: int) -> int | None:
         if size == 1:
@@ -159,7 +163,7 @@ class Cutter:
         whole = self.shape(parameter, Shard(rank=0, size=1))
         try:
             part = self.shape(parameter, Shard(rank=0, size=size))
-        except (AssertionError, ValueError, RuntimeError):
+        except AssertionError:
             return None
         differing = [axis for axis, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b]
         if len(differing) != 1:

@@ -10,17 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from converters.plan import Parameter
 from rlx.models.architecture import Architecture, ConfigJson
 from rlx.models.companions import copy_companions
 from rlx.models.families import family_of
-from rlx.models.hf_folder import HfFolder
+from rlx.models.hf_files import HfFiles
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 NO_TOKENIZER = "none"
+CONVERTIBLE = ("float32", "bfloat16", "float16")  # by torch's names
 # Recomputed from the configuration by every reader.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq$")
 
@@ -89,7 +88,7 @@ def read_config(file: Path) -> ConfigJson:
     return content
 
 
-def check_tensors(source: HfFolder, wanted: list[Parameter], arch: Architecture) -> list[str]:
+def check_tensors(source: HfFiles, wanted: list[Parameter], arch: Architecture) -> list[str]:
     """Compare the folder's tensors with what the configuration implies; the names that are rightly left out.
 
     Reads every file's header. ValueError lists missing, misshapen, unconvertible and unknown tensors.
@@ -104,8 +103,8 @@ def check_tensors(source: HfFolder, wanted: list[Parameter], arch: Architecture)
             continue
         if stored.shape != expected[name]:
             problems.append(f"{file}: {name} has shape {list(stored.shape)}, config.json implies {list(expected[name])}")
-        if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            problems.append(f"{file}: {name} has dtype {stored.dtype}; convertible: float32, bfloat16, float16")
+        if stored.dtype not in CONVERTIBLE:
+            problems.append(f"{file}: {name} has dtype {stored.dtype}; convertible: {', '.join(CONVERTIBLE)}")
     left_out = list(_left_out(source, expected, arch))
     unknown = sorted(set(present) - expected.keys() - set(left_out))
     problems += [f"{source.path / present[name]}: {name} is unknown to {arch.model_type}" for name in unknown]
@@ -115,7 +114,7 @@ def check_tensors(source: HfFolder, wanted: list[Parameter], arch: Architecture)
     return left_out
 
 
-def _left_out(source: HfFolder, expected: dict[str, tuple[int, ...]], arch: Architecture) -> Iterator[str]:
+def _left_out(source: HfFiles, expected: dict[str, tuple[int, ...]], arch: Architecture) -> Iterator[str]:
     for name in source.files:
         if name in expected:
             continue
@@ -130,22 +129,16 @@ def _left_out(source: HfFolder, expected: dict[str, tuple[int, ...]], arch: Arch
             yield name
 
 
-def same_tensor(a: HfFolder, name_a: str, b: HfFolder, name_b: str) -> bool:
+def same_tensor(a: HfFiles, name_a: str, b: HfFiles, name_b: str) -> bool:
     """Whether two stored tensors are the same bits, compared block by block."""
     stored = a.tensor(name_a)
     if (stored.shape, stored.dtype) != (b.tensor(name_b).shape, b.tensor(name_b).dtype):
         return False
-    return all(same_bits(a.read(name_a, 0, i, j), b.read(name_b, 0, i, j)) for i, j in row_blocks(stored.shape, stored.num_bytes))
+    blocks = row_blocks(stored.shape, stored.num_bytes)
+    return all(a.read_rows(name_a, start, stop) == b.read_rows(name_b, start, stop) for start, stop in blocks)
 
 
 def row_blocks(shape: tuple[int, ...], num_bytes: int, limit: int = 32 * 2**20) -> Iterator[tuple[int, int]]:
     """Ranges of rows of at most about ``limit`` bytes."""
     step = max(1, shape[0] * limit // max(num_bytes, 1))
     yield from ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equality that tells -0 from 0 and a NaN from none, and takes equal NaNs for equal."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))

@@ -1,4 +1,4 @@
-"""Reads blocks of tensors out of torch_dist checkpoints, or tells where in which file they lie."""
+"""Where in which file of a torch_dist checkpoint the blocks of tensors lie. Knows no torch, which takes a second to import."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ import pickle
 import sys
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.serialization import skip_data
-
-from converters.extents import Extent
+from converters.extents import Columns, Extent
 from converters.items import Position
+from converters.pickles import Plain, read_plainly
 from converters.places import GlobalTensor, Piece
+from rlx.models.hf_files import itemsize
 
 _LOCAL_HEADER_BYTES = 30  # of a zip archive; the lengths of name and extra field are its last two words
+_STORAGES = {"BFloat16Storage": "bfloat16", "FloatStorage": "float32", "HalfStorage": "float16"}
 
 
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A part of a file as a file of its own."""
 
     def __init__(self, descriptor: int, start: int, length: int) -> None:
@@ -52,148 +50,170 @@ class _Window(io.RawIOBase):
         return count
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A stored block of the tensor ``key``: a torch-saved tensor of ``length`` bytes in ``file``, from ``position``."""
+
+    key: str
+    offset: Position
+    shape: Position
+    file: str
+    position: int
+    length: int
+
+
 class StoredCheckpoint:
-    """Reads blocks of tensors out of a torch_dist folder, whoever wrote it. Safe to share by threads; close it after use."""
+    """The blocks of a torch_dist folder, whoever wrote it. Safe to share by threads; close it after use."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / ".metadata").is_file():
             raise ValueError(f"{folder} is not a Megatron checkpoint: .metadata is missing")
-        metadata = FileSystemReader(str(folder)).read_metadata()
         self.tensors: dict[str, GlobalTensor] = {}
-        self._chunks: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
-        for key, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
-                self.tensors[key] = GlobalTensor(shape=tuple(entry.size), dtype=entry.properties.dtype)
-                for chunk in entry.chunks:
-                    # Stacked layers are found by their first coordinate.
-                    self._chunks.setdefault(key, {}).setdefault(chunk.offsets[0] if chunk.offsets else 0, []).append(chunk)
-        self._places: Mapping[MetadataIndex, Any] = metadata.storage_data
+        self._chunks: dict[str, dict[int, list[Chunk]]] = {}
+        try:
+            self._read_metadata()
+        except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / '.metadata'} cannot be read: {error!r}") from error
         self._descriptors: dict[str, int] = {}
-        self._starts: dict[tuple[str, Position], int | None] = {}
+        self._starts: dict[Chunk, int | None] = {}
         self._lock = threading.Lock()
 
-    def read(self, key: str, offset: Position, shape: Position) -> Tensor:
-        """The block of ``shape`` at ``offset``. ValueError when it is not all there."""
-        tensor = self.tensors[key]
-        result = torch.empty(shape, dtype=tensor.dtype)
-        filled = 0
-        for first, chunks in self._chunks[key].items():
-            if first >= offset[0] + shape[0]:
-                continue
-            for chunk in chunks:
-                filled += self._copy(key, chunk, offset, result)
-        if filled != math.prod(shape):
-            raise ValueError(f"{self.folder}: {key} is not whole at {list(offset)}: {filled} of {math.prod(shape)} elements")
-        return result
+    def chunks(self, key: str, offset: Position, shape: Position) -> list[Chunk]:
+        """The chunks that have a part of the block."""
+        chunks = self._chunks.get(key, {})
+        # Stacked layers, one a chunk, are found by their first coordinate.
+        is_layer = shape[0] == 1 and offset[0] in chunks
+        near = chunks[offset[0]] if is_layer else [chunk for several in chunks.values() for chunk in several]
+        return [
+            chunk
+            for chunk in near
+            if all(max(a, b) < min(a + n, b + m) for a, n, b, m in zip(offset, shape, chunk.offset, chunk.shape, strict=True))
+        ]
+
+    def window(self, chunk: Chunk) -> Window:
+        """The torch-saved tensor."""
+        return Window(self._descriptor(chunk), chunk.position, chunk.length)
 
     def extents(self, piece: Piece) -> list[Extent] | None:
         """Where the bytes of a piece lie, in its order; None when they are not in one row of stretches (a tensor cut along
         another axis than the parameter's first)."""
         axis, found = piece.num_prepended, []
-        row_bytes = math.prod(piece.shape[axis + 1 :]) * self.tensors[piece.key].dtype.itemsize
+        row_bytes = math.prod(piece.shape[axis + 1 :]) * itemsize(self.tensors[piece.key].dtype)
         at, end = piece.offset[axis], piece.offset[axis] + piece.shape[axis]
-        for chunk in sorted(self._chunks_of(piece), key=lambda chunk: chunk.offsets[axis]):
-            first, last = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
-            start = self._start(piece.key, chunk)
-            if first > at or start is None or not _spans(chunk, piece):
+        for chunk, start in self._plain_chunks(piece, axis):
+            first, last = chunk.offset[axis], chunk.offset[axis] + chunk.shape[axis]
+            if first > at or start is None or not _spans(chunk, piece, axis):
                 return None
-            descriptor = self._descriptor(self.folder / self._place(piece.key, chunk).relative_path, piece.key)
             stop = min(last, end)
-            found.append(Extent(descriptor, start + (at - first) * row_bytes, (stop - at) * row_bytes))
+            found.append(Extent(self._descriptor(chunk), start + (at - first) * row_bytes, (stop - at) * row_bytes))
             at = stop
         return found if at == end else None
+
+    def columns(self, piece: Piece) -> list[Columns] | None:
+        """The same for a piece that is cut along its second axis, with all rows in each chunk."""
+        axis, found = piece.num_prepended + 1, []
+        if axis != len(piece.shape) - 1:
+            return None
+        item_bytes = itemsize(self.tensors[piece.key].dtype)
+        at = piece.offset[axis]
+        for chunk, start in self._plain_chunks(piece, axis):
+            if chunk.offset[axis] != at or start is None or not _spans(chunk, piece, axis):
+                return None
+            width = chunk.shape[axis] * item_bytes
+            found.append(Columns(self._descriptor(chunk), start, width, width, chunk.shape[axis - 1]))
+            at += chunk.shape[axis]
+        return found if at == piece.offset[axis] + piece.shape[axis] else None
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
 
-    def _copy(self, key: str, chunk: ChunkStorageMetadata, offset: Position, result: Tensor) -> int:
-        begins = [max(a, b) for a, b in zip(offset, chunk.offsets, strict=True)]
-        ends = [min(a + n, b + m) for a, n, b, m in zip(offset, result.shape, chunk.offsets, chunk.sizes, strict=True)]
-        if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
-            return 0
-        stored = self._load(key, chunk)
-        source = tuple(slice(b - o, e - o) for b, e, o in zip(begins, ends, chunk.offsets, strict=True))
-        target = tuple(slice(b - o, e - o) for b, e, o in zip(begins, ends, offset, strict=True))
-        result[target] = stored[source]
-        return math.prod(end - begin for begin, end in zip(begins, ends, strict=True))
+    def _read_metadata(self) -> None:
+        with (self.folder / ".metadata").open("rb") as stream:
+            metadata = read_plainly(stream)
+        shapes: dict[tuple[str, Position], Position] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if hasattr(entry, "chunks"):
+                self.tensors[key] = GlobalTensor(shape=entry.size, dtype=entry.properties.args[0].__name__)
+                shapes |= {(key, chunk.offsets): chunk.sizes for chunk in entry.chunks}
+        for index, place in metadata.storage_data.items():
+            if index.fqn in self.tensors:
+                chunk = Chunk(
+                    key=index.fqn,
+                    offset=index.offset,
+                    shape=shapes[index.fqn, index.offset],
+                    file=place.relative_path,
+                    position=place.offset,
+                    length=place.length,
+                )
+                self._chunks.setdefault(chunk.key, {}).setdefault(chunk.offset[0] if chunk.offset else 0, []).append(chunk)
 
-    def _descriptor(self, path: Path, key: str) -> int:
+    def _plain_chunks(self, piece: Piece, axis: int) -> Iterator[tuple[Chunk, int | None]]:
+        found = self.chunks(piece.key, piece.offset, piece.shape)
+        for chunk in sorted(found, key=lambda chunk: chunk.offset[axis]):
+            yield chunk, self._start(chunk)
+
+    def _descriptor(self, chunk: Chunk) -> int:
         with self._lock:
-            if path.name not in self._descriptors:
+            if chunk.file not in self._descriptors:
+                path = self.folder / chunk.file
                 if not path.is_file():
-                    raise ValueError(f"{path} is missing; it holds a part of {key}")
-                self._descriptors[path.name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[path.name]
+                    raise ValueError(f"{path} is missing; it holds a part of {chunk.key}")
+                self._descriptors[chunk.file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[chunk.file]
 
-    def _chunks_of(self, piece: Piece) -> list[ChunkStorageMetadata]:
-        """The chunks that have a part of the piece."""
-        chunks = self._chunks.get(piece.key, {})
-        near = chunks.get(piece.offset[0], []) if piece.num_prepended else [c for several in chunks.values() for c in several]
-        return [
-            chunk
-            for chunk in near
-            if all(
-                max(a, b) < min(a + n, b + m)
-                for a, n, b, m in zip(piece.offset, piece.shape, chunk.offsets, chunk.sizes, strict=True)
-            )
-        ]
-
-    def _place(self, key: str, chunk: ChunkStorageMetadata) -> Any:
-        return self._places[MetadataIndex(key, chunk.offsets)]
-
-    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._place(key, chunk)
-        path = self.folder / place.relative_path
-        window: Any = _Window(self._descriptor(path, key), place.offset, place.length)
-        try:
-            tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is broken at byte {place.offset}, in {key}: {error}") from error
-        if tensor.shape != chunk.sizes:
-            raise ValueError(f"{path}: a part of {key} has shape {tuple(tensor.shape)}, expected {tuple(chunk.sizes)}")
-        return tensor
-
-    def _start(self, key: str, chunk: ChunkStorageMetadata) -> int | None:
-        """The first byte of a chunk in its file; None when its data are not simply there, row after row."""
-        known = (key, tuple(chunk.offsets))
-        if known not in self._starts:
-            place = self._place(key, chunk)
-            window = _Window(self._descriptor(self.folder / place.relative_path, key), place.offset, place.length)
+    def _start(self, chunk: Chunk) -> int | None:
+        """The first byte of a chunk's data in its file; None when they are not simply there, row after row. Loading the chunk
+        says what is wrong."""
+        if chunk not in self._starts:
             try:
-                inside = _start_of_data(window)
-            except (zipfile.BadZipFile, OSError):
-                inside = None  # reading it says what is wrong
-            with skip_data():
-                plain = self._load(key, chunk) if inside else None
-            simple = plain is not None and plain.is_contiguous() and plain.untyped_storage().nbytes() == plain.nbytes
-            self._starts[known] = place.offset + inside if simple and inside else None
-        return self._starts[known]
+                inside = _start_of_data(self.window(chunk), chunk.shape, self.tensors[chunk.key].dtype)
+            except (zipfile.BadZipFile, OSError, KeyError, pickle.UnpicklingError, EOFError):
+                inside = None
+            self._starts[chunk] = None if inside is None else chunk.position + inside
+        return self._starts[chunk]
 
 
-def _spans(chunk: ChunkStorageMetadata, piece: Piece) -> bool:
-    """Whether the chunk has all of the piece's columns and nothing of other layers and experts."""
-    axes = [axis for axis in range(len(piece.shape)) if axis != piece.num_prepended]
-    return all((chunk.offsets[a], chunk.sizes[a]) == (piece.offset[a], piece.shape[a]) for a in axes)
+def _spans(chunk: Chunk, piece: Piece, along: int) -> bool:
+    """Whether the chunk has all of the piece but for what is cut ``along`` this axis, and nothing of other layers and experts."""
+    axes = [axis for axis in range(len(piece.shape)) if axis != along]
+    return all((chunk.offset[a], chunk.shape[a]) == (piece.offset[a], piece.shape[a]) for a in axes)
 
 
-def _start_of_data(window: _Window) -> int | None:
+def _start_of_data(window: Window, shape: Position, dtype: str) -> int | None:
     """The first byte of the only data record of a torch-saved tensor; None when it is of another kind."""
     with zipfile.ZipFile(window) as archive:
         records = {record.filename.split("/", 1)[1]: record for record in archive.infolist()}
     data = [name for name in records if name.startswith("data/")]
-    order = records.get("byteorder")
-    if len(data) != 1 or order is None or records[data[0]].compress_type != zipfile.ZIP_STORED:
+    if len(data) != 1 or records[data[0]].compress_type != zipfile.ZIP_STORED:
         return None
-    window.seek(_start_of_record(window, order))
-    # Not by the archive's own reader, which wants the checksums that writers may leave out.
-    is_native = window.read(order.file_size) == sys.byteorder.encode()
-    return _start_of_record(window, records[data[0]]) if is_native else None
+    if _content(window, records["byteorder"]) != sys.byteorder.encode():
+        return None
+    start = _start_of_record(window, records[data[0]])
+    size = records[data[0]].file_size
+    tensor = read_plainly(io.BytesIO(_content(window, records["data.pkl"])), lambda storage: storage)
+    return start if size == math.prod(shape) * itemsize(dtype) and _is_plain(tensor, shape, dtype) else None
 
 
-def _start_of_record(window: _Window, record: zipfile.ZipInfo) -> int:
+def _is_plain(tensor: Any, shape: Position, dtype: str) -> bool:
+    """Whether it is the tensor of this shape and type that fills its storage, in order."""
+    if not isinstance(tensor, Plain) or type(tensor).__name__ != "_rebuild_tensor_v2":
+        return False
+    (_, storage, *_), offset, size, strides = tensor.args[:4]
+    in_order = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    is_in_order = all(a == b for a, b, extent in zip(strides, in_order, shape, strict=False) if extent != 1)
+    return _STORAGES.get(storage.__name__) == dtype and offset == 0 and tuple(size) == shape and is_in_order
+
+
+def _content(window: Window, record: zipfile.ZipInfo) -> bytes:
+    """Not by the archive's own reader, which wants the checksums that writers may leave out."""
+    window.seek(_start_of_record(window, record))
+    return window.read(record.file_size) or b""
+
+
+def _start_of_record(window: Window, record: zipfile.ZipInfo) -> int:
     window.seek(record.header_offset)
-    header = window.read(_LOCAL_HEADER_BYTES)
+    header = window.read(_LOCAL_HEADER_BYTES) or b""
     return record.header_offset + _LOCAL_HEADER_BYTES + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))

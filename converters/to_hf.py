@@ -1,27 +1,28 @@
-"""Megatron checkpoint (converted, or from a training run) to a Hugging Face folder, file by file."""
+"""Megatron checkpoint (converted, or from a training run) to a Hugging Face folder, file by file. Knows no torch."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from converters.books import Books
 from converters.differences import Difference, differences_of
 from converters.export import Exporter
-from converters.extents import copy, write_all
+from converters.extents import write_all
 from converters.journal import Output, check_free, fingerprint
-from converters.places import places
+from converters.places import check_agreement, places
 from converters.plan import Parameter, batched, file_bytes, parameters
 from converters.source import Companions
 from converters.storage import StoredCheckpoint
 from converters.work import Advance, run_all
 from rlx.models.companions import MANIFEST
-from rlx.models.hf_folder import DTYPE_NAMES, INDEX, SINGLE, HfFolder
+from rlx.models.hf_files import DTYPE_NAMES, INDEX, SINGLE, HfFiles, itemsize
 
 _NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
 _ALIGNMENT = 8
@@ -38,19 +39,27 @@ class _HfFile:
     size: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to convert: ``against`` is a folder to compare with."""
+
+    against: Path | None
+    num_workers: int
+    resume: bool
+
+
 class ToHuggingFace:
     """One conversion. Construction checks everything that can be checked without reading weights (ValueError)."""
 
-    def __init__(
-        self, megatron: Path, companions: Companions, out: Path, *, against: Path | None, num_workers: int, resume: bool
-    ) -> None:
+    def __init__(self, megatron: Path, companions: Companions, out: Path, options: Options, books: Books) -> None:
         check_free(out)
-        self._companions, self._out, self._num_workers, self._resume = companions, out, num_workers, resume
+        self._companions, self._out, self._options, self._books = companions, out, options, books
         self._megatron = megatron
-        self._against = None if against is None else HfFolder(against)
+        self._against = None if options.against is None else HfFiles(options.against)
         if self._against is not None:
             _ = self._against.files  # broken or missing: say so before any work
         self._arch = companions.architecture()
+        books.open(self._arch)
         self._stored, self._places = StoredCheckpoint(megatron), places(self._arch)
         self._exporter = Exporter(self._stored, self._arch, self._places, _noted_dtypes(megatron))
         problems = list(self._exporter.problems())
@@ -62,11 +71,11 @@ class ToHuggingFace:
         """Write; with ``against``, compare what was written before it is given its name. The differences found."""
         differences = []
         mark = fingerprint(self._megatron, self._arch)
-        with Books(self._arch) as books, Output(self._out, mark, resume=self._resume) as output:
+        with Output(self._out, mark, resume=self._options.resume) as output:
             self._convert(output)
-            books.check(self._places)
+            check_agreement(self._places, self._books.places())
             if self._against is not None:
-                differences = differences_of(HfFolder(output.folder), self._against, self._num_workers)
+                differences = differences_of(HfFiles(output.folder), self._against, self._options.num_workers)
             if not differences:
                 output.finish()
         return differences
@@ -81,7 +90,7 @@ class ToHuggingFace:
             output.note(file.name, None)
 
         done = total - sum(file.size for file in todo)
-        run_all("converting", todo, write, num_workers=self._num_workers, total_bytes=total, done_bytes=done)
+        run_all("converting", todo, write, num_workers=self._options.num_workers, total_bytes=total, done_bytes=done)
         self._stored.close()
         self._companions.copy_to(output.folder)
         if len(self._files) > 1:
@@ -101,7 +110,7 @@ class ToHuggingFace:
 
     def _num_bytes(self, parameter: Parameter) -> dict[str, int]:
         named = zip(parameter.hf_names, parameter.hf_shapes, strict=True)
-        return {name: math.prod(shape) * self._exporter.dtype(name, parameter).itemsize for name, shape in named}
+        return {name: math.prod(shape) * itemsize(self._exporter.dtype(name, parameter)) for name, shape in named}
 
     def _file(self, name: str, batch: Sequence[Parameter]) -> _HfFile:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -124,18 +133,18 @@ class ToHuggingFace:
             stream.write(file.header)
             stream.flush()
             for parameter in file.parameters:
-                extents = self._exporter.extents(parameter)
-                for name, found in (extents or {}).items():
-                    advance(copy(found, stream.fileno(), len(file.header) + file.starts[name]))
-                for name, row, block in self._exporter.blocks(parameter) if extents is None else ():
-                    start = len(file.header) + file.starts[name] + row * (block.nbytes // max(1, block.shape[0]))
-                    advance(write_all(stream.fileno(), memoryview(block.view(-1).view(torch.uint8).numpy()), start))
+                writes = self._exporter.writes(parameter)
+                for name, write in (writes or {}).items():
+                    advance(write(stream.fileno(), len(file.header) + file.starts[name]))
+                for name, start, content in self._blocks.bytes_of(parameter) if writes is None else ():
+                    advance(write_all(stream.fileno(), content, len(file.header) + file.starts[name] + start))
+
+    @cached_property
+    def _blocks(self) -> Any:
+        return importlib.import_module("converters.blocks").Blocks(self._exporter)  # only where torch is needed
 
 
-def _noted_dtypes(folder: Path) -> dict[str, torch.dtype]:
+def _noted_dtypes(folder: Path) -> dict[str, str]:
     """What the converter noted of the tensors' own types; nothing for a checkpoint that it did not write."""
     manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return {}
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES.values()}
-    return {name: known[dtype] for name, dtype in json.loads(manifest.read_text())["dtypes"].items()}
+    return dict(json.loads(manifest.read_text())["dtypes"]) if manifest.is_file() else {}

@@ -1,41 +1,39 @@
-"""Hugging Face folder to Megatron checkpoint, part by part."""
+"""Hugging Face folder to Megatron checkpoint, part by part. Knows no torch, which takes a second to import."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from converters.books import Books
 from converters.differences import Difference
-from converters.extents import Extent, RowNumbers, cut, stretches, worth_copying
-from converters.items import Item, ItemFile, without_crc
+from converters.extents import Columns, Extent, cut, put, put_columns, write_all
+from converters.items import Item, ItemFile, Position, Write
 from converters.journal import Output, check_free, fingerprint
-from converters.places import GlobalTensor, Piece, Places, places
-from converters.plan import FilePlan, Layout, Parameter, Part, file_plans, parameters
-from converters.source import Companions, check_tensors, row_blocks
+from converters.places import GlobalTensor, Piece, Places, check_agreement, places
+from converters.plan import Cutter, FilePlan, Layout, Parameter, Part, file_plans, parameters
+from converters.source import Companions, check_tensors
 from converters.work import Advance, run_all
 from rlx.models.architecture import Architecture
 from rlx.models.companions import MANIFEST
-from rlx.models.hf_folder import HfFolder
+from rlx.models.hf_files import HfFiles, itemsize
+from rlx.models.weights import Run
 
-_SHORT_BYTES = 64 * 2**10
-_MAX_WASTE = 4  # how many times the bytes of a slice may be read
-_BLOCK_BYTES = 2**20  # fits the processor's cache
+_FILES = "blocks with room around them"  # what an interrupted run must have written to be gone on with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How to convert: ``dtype`` None keeps each tensor's own."""
+    """How to convert: ``dtype`` is torch's name of a type, None keeps each tensor's own."""
 
     layout: Layout
-    dtype: torch.dtype | None
+    dtype: str | None
     num_workers: int
     verify: bool
     resume: bool
@@ -44,27 +42,29 @@ class Options:
 class ToMegatron:
     """One conversion. Construction checks everything that can be checked without reading weights (ValueError)."""
 
-    def __init__(self, source: Path, companions: Companions, out: Path, options: Options) -> None:
+    def __init__(self, source: Path, companions: Companions, out: Path, options: Options, books: Books) -> None:
         check_free(out)
         self._companions, self._options, self._out = companions, options, out
         self._arch: Architecture = companions.architecture()
-        self._source = HfFolder(source)
+        self._books = books
+        books.open(self._arch)
+        self._source = HfFiles(source)
         wanted = parameters(self._arch)
         self._left_out = check_tensors(self._source, wanted, self._arch)
         self._dtypes = {p.hf_names: self._dtype_of(p) for p in wanted}
+        self._cutter = Cutter(self._arch)
         self._plans = file_plans(self._arch, options.layout, self._itemsize)
         self._places: Places = places(self._arch)
-        self._numbers = RowNumbers(self._arch)
         self._tensors = self._global_tensors()
 
     def run(self) -> list[Difference]:
         """Write; with ``verify``, compare what was written before it is given its name. The differences found."""
         options = self._options
-        mark = fingerprint(self._source.path, options.layout, options.dtype, self._arch)
-        with Books(self._arch) as books, Output(self._out, mark, resume=options.resume) as output:
+        mark = fingerprint(self._source.path, options.layout, options.dtype, self._arch, _FILES)
+        with Output(self._out, mark, resume=options.resume) as output:
             items, total = self._convert(output)
-            books.check(self._places)
-            self._describe(output.folder, items, books)
+            check_agreement(self._places, self._books.places())
+            self._describe(output.folder, items)
             differences = self._verify(output.folder, total) if options.verify else []
             if not differences:
                 output.finish()
@@ -81,15 +81,14 @@ class ToMegatron:
             output.note(plan.name, [item.as_json() for item in items[plan.name]])
 
         total = sum(sizes.values())
-        with without_crc():
-            run_all(
-                "converting",
-                todo,
-                write,
-                num_workers=self._options.num_workers,
-                total_bytes=total,
-                done_bytes=total - sum(sizes[plan.name] for plan in todo),
-            )
+        run_all(
+            "converting",
+            todo,
+            write,
+            num_workers=self._options.num_workers,
+            total_bytes=total,
+            done_bytes=total - sum(sizes[plan.name] for plan in todo),
+        )
         return items, total
 
     def _write(self, path: Path, parts: Sequence[Part], advance: Advance) -> list[Item]:
@@ -103,74 +102,66 @@ class ToMegatron:
         return file.items
 
     def _write_part(self, file: ItemFile, part: Part) -> None:
-        parameter = part.parameter
-        copies = self._copies(part)
-        for piece, offset, like, extents in copies or ():
-            file.add_copy(piece.key, offset, like, extents)
-        if copies is None:
-            value = parameter.row.load(self._read, parameter.hf_names, part.shard, self._arch)
-            for piece, offset, block in self._blocks(part, value):
-                tensor = block.to(self._tensors[piece.key].dtype)
-                file.add(piece.key, offset, tensor.reshape((1,) * piece.num_prepended + tuple(block.shape)))
+        blocks = list(self._blocks(part))  # none where a slice of the vocabulary is all padding
+        for (piece, offset, shape), (write, like) in zip(blocks, self._writes(part, blocks) if blocks else (), strict=True):
+            file.add(piece.key, offset, shape, write, like=like)
 
-    def _read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """The slice, as ``HfFolder.read`` gives it. Short pieces of rows are cut out of whole rows: a call each takes longer."""
-        stored = self._source.tensor(name)
-        is_short = dim == 1 and (stop - start) * stored.dtype.itemsize < _SHORT_BYTES
-        if not is_short or (stop - start) * _MAX_WASTE < stored.shape[dim] or (start, stop) == (0, stored.shape[dim]):
-            return self._source.read(name, dim, start, stop)
-        result = torch.empty((stored.shape[0], stop - start), dtype=stored.dtype)
-        for first, last in row_blocks(stored.shape, stored.num_bytes, _BLOCK_BYTES):
-            result[first:last] = self._source.read(name, 0, first, last)[:, start:stop]
-        return result
-
-    def _blocks(self, part: Part, value: Tensor) -> Iterator[tuple[Piece, tuple[int, ...], Tensor]]:
-        """The slice ``value`` of the part's parameter as it is stored: the pieces with the offsets of the blocks in them."""
+    def _blocks(self, part: Part) -> Iterator[tuple[Piece, Position, Position]]:
+        """The blocks that the part fills, in its order: pieces with the offsets and shapes of the blocks in them."""
         pieces = self._places[part.parameter.hf_names]
+        length = self._cutter.shape(part.parameter, part.shard)[part.axis] // len(pieces)
         # A parameter stored as several pieces (gate and up) has as many halves in each of its slices.
-        for piece, slice_ in zip(pieces, value.chunk(len(pieces)) if len(pieces) > 1 else (value,), strict=True):
+        for piece in pieces:
             axis = piece.num_prepended + part.axis
-            start = part.shard.rank * slice_.shape[part.axis]
+            start = part.shard.rank * length
             # The vocabulary is stored without padding, which depends on the layout.
-            length = min(slice_.shape[part.axis], piece.shape[axis] - start)
-            if length > 0:
+            kept = min(length, piece.shape[axis] - start)
+            if kept > 0:
                 offset = (*piece.offset[:axis], piece.offset[axis] + start, *piece.offset[axis + 1 :])
-                yield piece, offset, slice_.narrow(part.axis, 0, length)
+                yield piece, offset, (*piece.shape[:axis], kept, *piece.shape[axis + 1 :])
 
-    def _copies(self, part: Part) -> list[tuple[Piece, tuple[int, ...], Tensor, list[Extent]]] | None:
-        """The same without the values: a tensor alike and where its bytes lie; None where they are quicker gathered in
-        memory, or only come about there."""
+    def _writes(self, part: Part, blocks: Sequence[tuple[Piece, Position, Position]]) -> Iterator[tuple[Write, int]]:
+        """What writes each block, and where its bytes begin in the source."""
         parameter = part.parameter
+        stored = [(shape, self._tensors[piece.key].dtype) for piece, _, shape in blocks]
         own = {self._source.tensor(name).dtype for name in parameter.hf_names}
-        numbers = self._numbers.loaded(parameter, part.shard) if len(own) == 1 else None
-        if numbers is None:
-            return None
-        found = []
-        whole = list(self._whole(parameter.hf_names))
-        for piece, offset, rows in self._blocks(part, numbers):
-            if own != {self._tensors[piece.key].dtype}:
-                return None
-            shape = (*(1,) * piece.num_prepended, len(rows), *piece.shape[piece.num_prepended + 1 :])
-            like = torch.empty(shape, dtype=self._tensors[piece.key].dtype)
-            row_bytes = like.nbytes // len(rows)
-            runs = [(first * row_bytes, count * row_bytes) for first, count in stretches(rows)]
-            found.append((piece, offset, like, [extent for start, length in runs for extent in cut(whole, start, length)]))
-        return found if worth_copying([extent for *_, extents in found for extent in extents]) else None
+        if len(own.union(dtype for _, dtype in stored)) > 1:
+            yield from ((partial(_write_memory, content), 0) for content in self._casts.blocks(part, stored))
+            return
+        runs = [(parameter.hf_names[run.tensor], run) for run in parameter.row.runs(part.shard, self._arch)]
+        if runs[0][1].dim:
+            sides = [self._columns(name, run) for name, run in runs]
+            yield partial(put_columns, sides), 0
+            return
+        extents, start = [self._rows(name, run) for name, run in runs], 0
+        for shape, dtype in stored:
+            size = math.prod(shape) * itemsize(dtype)
+            found = list(cut(extents, start, size))
+            yield partial(put, found), found[0].position
+            start += size
 
-    def _whole(self, names: Sequence[str]) -> Iterator[Extent]:
-        """The tensors end to end, with a row of nothing after each, as ``RowNumbers`` counts."""
-        for name in names:
-            descriptor, position, length = self._source.locate(name)
-            yield Extent(descriptor, position, length)
-            yield Extent(-1, 0, length // self._source.shape(name)[0])
+    def _rows(self, name: str, run: Run) -> Extent:
+        descriptor, position, length = self._source.locate(name)
+        row = length // self._source.shape(name)[0]
+        return Extent(descriptor, position + run.start * row, (run.stop - run.start) * row)
 
-    def _dtype_of(self, parameter: Parameter) -> torch.dtype:
+    def _columns(self, name: str, run: Run) -> Columns:
+        descriptor, position, length = self._source.locate(name)
+        shape = self._source.shape(name)
+        step, column = length // shape[0], length // (shape[0] * shape[1])
+        return Columns(descriptor, position + run.start * column, (run.stop - run.start) * column, step, shape[0])
+
+    @cached_property
+    def _casts(self) -> Any:
+        return importlib.import_module("converters.casts").Casts(self._source.path, self._arch)  # only where torch is needed
+
+    def _dtype_of(self, parameter: Parameter) -> str:
         """What a fused parameter is stored in: the narrowest type that holds all its tensors exactly."""
         own = (self._source.tensor(name).dtype for name in parameter.hf_names)
-        return self._options.dtype or reduce(torch.promote_types, own)
+        return self._options.dtype or reduce(promoted, own)
 
     def _itemsize(self, parameter: Parameter) -> int:
-        return self._dtypes[parameter.hf_names].itemsize
+        return itemsize(self._dtypes[parameter.hf_names])
 
     def _num_bytes(self, part: Part) -> int:
         return part.num_elements * self._itemsize(part.parameter)
@@ -181,14 +172,14 @@ class ToMegatron:
         for names, pieces in self._places.items():
             for piece in pieces:
                 before = found.get(piece.key)
-                dtype = self._dtypes[names] if before is None else torch.promote_types(before.dtype, self._dtypes[names])
+                dtype = self._dtypes[names] if before is None else promoted(before.dtype, self._dtypes[names])
                 found[piece.key] = GlobalTensor(shape=piece.global_shape, dtype=dtype)
         return found
 
-    def _describe(self, folder: Path, items: Mapping[str, Sequence[Item]], books: Books) -> None:
+    def _describe(self, folder: Path, items: Mapping[str, Sequence[Item]]) -> None:
         self._companions.copy_to(folder)
         layout = self._options.layout
-        books.describe(folder, self._tensors, {plan.name: items[plan.name] for plan in self._plans})
+        self._books.describe(folder, self._tensors, {plan.name: items[plan.name] for plan in self._plans})
         manifest = {
             "format": 1,
             "model_type": self._arch.model_type,
@@ -203,11 +194,20 @@ class ToMegatron:
         """The type of each Hugging Face tensor, to be given back on the way back."""
         own = self._options.dtype
         names = (name for hf_names in self._dtypes for name in hf_names)
-        return {name: str(own or self._source.tensor(name).dtype).removeprefix("torch.") for name in names}
+        return {name: own or self._source.tensor(name).dtype for name in names}
 
     def _verify(self, folder: Path, total: int) -> list[Difference]:
         verify = importlib.import_module("converters.verify")  # not on the way of a conversion that is not verified
         found: list[Difference]
-        found, rows = verify.compare(folder, self._source, self._arch, self._places, self._options.num_workers, total)
+        found, rows = verify.compare(folder, self._source.path, self._arch, self._places, self._options.num_workers, total)
         verify.report(rows)
         return found
+
+
+def promoted(a: str, b: str) -> str:
+    """The narrowest of the convertible types that holds both exactly."""
+    return a if a == b else "float32"
+
+
+def _write_memory(content: memoryview, descriptor: int, position: int) -> int:
+    return write_all(descriptor, content, position)

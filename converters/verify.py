@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
+from converters.blocks import Blocks
 from converters.differences import Difference
 from converters.export import Exporter
 from converters.places import Places
 from converters.plan import Parameter, parameters
-from converters.source import same_bits
 from converters.storage import StoredCheckpoint
 from converters.work import Advance, run_all
 from rlx.models.architecture import Architecture
-from rlx.models.hf_folder import HfFolder
+from rlx.models.hf_folder import HfFolder, torch_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -32,11 +32,12 @@ class Line:
 
 
 def compare(
-    folder: Path, source: HfFolder, arch: Architecture, places: Places, num_workers: int, total_bytes: int
+    folder: Path, source: Path, arch: Architecture, places: Places, num_workers: int, total_bytes: int
 ) -> tuple[list[Difference], list[Line]]:
     """Re-read the checkpoint in ``folder`` and compare every tensor with ``source``, cast to the stored type."""
-    stored = StoredCheckpoint(folder)
+    stored, original = StoredCheckpoint(folder), HfFolder(source)
     exporter = Exporter(stored, arch, places, {})
+    blocks = Blocks(exporter)
     differences: list[Difference] = []
     lines: list[Line] = []
     lock = threading.Lock()
@@ -46,24 +47,24 @@ def compare(
         wrong: dict[str, str] = {}
         dtype = exporter.dtype(parameter.hf_names[0], parameter)
         try:
-            for name, start, block in exporter.blocks(parameter):
-                expected = source.read(name, 0, start, start + block.shape[0]).to(dtype)
-                if not same_bits(block, expected):
+            for name, start, block in blocks.of(parameter):
+                expected = original.read(name, 0, start, start + block.shape[0]).to(torch_dtype(dtype))
+                if not _same_bits(block, expected):
                     wrong.setdefault(name, _first_difference(block, expected, start))
                 sums[name].update(memoryview(block.view(-1).view(torch.uint8).numpy()))
                 advance(block.nbytes)
         except ValueError as error:
             wrong[parameter.hf_names[0]] = str(error)
-        kind = str(dtype).removeprefix("torch.")
         with lock:
             differences.extend(Difference(name=name, what=what) for name, what in wrong.items())
             for name, shape in zip(parameter.hf_names, parameter.hf_shapes, strict=True):
-                lines.append(Line(name=name, shape=shape, dtype=kind, sha256=sums[name].hexdigest()))
+                lines.append(Line(name=name, shape=shape, dtype=dtype, sha256=sums[name].hexdigest()))
 
     try:
         run_all("verifying", parameters(arch), check, num_workers=num_workers, total_bytes=total_bytes)
     finally:
         stored.close()
+        original.close()
     return sorted(differences, key=lambda d: d.name), sorted(lines)
 
 
@@ -84,3 +85,10 @@ def _first_difference(found: torch.Tensor, expected: torch.Tensor, first_row: in
         f"differs in {int(unequal.sum())} elements, first in row {row}: {found.view(-1)[first].item()!r}"
         f" instead of {expected.view(-1)[first].item()!r}"
     )
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equality that tells -0 from 0 and a NaN from none, and takes equal NaNs for equal."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))

@@ -1,4 +1,4 @@
-"""What a model computes, read from a Hugging Face ``config.json``. Knows no Megatron and no tensors of weights.
+"""What a model computes, read from a Hugging Face ``config.json``. Knows no Megatron and no tensors.
 
 A field of ``config.json`` that changes the computation is either represented here or refused by name.
 """
@@ -6,14 +6,10 @@ A field of ``config.json`` that changes the computation is either represented he
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from rlx.models.latent import Latent
 from rlx.models.longrope import LongRope
@@ -112,19 +108,6 @@ class Architecture:
     def has_experts(self, layer: int) -> bool:
         """Whether the layer of this number, from 0, is a mixture of experts."""
         return self.experts is not None and self.experts.layers[layer]
-
-    def inverse_frequencies(self) -> Tensor:
-        """Rotary inverse frequencies, float32 [head_dim / 2]; without the two sets of factors of LongRoPE."""
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
-        frequencies = 1.0 / self.rope_theta**exponents / self.rope_factor
-        if not isinstance(self.rope, Llama3Rope):
-            return frequencies
-        wavelengths = 2 * math.pi / frequencies
-        # Blend from unscaled (short wavelengths) to scaled (long ones) between the two border wavelengths.
-        turns = self.rope.original_max_positions / wavelengths
-        span = self.rope.high_freq_factor - self.rope.low_freq_factor
-        keep = ((turns - self.rope.low_freq_factor) / span).clamp(0.0, 1.0)
-        return keep * frequencies + (1 - keep) * frequencies / self.rope.factor
 
 
 def read_config_json(folder: str | Path) -> ConfigJson:

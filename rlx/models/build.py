@@ -26,8 +26,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import nn
 
 from rlx.models.architecture import Architecture
+from rlx.models.frequencies import LongRotary, inverse_frequencies
 from rlx.models.layers import CoreAttention, RMSNorm, ValueHead
-from rlx.models.longrope import LongRope, LongRotary
+from rlx.models.longrope import LongRope
 from rlx.models.mla import attend_latently, latent_config
 from rlx.models.moe import expert_fields, route
 from rlx.models.pipeline import megatron_layout
@@ -202,7 +203,7 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # its deprecation notice
     config = megatron_config(arch, context, options)
     spec_name = resolve_layer_spec(options.layer_spec, context.device, DTYPES[options.dtype])
-    inverse_frequencies = arch.inverse_frequencies().to(context.device)
+    frequencies = inverse_frequencies(arch).to(context.device)
     chunks: list[nn.Module] = []
     for stage in range(context.dims.vpp):
         vp_stage = stage if context.dims.vpp > 1 else None
@@ -221,11 +222,11 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
             vp_stage=vp_stage,
         )
         if isinstance(arch.rope, LongRope):
-            model.rotary_pos_emb = LongRotary(arch.rope, inverse_frequencies)
+            model.rotary_pos_emb = LongRotary(arch.rope, frequencies)
         elif arch.latent is None and config.apply_rope_fusion:  # latent attention has its own in each layer
-            model.rotary_pos_emb.inv_freq = inverse_frequencies
+            model.rotary_pos_emb.inv_freq = frequencies
         elif arch.latent is None:
-            model.rotary_pos_emb = PackRotary(inverse_frequencies)
+            model.rotary_pos_emb = PackRotary(frequencies)
         if has_embedding and arch.embedding_scale != 1.0:
             scale_embeddings(model.embedding, arch.embedding_scale, config.params_dtype)
         if head != "token" and has_output:

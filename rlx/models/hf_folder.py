@@ -1,181 +1,46 @@
-"""Reads slices of tensors out of a Hugging Face folder of safetensors files, without loading the rest.
-
-Reads are plain ones at known offsets, not memory maps: the bytes read are exactly the bytes asked for, they are counted,
-and they never stay resident.
-"""
+"""Reads slices of tensors out of a Hugging Face folder of safetensors files, without loading the rest."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-DTYPE_NAMES: Mapping[str, torch.dtype] = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_LENGTH_BYTES = 8  # a little-endian length, then a JSON header of that length, then the tensors
+from rlx.models.hf_files import HfFiles, itemsize
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
-    """Where a tensor lies: ``start`` counts bytes from the beginning of ``file``."""
-
-    file: str
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class HfFolder:
-    """One checkpoint, one file or sharded. ValueError names the missing or broken file or tensor. Safe to share by threads."""
+class HfFolder(HfFiles):
+    """``HfFiles`` as tensors; ``bytes_read`` counts."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        super().__init__(path)
         self.bytes_read = 0
-        self._headers: dict[str, Mapping[str, StoredTensor]] = {}
-        self._descriptors: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    @cached_property
-    def files(self) -> Mapping[str, str]:
-        """Tensor name to file name."""
-        index = self.path / INDEX
-        if index.is_file():
-            files = _weight_map(index)
-            for missing in sorted({name for name in files.values() if not (self.path / name).is_file()}):
-                raise ValueError(f"{index} names {missing}, which is not there")
-            return files
-        if (self.path / SINGLE).is_file():
-            return dict.fromkeys(self._header(SINGLE), SINGLE)
-        raise ValueError(f"{self.path} holds neither {INDEX} nor {SINGLE}")
-
-    def tensor(self, name: str) -> StoredTensor:
-        """Where and what a tensor is."""
-        if name not in self.files:
-            raise ValueError(f"{self.path} has no tensor {name}")
-        file = self.files[name]
-        header = self._header(file)
-        if name not in header:
-            raise ValueError(f"{self.path / file} has no tensor {name}, which {INDEX} says it has")
-        return header[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensor(name).shape
+        self._count_lock = threading.Lock()
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """The slice [start:stop] along ``dim``, in the file's own dtype."""
         stored = self.tensor(name)
         assert 0 <= start <= stop <= stored.shape[dim], (name, dim, start, stop)
         shape = (*stored.shape[:dim], stop - start, *stored.shape[dim + 1 :])
-        result = torch.empty(shape, dtype=stored.dtype)
-        inner = math.prod(stored.shape[dim + 1 :]) * stored.dtype.itemsize
+        result = torch.empty(shape, dtype=torch_dtype(stored.dtype))
+        inner = math.prod(stored.shape[dim + 1 :]) * itemsize(stored.dtype)
         run, step = (stop - start) * inner, stored.shape[dim] * inner
         rows = math.prod(stored.shape[:dim])
         if run == step:
             rows, run = 1, rows * run
         buffer = memoryview(result.view(-1).view(torch.uint8).numpy()) if run * rows else memoryview(b"")
         for row in range(rows if run else 0):
-            self._fill(stored, buffer[row * run : (row + 1) * run], stored.start + row * step + start * inner)
-        with self._lock:
+            self.fill(stored, buffer[row * run : (row + 1) * run], stored.start + row * step + start * inner)
+        with self._count_lock:
             self.bytes_read += run * rows
         return result
 
-    def locate(self, name: str) -> tuple[int, int, int]:
-        """Where a whole tensor lies: an open descriptor of its file, the first byte, the number of bytes. What is read
-        through it is the caller's to count."""
-        stored = self.tensor(name)
-        return self._descriptor(stored.file), stored.start, stored.num_bytes
 
-    def close(self) -> None:
-        """Give the files back; reading opens them again."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-
-    def _fill(self, stored: StoredTensor, buffer: memoryview, position: int) -> None:
-        descriptor, done = self._descriptor(stored.file), 0
-        while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], position + done)
-            if count == 0:
-                raise ValueError(f"{self.path / stored.file} ended at byte {position + done} while it was read")
-            done += count
-
-    def _descriptor(self, file: str) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[file]
-
-    def _header(self, file: str) -> Mapping[str, StoredTensor]:
-        if file not in self._headers:
-            self._headers[file] = read_header(self.path / file)
-        return self._headers[file]
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        content = json.loads(index.read_text())
-        return {str(name): str(file) for name, file in content["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of tensors: expected an object with a weight_map ({error!r})") from error
-
-
-def read_header(path: Path) -> Mapping[str, StoredTensor]:
-    """The tensors of one safetensors file. ValueError when the file is cut short or is not what it says."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-        if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
-            raise ValueError(f"{path} cannot be read: it is cut short or no safetensors file (its header does not fit)")
-        text = stream.read(length)
-    begin = _LENGTH_BYTES + length
-    try:
-        tensors = dict(_entries(json.loads(text), path.name, begin))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: its header is broken ({error})") from error
-    end = max((tensor.start + tensor.num_bytes for tensor in tensors.values()), default=begin)
-    if end != size:
-        last = max(tensors, key=lambda name: tensors[name].start, default="")
-        raise ValueError(f"{path} cannot be read: it has {size} bytes, its header says {end} (last tensor {last})")
-    return tensors
-
-
-def _entries(header: Mapping[str, Any], file: str, begin: int) -> Iterator[tuple[str, StoredTensor]]:
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPE_NAMES:
-            raise ValueError(f"{name} has dtype {entry['dtype']}; known: {', '.join(DTYPE_NAMES)}")
-        start, stop = entry["data_offsets"]
-        shape = tuple(int(extent) for extent in entry["shape"])
-        stored = StoredTensor(file=file, start=begin + start, shape=shape, dtype=DTYPE_NAMES[entry["dtype"]])
-        if stop - start != stored.num_bytes:
-            raise ValueError(f"{name} has {stop - start} bytes, its shape and dtype need {stored.num_bytes}")
-        yield name, stored
+def torch_dtype(name: str) -> torch.dtype:
+    """The type that torch calls so."""
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype), name
+    return found

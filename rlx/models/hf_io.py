@@ -20,7 +20,9 @@ from rlx.models.architecture import Architecture
 from rlx.models.companions import copy_companions
 from rlx.models.families import weight_table
 from rlx.models.families.experts import layers_of
-from rlx.models.hf_folder import INDEX, SINGLE, HfFolder
+from rlx.models.hf_files import INDEX, SINGLE
+from rlx.models.hf_folder import HfFolder
+from rlx.models.row_tensors import export, load
 from rlx.models.weights import Row, Shard
 from rlx.parallel.context import ParallelContext
 
@@ -119,7 +121,7 @@ def load_hf(chunks: Sequence[nn.Module], arch: Architecture, folder: str | Path,
                 raise ValueError(f"{source.path}: {name} has shape {source.shape(name)}, config.json implies {shape}")
     with torch.no_grad():
         for slot in wanted:
-            slot.parameter.copy_(slot.row.load(source.read, slot.hf_names, shards[slot.expert is not None], arch))
+            slot.parameter.copy_(load(slot.row, source.read, slot.hf_names, shards[slot.expert is not None], arch))
 
 
 def _value(parameter: nn.Parameter) -> Tensor:
@@ -162,7 +164,7 @@ def _gather(
     if slot.row.is_split and group.size() > 1:
         pieces = [torch.empty_like(weight) for _ in range(group.size())]
         dist.all_gather(pieces, weight.contiguous(), group=group)
-    return slot.row.export(pieces, arch) if group.rank() == 0 else ()
+    return export(slot.row, pieces, arch) if group.rank() == 0 else ()
 
 
 def _collect_experts(

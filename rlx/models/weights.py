@@ -1,7 +1,7 @@
-"""Rows of a weight table: how one Megatron parameter is made of Hugging Face tensors, and back.
+"""Rows of a weight table: how one Megatron parameter is made of Hugging Face tensors.
 
-A row knows names and shapes, not files and not process groups: reading goes through ``Read``, and merging gets the
-tensor-parallel shards handed in. The same rows serve loading, export, conversion and the live weight sync.
+A row is data: names, shapes and runs. It knows no tensors, no files and no process groups. ``row_tensors`` loads and exports
+by it. The same rows serve loading, export, conversion and the live weight sync.
 """
 
 from __future__ import annotations
@@ -11,15 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from rlx.models.architecture import Architecture
-
-Read = Callable[[str, int, int, int], Tensor]
-"""``read(name, dim, start, stop)``: the slice [start:stop] along ``dim`` of a Hugging Face tensor."""
-
-NamedTensors = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +27,14 @@ class Shard:
         return self.rank * part, (self.rank + 1) * part
 
 
-def _join(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """One tensor of all ranks' slices; of a single rank the slice itself, without a copy."""
-    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
+@dataclass(frozen=True, slots=True)
+class Run:
+    """[start, stop) along ``dim`` of the tensor that stands at ``tensor`` in a row's names."""
+
+    tensor: int
+    dim: int
+    start: int
+    stop: int
 
 
 class Row(Protocol):
@@ -50,12 +47,8 @@ class Row(Protocol):
         """Full shapes of the Hugging Face tensors, in the order of ``hf_names``."""
         ...
 
-    def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
-        """The Megatron slice of ``shard``; ``names`` are the row's names with the layer filled in."""
-        ...
-
-    def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors, in the order of ``hf_names``, from the slices of every rank."""
+    def runs(self, shard: Shard, arch: Architecture) -> Sequence[Run]:
+        """What the Megatron slice of ``shard`` is made of, in order, along one dimension. Padding is no run."""
         ...
 
     @property
@@ -86,14 +79,9 @@ class Copy:
     def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
         return (self.shape(arch),)
 
-    def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
+    def runs(self, shard: Shard, arch: Architecture) -> Sequence[Run]:
         shape = self.shape(arch)
-        if self.dim is None:
-            return read(names[0], 0, 0, shape[0])
-        return read(names[0], self.dim, *shard.cut(shape[self.dim]))
-
-    def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        return (shards[0],) if self.dim is None else (_join(shards, self.dim),)
+        return (Run(0, 0, 0, shape[0]) if self.dim is None else Run(0, self.dim, *shard.cut(shape[self.dim])),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +101,13 @@ class Vocab:
     def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
         return ((arch.vocab_size, arch.hidden_size),)
 
-    def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
-        rows = padded_vocab_size(arch.vocab_size, shard.size) // shard.size
-        start = min(shard.rank * rows, arch.vocab_size)
-        stop = min(start + rows, arch.vocab_size)
-        real = read(names[0], 0, start, stop)
-        if len(real) == rows:
-            return real
-        return torch.cat([real, real.new_zeros(rows - len(real), *real.shape[1:])])
+    def runs(self, shard: Shard, arch: Architecture) -> Sequence[Run]:
+        start = min(shard.rank * self.num_rows(shard, arch), arch.vocab_size)
+        return (Run(0, 0, start, min(start + self.num_rows(shard, arch), arch.vocab_size)),)
 
-    def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        return (_join(shards)[: arch.vocab_size],)
+    def num_rows(self, shard: Shard, arch: Architecture) -> int:
+        """Rows of the slice, padding included."""
+        return padded_vocab_size(arch.vocab_size, shard.size) // shard.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,37 +132,19 @@ class QKV:
         rows = (arch.num_heads, arch.num_kv_heads, arch.num_kv_heads)
         return tuple((heads * arch.head_dim, *tail) for heads in rows)
 
-    def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
-        if arch.num_kv_heads % shard.size:
-            return self._load_part_of_a_group(read, names, shard, arch)
-        parts = [read(name, 0, *shard.cut(shape[0])) for name, shape in zip(names, self.hf_shapes(arch), strict=True)]
-        groups = arch.num_kv_heads // shard.size
-        grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
-        return torch.cat(grouped, dim=1).flatten(0, 1)
-
-    def _load_part_of_a_group(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
-        """Fewer key-value heads than ranks: Megatron cuts a group's rows evenly, wherever that falls, and gathers the
-        products instead."""
-        heads = arch.num_heads // arch.num_kv_heads
-        extents = (heads * arch.head_dim, arch.head_dim, arch.head_dim)
+    def runs(self, shard: Shard, arch: Architecture) -> Sequence[Run]:
+        """With fewer key-value heads than ranks too: Megatron then cuts the fused rows evenly, wherever that falls in a
+        group, and gathers the products instead."""
+        extents = (arch.num_heads // arch.num_kv_heads * arch.head_dim, arch.head_dim, arch.head_dim)
         start, stop = shard.cut(arch.num_kv_heads * sum(extents))
-        group = start // sum(extents)
-        first = group * sum(extents)
-        pieces = []
-        for name, extent in zip(names, extents, strict=True):
-            low, high = max(start, first), min(stop, first + extent)
-            if low < high:
-                offset = group * extent - first
-                pieces.append(read(name, 0, low + offset, high + offset))
-            first += extent
-        return torch.cat(pieces)
-
-    def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        fused = _join(shards)
-        fused = fused.reshape(arch.num_kv_heads, -1, *fused.shape[1:])
-        query_rows = arch.num_heads // arch.num_kv_heads * arch.head_dim
-        parts = fused.split([query_rows, arch.head_dim, arch.head_dim], dim=1)
-        return tuple(part.flatten(0, 1) for part in parts)
+        found, first = [], 0
+        for group in range(arch.num_kv_heads):
+            for tensor, extent in enumerate(extents):
+                low, high = max(start - first, 0), min(stop - first, extent)
+                if low < high:
+                    found.append(Run(tensor, 0, group * extent + low, group * extent + high))
+                first += extent
+        return found
 
 
 def _dense_size(arch: Architecture) -> int:
@@ -206,12 +172,8 @@ class Gated:
         rows = self.size(arch)
         return ((rows,) if self.bias else (rows, arch.hidden_size),) * 2
 
-    def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
-        return torch.cat([read(name, 0, *shard.cut(self.size(arch))) for name in names])
-
-    def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        halves = [shard.chunk(2) for shard in shards]
-        return tuple(_join([half[i] for half in halves]) for i in (0, 1))
+    def runs(self, shard: Shard, arch: Architecture) -> Sequence[Run]:
+        return tuple(Run(tensor, 0, *shard.cut(self.size(arch))) for tensor in (0, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,18 +196,11 @@ class Stacked:
         shapes = self.inner.hf_shapes(arch)
         return ((sum(shape[0] for shape in shapes), *shapes[0][1:]),)
 
-    def load(self, read: Read, names: Sequence[str], shard: Shard, arch: Architecture) -> Tensor:
-        rows = [shape[0] for shape in self.inner.hf_shapes(arch)]
-        tops = dict(zip(self.inner.hf_names, accumulate(rows, initial=0), strict=False))
-
-        def read_part(part: str, dim: int, start: int, stop: int) -> Tensor:
-            assert dim == 0, "stacked tensors split by rows only"
-            return read(names[0], 0, tops[part] + start, tops[part] + stop)
-
-        return self.inner.load(read_part, self.inner.hf_names, shard, arch)
-
-    def export(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        return (torch.cat(self.inner.export(shards, arch)),)
+    def runs(self, shard: Shard, arch: Architecture) -> Sequence[Run]:
+        tops = list(accumulate((shape[0] for shape in self.inner.hf_shapes(arch)), initial=0))
+        inner = self.inner.runs(shard, arch)
+        assert all(run.dim == 0 for run in inner), "stacked tensors split by rows only"
+        return tuple(Run(0, 0, tops[run.tensor] + run.start, tops[run.tensor] + run.stop) for run in inner)
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlx.models.companions import copy_companions
-from rlx.models.hf_folder import INDEX, read_header
+from rlx.models.hf_files import INDEX, read_header
 from rlx.obs.log import logger
 from rlx.sync.errors import SyncError
 from rlx.sync.fanout import start

@@ -203,7 +203,7 @@ def measure(folder: Path, rounds: int, mbridge: Path | None) -> tuple[dict[str, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where 10 GB are free")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mbridge", type=Path, metavar="DIR", help="where mbridge is installed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:

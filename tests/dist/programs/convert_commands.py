@@ -7,6 +7,7 @@ import errno
 import importlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,37 +15,30 @@ from unittest import mock
 
 import torch
 
-from converters import extents, items, places, to_hf
+from converters import export, extents, places, to_hf
 from converters.__main__ import main as convert
 from converters.books import without_compiler
-from converters.items import ItemFile
+from converters.items import ItemFile, Write
 from tests.dist.programs import layouts
 
-Add = Callable[..., None]
 _GATHER_BYTES = 2**40  # nothing is that long: all is gathered in memory
 
 
-def out_of_space(*arguments: Any) -> Any:
+def out_of_space(*arguments: Any, **options: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
 
 
 @contextlib.contextmanager
 def disk_full_after(count: int) -> Iterator[None]:
-    """Room for ``count`` items, whichever way they are written."""
-    written, adds = [0], (ItemFile.add, ItemFile.add_copy)
+    """Room for ``count`` items."""
+    written, add = [0], ItemFile.add
 
-    def limited(add: Add) -> Add:
-        def write(*arguments: Any) -> None:
-            written[0] += 1
-            (out_of_space if written[0] > count else add)(*arguments)
+    def limited(*arguments: Any, **options: Any) -> None:
+        written[0] += 1
+        (out_of_space if written[0] > count else add)(*arguments, **options)
 
-        return write
-
-    ItemFile.add, ItemFile.add_copy = limited(adds[0]), limited(adds[1])  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(ItemFile, "add", limited):
         yield
-    finally:
-        ItemFile.add, ItemFile.add_copy = adds  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -52,22 +46,22 @@ def wrong_weight(key_part: str) -> Iterator[None]:
     """Changes the last bit of one element of the layer 1 block of a tensor as it is written."""
     add = ItemFile.add
 
-    def change(file: ItemFile, key: str, offset: tuple[int, ...], tensor: torch.Tensor) -> None:
-        if key_part in key and offset[0] == 1:
-            tensor = tensor.clone()
-            tensor.view(-1)[5:6].view(torch.int32).bitwise_xor_(1)
-        add(file, key, offset, tensor)
+    def change(file: ItemFile, key: str, offset: tuple[int, ...], shape: tuple[int, ...], write: Write, **options: Any) -> None:
+        def wrong(descriptor: int, position: int) -> int:
+            size = write(descriptor, position)
+            (byte,) = os.pread(descriptor, 1, position + 20)
+            os.pwrite(descriptor, bytes([byte ^ 1]), position + 20)
+            return size
 
-    ItemFile.add = change  # type: ignore[method-assign]
-    try:
+        add(file, key, offset, shape, wrong if key_part in key and offset[0] == 1 else write, **options)
+
+    with mock.patch.object(ItemFile, "add", change):
         yield
-    finally:
-        ItemFile.add = add  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
 def hf_disk_full(_: Any) -> Iterator[None]:
-    with mock.patch.object(to_hf, "write_all", out_of_space), mock.patch.object(to_hf, "copy", out_of_space):
+    with mock.patch.object(export, "put", out_of_space), mock.patch.object(to_hf, "write_all", out_of_space):
         yield
 
 
@@ -97,7 +91,7 @@ def copies(gather: bool) -> Iterator[list[int]]:
         return count
 
     least = mock.patch.object(extents, "MIN_EXTENT_BYTES", _GATHER_BYTES if gather else 1)
-    with least, mock.patch.object(items, "copy", copy), mock.patch.object(to_hf, "copy", copy):
+    with least, mock.patch.object(extents, "copy", copy):
         yield copied
 
 

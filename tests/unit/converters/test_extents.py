@@ -1,9 +1,15 @@
-"""Moves in the kernel: row numbers against tensors, stretches, copies and what they say when they fail; Megatron's process."""
+"""Moves of bytes: rows exported, stretches, columns, frames, and what they say when they fail; torch's and Megatron's process."""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +17,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from converters import books
-from converters.extents import Extent, RowNumbers, copy, cut, stretches
+from converters import books, extents
+from converters.extents import Columns, Extent, cut, put, put_columns
+from converters.frames import frame
 from converters.items import ItemFile
-from converters.places import disagreements, places
-from converters.plan import parameters
+from converters.places import check_agreement, places
+from converters.plan import exported_rows, parameters
+from converters.work import Advance, run_all
 from rlx.models.architecture import Architecture
 from rlx.models.families import family_of
-from rlx.models.weights import Shard, Vocab
+from rlx.models.row_tensors import load
+from rlx.models.weights import Shard
+from tests.dist.launch import ROOT
 
 CONFIG: dict[str, Any] = {
     "model_type": "phi3", "hidden_act": "silu", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -39,54 +49,56 @@ def source(tmp_path: Path) -> tuple[int, bytes]:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3"])
-@pytest.mark.parametrize("size", [1, 2])
-def test_row_numbers_do_what_the_rows_do(model_type: str, size: int) -> None:
+def test_exported_rows_make_up_the_tensors(model_type: str) -> None:
     arch = arch_of(model_type)
-    numbers = RowNumbers(arch)
     for parameter in parameters(arch):
         tensors = {name: torch.randn(shape) for name, shape in zip(parameter.hf_names, parameter.hf_shapes, strict=True)}
 
         def read(name: str, dim: int, start: int, stop: int, tensors: dict[str, Tensor] = tensors) -> Tensor:
             return tensors[name].narrow(dim, start, stop - start)
 
-        numbered = torch.cat([torch.cat([t, torch.full_like(t[:1], torch.nan)]) for t in tensors.values()])
-        is_padded = isinstance(parameter.row, Vocab)
-        for rank in range(size):
-            shard = Shard(rank=rank, size=size)
-            value = parameter.row.load(read, parameter.hf_names, shard, arch)
-            rows = numbers.loaded(parameter, shard)
-            if rows is None:
-                assert size == 2 and parameter.name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-                continue
-            real = len(value) - (1 if is_padded and rank else 0)
-            assert torch.equal(numbered[rows.reshape(-1)][:real], value[:real]), parameter.name
-        whole = parameter.row.load(read, parameter.hf_names, Shard(rank=0, size=1), arch)
-        for found, expected in zip(numbers.exported(parameter, len(whole)), tensors.values(), strict=True):
-            assert torch.equal(whole[found.reshape(-1)], expected), parameter.name
+        whole = load(parameter.row, read, parameter.hf_names, Shard(rank=0, size=1), arch)
+        for rows, expected in zip(exported_rows(parameter, arch), tensors.values(), strict=True):
+            found = torch.cat([whole[first : first + count] for first, count in rows])
+            assert torch.equal(found, expected), parameter.name
 
 
-def test_stretches_and_cuts() -> None:
-    assert list(stretches(torch.tensor([[4], [5], [6], [0], [2], [3]]))) == [(4, 3), (0, 1), (2, 2)]
+def test_cuts() -> None:
     laid = [Extent(7, 100, 10), Extent(8, 0, 5), Extent(7, 500, 20)]
     assert list(cut(laid, 8, 10)) == [Extent(7, 108, 2), Extent(8, 0, 5), Extent(7, 500, 3)]
     assert list(cut(laid, 10, 5)) == [Extent(8, 0, 5)]
 
 
-@pytest.mark.parametrize("in_kernel", [True, False])
-def test_copies(source: tuple[int, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool) -> None:
+@pytest.mark.parametrize("step", [24, 3000, 2**17])
+def test_columns_stand_side_by_side(source: tuple[int, bytes], tmp_path: Path, step: int) -> None:
+    """Cut out of whole rows, read piece by piece, and in rows larger than a block."""
     descriptor, data = source
-    if not in_kernel:
+    count, (left, right) = len(data) // step - 1, (step // 3, step // 2)
+    sides = [Columns(descriptor, 5, left, step, count), Columns(descriptor, 2, right, step, count)]
+    target = os.open(tmp_path / "target", os.O_CREAT | os.O_RDWR)
+    assert put_columns(sides, target, 7) == count * (left + right)
+    rows = [data[row * step + 5 :][:left] + data[row * step + 2 :][:right] for row in range(count)]
+    assert (tmp_path / "target").read_bytes() == bytes(7) + b"".join(rows)
+    with pytest.raises(ValueError, match="source ended at byte"):
+        put_columns([Columns(descriptor, 5, left, step, count + 4)], target, 0)
+
+
+@pytest.mark.parametrize("way", ["in the kernel", "no kernel copies", "gathered"])
+def test_copies(source: tuple[int, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    descriptor, data = source
+    if way == "no kernel copies":
 
         def refuse(*arguments: Any) -> int:
             raise OSError(errno.EXDEV, "another file system")
 
         monkeypatch.setattr(os, "copy_file_range", refuse)
+    if way == "gathered":
+        monkeypatch.setattr(extents, "MIN_EXTENT_BYTES", 2**40)
     target = os.open(tmp_path / "target", os.O_CREAT | os.O_RDWR)
-    extents = [Extent(descriptor, 5, 2 * 2**20 + 3), Extent(descriptor, 0, 9)]
-    assert copy(extents, target, 11) == 2 * 2**20 + 12
+    assert put([Extent(descriptor, 5, 2 * 2**20 + 3), Extent(descriptor, 0, 9)], target, 11) == 2 * 2**20 + 12
     assert (tmp_path / "target").read_bytes() == bytes(11) + data[5 : 5 + 2 * 2**20 + 3] + data[:9]
     with pytest.raises(ValueError, match=f"source ended at byte {len(data)}"):
-        copy([Extent(descriptor, len(data) - 10, 11)], target, 0)
+        put([Extent(descriptor, len(data) - 10, 11)], target, 0)
 
 
 def test_a_full_disk_is_not_taken_for_another_way(source: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,44 +107,78 @@ def test_a_full_disk_is_not_taken_for_another_way(source: tuple[int, bytes], mon
 
     monkeypatch.setattr(os, "copy_file_range", full)
     with pytest.raises(OSError, match="No space"):
-        copy([Extent(source[0], 0, 10)], source[0], 0)
+        put([Extent(source[0], 0, 2**20)], source[0], 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_copied_items_are_what_torch_saves(source: tuple[int, bytes], tmp_path: Path, dtype: torch.dtype) -> None:
-    like = torch.empty((1, 7, 24), dtype=dtype)
-    value = torch.frombuffer(bytearray(source[1][3 : 3 + like.nbytes]), dtype=dtype).view(like.shape)
+def test_framed_blocks_are_what_torch_saves(source: tuple[int, bytes], tmp_path: Path, dtype: torch.dtype) -> None:
+    shape, name = (1, 7, 24), str(dtype).removeprefix("torch.")
+    size = 7 * 24 * dtype.itemsize
+    value = torch.frombuffer(bytearray(source[1][3 : 3 + size]), dtype=dtype).view(shape)
     file = ItemFile(tmp_path / "items")
-    file.add("plain", (0, 0, 0), value)
-    file.add_copy("copied", (0, 0, 0), like, [Extent(source[0], 3, 100), Extent(source[0], 103, like.nbytes - 100)])
-    file.add("after", (0, 0, 0), value)
+    file.add("copied", (0, 0, 0), shape, partial(put, [Extent(source[0], 3, 100), Extent(source[0], 103, size - 100)]), like=3)
+    file.add("again", (0, 0, 0), shape, partial(put, [Extent(source[0], 3, size)]))
     file.close()
+    before = (tmp_path / "items").stat().st_size
+    with (tmp_path / "items").open("r+b", buffering=0) as stream:
+        frames = [frame(stream.fileno(), item, name) for item in file.items]
     content = (tmp_path / "items").read_bytes()
-    assert [item.key for item in file.items] == ["plain", "copied", "after"] and len({item.length for item in file.items}) == 1
-    for item in file.items:
-        (tmp_path / "one").write_bytes(content[item.position : item.position + item.length])
-        found = torch.load(tmp_path / "one", weights_only=True)
-        assert (
-            found.dtype == dtype and torch.equal(found.view(torch.uint8), value.view(torch.uint8)) and found.shape == like.shape
-        )
+    assert len(content) == before and file.items[0].position % 4096 == 3
+    saved = io.BytesIO()
+    torch.save(value, saved)
+    for (position, length), item in zip(frames, file.items, strict=True):
+        assert content[item.position : item.position + item.num_bytes] == source[1][3 : 3 + size]
+        assert length == len(saved.getvalue())
+        found = torch.load(io.BytesIO(content[position : position + length]), weights_only=True)
+        assert found.dtype == dtype and found.shape == shape
+        assert torch.equal(found.view(torch.uint8), value.view(torch.uint8))
 
 
 def test_disagreements_are_named() -> None:
     ours = places(arch_of("llama"))
     theirs = {names: pieces for names, pieces in ours.items() if "model.norm.weight" not in names}
-    assert list(disagreements(ours, ours)) == []
-    (line,) = disagreements(ours, theirs)
-    assert line.startswith("model.norm.weight: ") and "decoder.final_layernorm.weight" in line and "Megatron says nothing" in line
+    check_agreement(ours, ours)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: .*decoder\.final_layernorm\.weight.*Megatron says nothing"):
+        check_agreement(ours, theirs)
 
 
 def test_megatrons_process_says_how_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(books, "without_compiler", lambda: os._exit(3))
-    with pytest.raises(RuntimeError, match="status 3"), books.Books(arch_of("llama")) as kept:
-        kept.check({})
+    with pytest.raises(RuntimeError, match="status 3"), books.Books() as kept:
+        kept.open(arch_of("llama"))
+        kept.places()
 
     def broken() -> None:
         raise KeyError("nothing of that name")
 
     monkeypatch.setattr(books, "without_compiler", broken)
-    with pytest.raises(RuntimeError, match="nothing of that name"), books.Books(arch_of("llama")) as kept:
-        kept.check({})
+    with pytest.raises(RuntimeError, match="nothing of that name"), books.Books() as kept:
+        kept.open(arch_of("llama"))
+        kept.places()
+
+
+def test_nothing_waits_for_torch() -> None:
+    """Neither what is imported nor the process's start: torch takes a second, in which weights can move."""
+    modules = "converters.__main__, converters.to_megatron, converters.to_hf, converters.estimate, sys"
+    code = f"import {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_a_refusal_does_not_wait_for_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(books, "without_compiler", lambda: time.sleep(60))
+    start = time.monotonic()
+    with books.Books() as kept:
+        pass
+    assert time.monotonic() - start < 10 and not kept._process.is_alive()
+
+
+def test_workers_give_way_and_only_they() -> None:
+    """To the process that imports Megatron, which takes longest."""
+    own, found = os.getpriority(os.PRIO_PROCESS, 0), list[int]()
+
+    def work(item: int, advance: Advance) -> None:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        advance(1)
+
+    run_all("working", [1, 2], work, num_workers=2, total_bytes=2)
+    assert len(found) == 2 and (min(found) > own or own >= 16) and os.getpriority(os.PRIO_PROCESS, 0) == own

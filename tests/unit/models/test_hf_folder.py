@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from rlx.models.families import read_architecture, weight_table
 from rlx.models.hf_folder import HfFolder
+from rlx.models.row_tensors import load
 from rlx.models.weights import Shard
 from tests.dist.checkpoints import make_llama, make_qwen2
 
@@ -47,7 +48,7 @@ def test_tensor_parallel_ranks_read_their_own_slices(tmp_path: Path, make: objec
             for row in weight_table(arch).values():
                 for layer in range(arch.num_layers) if "{layer}" in row.hf_names[0] else (0,):
                     names = [name.format(layer=layer) for name in row.hf_names]
-                    row.load(folder.read, names, Shard(rank=rank, size=tp), arch)
+                    load(row, folder.read, names, Shard(rank=rank, size=tp), arch)
             total += folder.bytes_read
         assert 0.95 * size < total <= 1.1 * size, (tp, total, size)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlx.models.architecture import Architecture
 from rlx.models.pipeline import layers_per_chunk, megatron_layout
+from rlx.models.row_tensors import export, load
 from rlx.models.weights import QKV, Gated, Row, Shard, Stacked
 
 ARCH = Architecture(
@@ -40,7 +41,7 @@ def slices(row: Row, source: dict[str, Tensor], tp: int) -> list[Tensor]:
         assert 0 <= start <= stop <= source[name].shape[dim]
         return source[name].narrow(dim, start, stop - start)
 
-    return [row.load(read, row.hf_names, Shard(rank=rank, size=tp), ARCH) for rank in range(tp)]
+    return [load(row, read, row.hf_names, Shard(rank=rank, size=tp), ARCH) for rank in range(tp)]
 
 
 ROWS = [
@@ -59,7 +60,7 @@ def test_every_split_gives_the_tensors_back(row: Row, tp: int) -> None:
     source = tensors(row)
     parts = slices(row, source, tp)
     assert len({part.shape for part in parts}) == 1
-    for name, tensor in zip(row.hf_names, row.export(parts, ARCH), strict=True):
+    for name, tensor in zip(row.hf_names, export(row, parts, ARCH), strict=True):
         assert torch.equal(tensor, source[name])
 
 
