@@ -13,6 +13,7 @@ from typing import Literal
 import httpx
 
 from rlx.rollout.keys import EngineKeys
+from rlx.rollout.shared_tensors import RECEIVER
 from rlx.types import TensorInfo
 
 _DRAIN_POLL_S = 0.01
@@ -139,6 +140,8 @@ class EngineControl:
             "load_format": load_format,
             "flush_cache": flush_cache,
             "abort_all_requests": False,
+            # A server with a draft model would hand the receiver that one.
+            "disable_draft_model": load_format == RECEIVER,
         }
         self._update("/update_weights_from_tensor", body, weight_version)
 
