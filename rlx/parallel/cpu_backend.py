@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils import _device
 
 _CPU = torch.device("cpu")
 _FACTORIES = [
@@ -117,6 +118,8 @@ def _answer_cuda() -> None:
 
 
 def _redirect_tensors() -> None:
+    # torch.device("meta") as a context knows the factories by identity and looks them up once; transformers builds models in it.
+    _device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor

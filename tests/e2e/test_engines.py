@@ -60,8 +60,10 @@ def test_engines_are_killed_and_come_back(tmp_path: Path) -> None:
     process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
     try:
         wait_for_step(process, run_dir, 1)
+        wait_for_rollout(run_dir)
         kill_engine(run_dir, 1)  # the other one goes on
         wait_for_step(process, run_dir, 4)
+        wait_for_rollout(run_dir)
         kill_engine(run_dir, 0)
         kill_engine(run_dir, 1)  # now nobody serves until one is back
         out, err = process.communicate(timeout=240)
@@ -75,6 +77,11 @@ def test_engines_are_killed_and_come_back(tmp_path: Path) -> None:
     assert all(row.metrics["sync/version"] == row.step for row in rows)
     assert sum(row.metrics["rollout/engines_set_aside"] + row.metrics["rollout/retries"] for row in rows) > 0
     assert read_fleet(run_dir / "engines.json").num_restarts >= 2
+
+
+def wait_for_rollout(run_dir: Path) -> None:
+    """So that the engine that is killed next has requests."""
+    wait_until(lambda: last_phase((run_dir / "logs" / "trainer-0.log").read_text()).name == "rollout")
 
 
 @contextmanager
