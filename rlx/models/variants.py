@@ -85,7 +85,7 @@ _with_own_bias = partial(_with_bias, skip_bias_add=False)
 
 def scale_embeddings(embedding: nn.Module, scale: float, dtype: torch.dtype) -> None:
     """Multiply what ``embedding`` gives by ``scale``, rounded to ``dtype`` as Hugging Face rounds it."""
-    rounded = float(torch.tensor(scale, dtype=dtype))
+    rounded = float(torch.tensor(scale, dtype=dtype, device="cpu"))  # also where the model is built on no device
 
     def multiply(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output * rounded
