@@ -24,7 +24,7 @@ from rlx.rollout.control import EngineControl
 from rlx.rollout.keys import EngineKeys
 from rlx.sync.broadcast import BroadcastLane
 from rlx.sync.canary import CanarySpec, canary_sequences, is_due
-from rlx.sync.crew import Crew, PublisherPlace, Share
+from rlx.sync.crew import Crew, PublisherPlace, Share, stop
 from rlx.sync.disk import DiskLane, SyncFolder
 from rlx.sync.errors import SyncError
 from rlx.sync.fanout import describe, failures, start, unwell
@@ -226,12 +226,11 @@ class Publisher:
     def _stop(self, engine: Engine) -> None:
         """Pause it. Its caches must be empty before it goes on: other transports flush with their last chunk, which SGLang dares
         only when nothing runs any more; while a stream comes in there is time to wait for that."""
-        engine.control.pause("abort")
-        draining = start(engine.control.drain)
         if self._target.transport == "stream" and self._target.sharing is None:
-            self._draining[engine.url] = draining
+            engine.control.pause("abort")
+            self._draining[engine.url] = start(engine.control.drain)
         else:
-            draining.result()
+            stop(engine)
 
     def _verify(self, ledger: Ledger) -> None:
         """The books are complete, and engines that were not idle when they were paused have become so."""
