@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ class Fleet:
 
 
 def write_fleet(path: Path, fleet: Fleet) -> None:
-    """Whoever sees the file sees all of it; nobody else's eyes do."""
+    """For the trainers; ``write_whole`` says how."""
     content = {
         "engines": [asdict(member) for member in fleet.members],
         "held": [asdict(held) for held in fleet.held],
@@ -56,6 +57,12 @@ def write_fleet(path: Path, fleet: Fleet) -> None:
         "api_key": fleet.keys.api_key,
         "admin_key": fleet.keys.admin_key,
     }
+    write_whole(path, content)
+
+
+def write_whole(path: Path, content: Mapping[str, object]) -> None:
+    """As JSON. Whoever sees the file sees all of it; nobody else's eyes do."""
+    path.parent.mkdir(exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

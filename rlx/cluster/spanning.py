@@ -9,7 +9,6 @@ any part has; whoever replaces it begins the next life.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import threading
 import time
@@ -21,6 +20,7 @@ from signal import SIGKILL
 from typing import Any
 
 from rlx.cluster.causes import describe, speaks_of_lost_peer, tail
+from rlx.cluster.fleet import write_whole
 from rlx.cluster.processes import Child, ChildSpec, end_now
 from rlx.cluster.rundir import log_path
 from rlx.cluster.supervisor import now_text
@@ -63,7 +63,7 @@ class SpanningChild(Child):
         self._seen_alive, self._first_end = now_text(), 0.0
         self._ends: dict[int, PartState] = {}
         self._first: int | None = None
-        _write(_life_path(run_dir, spec.rank), asdict(self._life))
+        write_whole(_life_path(run_dir, spec.rank), asdict(self._life))
 
     def poll(self) -> int | None:
         """As a process's, of the part that ended first; None until that is settled."""
@@ -164,7 +164,7 @@ class Follower:
         state = PartState(
             life=self._life.id, host=socket.gethostname(), returncode=returncode, seen_alive=self._seen_alive, log=log
         )
-        _write(_state_path(self._run_dir, self._index, self._node), asdict(state))
+        write_whole(_state_path(self._run_dir, self._index, self._node), asdict(state))
 
 
 def _is_consequence(end: PartState) -> bool:
@@ -188,14 +188,6 @@ def _read_life(run_dir: Path, index: int) -> Life | None:
 def _read_state(run_dir: Path, index: int, node: int) -> PartState | None:
     content = _read(_state_path(run_dir, index, node))
     return None if content is None else PartState(**content)
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    """Whoever sees the file sees all of it."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, path)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
