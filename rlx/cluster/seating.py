@@ -45,5 +45,5 @@ def check_spanning(config: Config, seats: Seats) -> None:
         raise PlacementError(f"{what}, which only SGLang's servers do: set rollout.engine=sglang, or make rollout.tp smaller")
     if config.transport in ("ipc", "shm"):
         raise PlacementError(
-            f"{what}, and sync.transport {config.transport} joins processes of one machine: use broadcast or disk"
+            f"{what}, and sync.transport {config.transport} joins processes of one machine: use stream, broadcast or disk"
         )
