@@ -15,9 +15,9 @@ from converters.items import Position
 from converters.plan import Parameter
 from converters.source import row_blocks
 from converters.storage import Chunk, StoredCheckpoint
-from rlx.models.hf_folder import torch_dtype
-from rlx.models.row_tensors import export
-from rlx.models.weights import Vocab
+from rlx.arch.weights import Vocab
+from rlx.models.hf.folder import torch_dtype
+from rlx.models.hf.row_tensors import export
 
 torch.set_num_threads(1)  # the workers are the parallelism
 

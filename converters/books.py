@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the process starts before anything is imported that it can do without
     from converters.items import Item
     from converters.places import GlobalTensor, Places
-    from rlx.models.architecture import Architecture
+    from rlx.arch.architecture import Architecture
 
 _END_SECONDS = 5.0
 

@@ -9,9 +9,9 @@ import torch
 
 from converters.items import Position
 from converters.plan import Part
-from rlx.models.architecture import Architecture
-from rlx.models.hf_folder import HfFolder, torch_dtype
-from rlx.models.row_tensors import load
+from rlx.arch.architecture import Architecture
+from rlx.models.hf.folder import HfFolder, torch_dtype
+from rlx.models.hf.row_tensors import load
 
 torch.set_num_threads(1)  # the workers are the parallelism
 

@@ -24,7 +24,7 @@ from converters.frames import frame
 from converters.items import Item
 from converters.places import GlobalTensor
 from converters.skeleton import Skeleton
-from rlx.models.hf_folder import torch_dtype
+from rlx.models.hf.folder import torch_dtype
 
 OBJECTS_FILE = "__0_objects.distcp"
 

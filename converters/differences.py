@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from converters.source import row_blocks, same_tensor
 from converters.work import Advance, run_all
-from rlx.models.hf_files import HfFiles
+from rlx.models.hf.files import HfFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

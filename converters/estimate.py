@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from converters.plan import Layout, bytes_by_rank, file_plans
-from rlx.models.architecture import Architecture
-from rlx.models.hf_files import itemsize
+from rlx.arch.architecture import Architecture
+from rlx.models.hf.files import itemsize
 
 _SAMPLE_BYTES = 64 * 2**20
 

@@ -10,7 +10,7 @@ from converters.items import Write
 from converters.places import Piece, Places
 from converters.plan import Parameter, exported_rows
 from converters.storage import StoredCheckpoint
-from rlx.models.architecture import Architecture
+from rlx.arch.architecture import Architecture
 
 
 class Exporter:

@@ -13,7 +13,7 @@ from torch.serialization import get_crc32_options, set_crc32_options, skip_data
 
 from converters.extents import write_all
 from converters.items import ROOM_BYTES, Item, Position
-from rlx.models.hf_folder import torch_dtype
+from rlx.models.hf.folder import torch_dtype
 
 
 def frame(descriptor: int, item: Item, dtype: str) -> tuple[int, int]:

@@ -9,8 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from converters.plan import Cutter, Parameter, num_experts, parameters
-from rlx.models.architecture import Architecture
-from rlx.models.weights import Gated, Row, Shard, Stacked
+from rlx.arch.architecture import Architecture
+from rlx.arch.weights import (
+    Gated,
+    Row,
+    Shard,
+    Stacked,
+)
 
 _MAX_SHOWN = 20
 # Norms that Megatron keeps inside the linear layer that follows them; the layers of latent attention keep them apart.

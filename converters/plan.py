@@ -8,11 +8,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rlx.models.architecture import Architecture
-from rlx.models.families import weight_table
-from rlx.models.families.experts import layers_of
+from rlx.arch.architecture import Architecture
+from rlx.arch.families.experts import layers_of
+from rlx.arch.families.registry import weight_table
+from rlx.arch.weights import (
+    QKV,
+    Row,
+    Shard,
+    Vocab,
+)
 from rlx.models.pipeline import layers_per_chunk
-from rlx.models.weights import QKV, Row, Shard, Vocab
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 PART_BYTES = 16 * 2**20

@@ -15,12 +15,12 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
 from converters.places import Piece, Places
-from rlx.models.architecture import Architecture
+from rlx.arch.architecture import Architecture
 from rlx.models.build import BuildOptions, build_model
-from rlx.models.hf_io import slots
+from rlx.models.hf.io import slots
 from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
 from rlx.parallel.optimizer import content_metadata
-from rlx.types import ParallelDims
+from rlx.types.layout import ParallelDims
 
 _LEFT: list[ParallelContext] = []
 """Groups of worlds that were left: they take a tenth of a second to go, which the end of the process does without."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.plan import Parameter
-from rlx.models.architecture import Architecture, ConfigJson
-from rlx.models.companions import copy_companions
-from rlx.models.families import family_of
-from rlx.models.hf_files import HfFiles
+from rlx.arch.architecture import Architecture, ConfigJson
+from rlx.arch.families.registry import family_of
+from rlx.models.hf.companions import copy_companions
+from rlx.models.hf.files import HfFiles
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

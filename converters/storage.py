@@ -18,7 +18,7 @@ from converters.extents import Columns, Extent
 from converters.items import Position
 from converters.pickles import Plain, read_plainly
 from converters.places import GlobalTensor, Piece
-from rlx.models.hf_files import itemsize
+from rlx.models.hf.files import itemsize
 
 _LOCAL_HEADER_BYTES = 30  # of a zip archive; the lengths of name and extra field are its last two words
 _STORAGES = {"BFloat16Storage": "bfloat16", "FloatStorage": "float32", "HalfStorage": "float16"}

@@ -21,8 +21,14 @@ from converters.plan import Parameter, batched, file_bytes, parameters
 from converters.source import Companions
 from converters.storage import StoredCheckpoint
 from converters.work import Advance, run_all
-from rlx.models.companions import MANIFEST
-from rlx.models.hf_files import DTYPE_NAMES, INDEX, SINGLE, HfFiles, itemsize
+from rlx.models.hf.companions import MANIFEST
+from rlx.models.hf.files import (
+    DTYPE_NAMES,
+    INDEX,
+    SINGLE,
+    HfFiles,
+    itemsize,
+)
 
 _NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
 _ALIGNMENT = 8

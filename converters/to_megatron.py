@@ -20,10 +20,10 @@ from converters.places import GlobalTensor, Piece, Places, check_agreement, plac
 from converters.plan import Cutter, FilePlan, Layout, Parameter, Part, file_plans, parameters
 from converters.source import Companions, check_tensors
 from converters.work import Advance, run_all
-from rlx.models.architecture import Architecture
-from rlx.models.companions import MANIFEST
-from rlx.models.hf_files import HfFiles, itemsize
-from rlx.models.weights import Run
+from rlx.arch.architecture import Architecture
+from rlx.arch.weights import Run
+from rlx.models.hf.companions import MANIFEST
+from rlx.models.hf.files import HfFiles, itemsize
 
 _FILES = "blocks with room around them"  # what an interrupted run must have written to be gone on with
 

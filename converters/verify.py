@@ -17,8 +17,8 @@ from converters.places import Places
 from converters.plan import Parameter, parameters
 from converters.storage import StoredCheckpoint
 from converters.work import Advance, run_all
-from rlx.models.architecture import Architecture
-from rlx.models.hf_folder import HfFolder, torch_dtype
+from rlx.arch.architecture import Architecture
+from rlx.models.hf.folder import HfFolder, torch_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

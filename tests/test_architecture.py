@@ -20,11 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"cli"},
     {"cluster"},
+    {"driver"},
+    {"engines"},
+    {"processes"},
+    {"placement"},
     {"trainer"},
     {"sync"},
     {"models", "rollout", "parallel"},
     {"algos", "data", "rewards"},
     {"config", "obs"},
+    {"arch"},
     {"types"},
 ]
 SIBLINGS = {
@@ -42,9 +47,11 @@ THIRD_PARTY = {
     "torch.utils.tensorboard": {"obs"},
 }
 OUTSIDE = ("converters", "launch", "tests", "setup")
-TORCH_FREE = ("torch", "transformers", "megatron", "rlx.types")
+TORCH_FREE = ("torch", "transformers", "megatron", "rlx.types.batch", "rlx.types.weights")
+TORCH_FREE_PACKAGES = {"config", "arch", "placement"}
+TORCH_FREE_FILES = {"rlx/types/layout.py", "rlx/types/rollout.py"}
 PARALLEL_STATE_HOME = "rlx/parallel/context.py"
-ENVIRONMENT_HOMES = {"config", "cluster"}
+ENVIRONMENT_HOMES = {"config", "cluster", "engines", "processes"}
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 6
@@ -56,7 +63,7 @@ LATE_IMPORTS = {
     "rlx/parallel/cpu_backend.py:_answer_megatron": "must run after the torch patches above it: Megatron reads them on import",
 }
 OVER_BUDGET: dict[str, str] = {
-    "rlx/rollout/weight_group.py:join_weight_group": "the seven facts of a rendezvous, all by keyword, as engines spell them",
+    "rlx/rollout/sglang/weight_group.py:join_weight_group": "the facts of a rendezvous, all by keyword, as engines spell them",
 }
 
 TOP_FOLDERS = {"rlx", "configs", "launch", "converters", "tests", "docs"}
@@ -78,7 +85,7 @@ class Source:
 
     @property
     def package(self) -> str:
-        """The package below rlx ("types" for rlx/types.py, "" for rlx/__init__.py); the top folder elsewhere."""
+        """The package below rlx ("" for rlx/__init__.py); the top folder elsewhere."""
         parts = Path(self.path).with_suffix("").parts
         if parts[0] != "rlx":
             return parts[0]
@@ -156,7 +163,7 @@ def parallel_state(source: Source) -> Iterator[str]:
 
 
 def environment(source: Source) -> Iterator[str]:
-    """Only config and cluster look at environment variables."""
+    """Only the configuration and what starts processes look at environment variables."""
     if not source.in_rlx or source.package in ENVIRONMENT_HOMES:
         return
     yield from (f"imports {name}" for name in source.imports() if name in {f"os.{item}" for item in ENVIRONMENT_NAMES})
@@ -167,7 +174,7 @@ def environment(source: Source) -> Iterator[str]:
 
 def torch_free_config(source: Source) -> Iterator[str]:
     """The configuration is read by processes that must start in no time."""
-    if source.in_rlx and source.package == "config":
+    if source.in_rlx and (source.package in TORCH_FREE_PACKAGES or source.path in TORCH_FREE_FILES):
         yield from (f"imports {name}" for name in source.imports() for ban in TORCH_FREE if _is_within(name, ban))
 
 
@@ -255,8 +262,10 @@ BITES: list[tuple[Rule, str, str]] = [
     (layers, "rlx/parallel/a.py", "import rlx.models.build"),
     (layers, "rlx/rollout/a.py", "from rlx import parallel"),
     (layers, "rlx/config/a.py", "from rlx.obs.log import logger"),
-    (layers, "rlx/algos/a.py", "from ..trainer import ppo"),
-    (layers, "rlx/types.py", "from rlx.config import schema"),
+    (layers, "rlx/algos/a.py", "from ..driver import ppo"),
+    (layers, "rlx/trainer/a.py", "from rlx.driver.ppo import x"),
+    (layers, "rlx/arch/a.py", "from rlx.config.schema import Config"),
+    (layers, "rlx/types/a.py", "from rlx.config import schema"),
     (layers, "rlx/fresh/a.py", "x = 1"),
     (outside, "rlx/models/a.py", "from converters.cli import main"),
     (outside, "rlx/models/a.py", "import tests.helpers"),
@@ -269,10 +278,11 @@ BITES: list[tuple[Rule, str, str]] = [
     (parallel_state, "rlx/models/a.py", "from megatron.core.parallel_state import get_tensor_model_parallel_rank"),
     (parallel_state, "rlx/models/a.py", "import megatron.core\nx = megatron.core.parallel_state.f()"),
     (environment, "rlx/trainer/a.py", "import os\nos.environ['A'] = '1'"),
-    (environment, "rlx/types.py", "import os\nx = os.getenv('A')"),
+    (environment, "rlx/types/a.py", "import os\nx = os.getenv('A')"),
     (environment, "rlx/cli/a.py", "from os import environ"),
     (torch_free_config, "rlx/config/a.py", "from torch import nn"),
-    (torch_free_config, "rlx/config/a.py", "from rlx.types import ParallelDims"),
+    (torch_free_config, "rlx/config/a.py", "from rlx.types.batch import MicroBatch"),
+    (torch_free_config, "rlx/types/layout.py", "import torch"),
     (no_utils, "rlx/utils/a.py", ""),
     (no_utils, "rlx/data/utils.py", ""),
     (late_imports, "rlx/data/a.py", "class A:\n    async def f(self):\n        from json import loads"),
@@ -281,7 +291,7 @@ BITES: list[tuple[Rule, str, str]] = [
     (budgets, "rlx/data/a.py", "class A:\n    def f(self, a, b, c, /, d, e, *, g, h=1): pass"),
 ]
 PASSES: list[tuple[Rule, str, str]] = [
-    (layers, "rlx/models/a.py", "from rlx.parallel.context import x\nfrom rlx.types import y\nfrom rlx.models.b import z"),
+    (layers, "rlx/models/a.py", "from rlx.parallel.context import x\nfrom rlx.types.batch import y\nfrom rlx.models.b import z"),
     (layers, "rlx/obs/a.py", "from rlx.config.schema import Config"),
     (layers, "rlx/data/a.py", "from rlx import __version__"),
     (third_party, "converters/a.py", "import megatron.core"),

@@ -12,7 +12,7 @@ from rlx.algos.base import Algorithm
 from rlx.algos.grpo import group_relative_advantages
 from rlx.algos.policy_loss import surrogate, tokens_of, with_extras
 from rlx.config.algorithm import AlgorithmConfig
-from rlx.types import LossInputs, LossOutput
+from rlx.types.batch import LossInputs, LossOutput
 
 
 def clipped_weight_loss(inputs: LossInputs, clip_low: float, clip_high: float) -> LossOutput:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlx.algos.pairs import pair_loss, pair_scores
 from rlx.algos.policy_loss import needed
-from rlx.types import LossInputs, LossOutput
+from rlx.types.batch import LossInputs, LossOutput
 
 
 def dpo_loss(inputs: LossInputs, beta: float, label_smoothing: float = 0.0) -> LossOutput:

@@ -16,7 +16,7 @@ from rlx.algos.kl import MAX_LOG_RATIO
 from rlx.algos.policy_loss import surrogate, tokens_of, with_extras
 from rlx.algos.sequence import sequence_means
 from rlx.config.algorithm import AlgorithmConfig
-from rlx.types import LossInputs, LossOutput
+from rlx.types.batch import LossInputs, LossOutput
 
 
 def sequence_ratio_loss(inputs: LossInputs, clip_low: float, clip_high: float) -> LossOutput:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlx.algos.sequence import sequence_means, sequence_sums
-from rlx.types import LossInputs, LossOutput
+from rlx.types.batch import LossInputs, LossOutput
 
 
 def pair_scores(values_T: Tensor, inputs: LossInputs, *, mean: bool = False) -> Tensor:

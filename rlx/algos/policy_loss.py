@@ -24,7 +24,7 @@ from torch import Tensor
 from rlx.algos.kl import MAX_LOG_RATIO, kl_estimate
 from rlx.algos.stats import masked, sum_and_count
 from rlx.config.algorithm import AlgorithmConfig
-from rlx.types import LossInputs, LossOutput
+from rlx.types.batch import LossInputs, LossOutput
 
 
 def needed(values_T: Tensor | None, name: str, keep_T: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from rlx.algos.rloo import leave_one_out_advantages
 from rlx.algos.sequence import sequence_sums
 from rlx.algos.stats import sum_and_count
 from rlx.config.algorithm import AlgorithmConfig
-from rlx.types import LossInputs, LossOutput
+from rlx.types.batch import LossInputs, LossOutput
 
 
 def implicit_reward_loss(inputs: LossInputs, beta: float) -> LossOutput:

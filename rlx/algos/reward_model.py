@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from rlx.algos.pairs import pair_loss, pair_scores
 from rlx.algos.policy_loss import needed
-from rlx.types import LossInputs, LossOutput
+from rlx.types.batch import LossInputs, LossOutput
 
 
 def reward_model_loss(inputs: LossInputs, center_coefficient: float = 0.0) -> LossOutput:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlx.algos.stats import masked
-from rlx.types import LossInputs
+from rlx.types.batch import LossInputs
 
 
 def sequence_sums(values_T: Tensor, keep_T: Tensor, inputs: LossInputs) -> Tensor:

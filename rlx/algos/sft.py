@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlx.algos.policy_loss import needed
 from rlx.algos.stats import sum_and_count
-from rlx.types import LossInputs, LossOutput
+from rlx.types.batch import LossInputs, LossOutput
 
 
 def sft_loss(inputs: LossInputs) -> LossOutput:

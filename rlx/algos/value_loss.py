@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlx.algos.policy_loss import needed
 from rlx.algos.stats import mean, sum_and_count
-from rlx.types import LossInputs, LossOutput
+from rlx.types.batch import LossInputs, LossOutput
 
 
 def clipped_value_loss(inputs: LossInputs, value_clip: float | None) -> LossOutput:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rlx.cluster.seating import check_spanning, seats_of
-from rlx.cluster.seats import PlacementError, picture
 from rlx.config.load import ConfigError, dump_config, load_config, load_on_paper
 from rlx.config.memory import describe, estimate, memory_problems, sizes_of
 from rlx.config.schema import Config
 from rlx.config.sharing import describe_phases, shared_phases, sharing_problems
+from rlx.placement.from_config import check_spanning, seats_of
+from rlx.placement.seats import PlacementError, picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

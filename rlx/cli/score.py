@@ -8,11 +8,11 @@ import sys
 from math import lcm
 from pathlib import Path
 
-from rlx.cluster.local_ranks import run_local_ranks, this_module
+from rlx.arch.architecture import Architecture
+from rlx.arch.families.registry import read_architecture
 from rlx.config.load import ConfigError
-from rlx.models.architecture import Architecture
-from rlx.models.families import read_architecture
-from rlx.types import ParallelDims
+from rlx.processes.local_ranks import run_local_ranks, this_module
+from rlx.types.layout import ParallelDims
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,14 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 
+from rlx.arch.architecture import Architecture
+from rlx.arch.families.registry import read_architecture
 from rlx.cli.score import add_arguments, dims_of, read_sequences
-from rlx.cluster.environment import rank_environment
-from rlx.models.architecture import Architecture
 from rlx.models.build import BuildOptions, build_model, freeze
-from rlx.models.families import read_architecture
 from rlx.models.heads import token_head
 from rlx.models.megatron_io import load_weights
 from rlx.parallel.context import build_context, choose_device, connect, shut_down
+from rlx.processes.environment import rank_environment
 from rlx.trainer.scoring import score_sequences
 
 _TIMEOUT_S = 600.0

@@ -9,10 +9,10 @@ from importlib import import_module
 
 from rlx.cluster.local import run_local
 from rlx.cluster.preflight import preflight
-from rlx.cluster.ray_address import find_cluster, prepare_environment
-from rlx.cluster.rundir import check_run_dir
+from rlx.cluster.ray.address import find_cluster, prepare_environment
 from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
+from rlx.processes.rundir import check_run_dir
 
 _STARTS = "launch/torchrun.sh and rlx launch slurm"
 
@@ -52,7 +52,7 @@ def _run_ray(config: Config) -> int:
     where = find_cluster(config)
     prepare_environment(where, config)
     try:
-        launcher = import_module("rlx.cluster.ray_launch")
+        launcher = import_module("rlx.cluster.ray.launch")
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise

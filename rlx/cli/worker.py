@@ -17,13 +17,18 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from rlx.cluster.environment import RankEnvironment, rank_environment, report_cause, report_requeue
-from rlx.cluster.parent import watch_parent
-from rlx.cluster.stopping import REQUEUE_STATUS, StopRequest
 from rlx.cluster.torchrun import join_run
 from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
 from rlx.obs.log import log_failure, start_log
+from rlx.processes.environment import (
+    RankEnvironment,
+    rank_environment,
+    report_cause,
+    report_requeue,
+)
+from rlx.processes.parent_watch import watch_parent
+from rlx.processes.stopping import REQUEUE_STATUS, StopRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +73,7 @@ def _main_from_config(args: argparse.Namespace, where: RankEnvironment, stop: St
 
 def _run_rank(config: Config, where: RankEnvironment, engines: Path, stop_asked: Callable[[], bool]) -> bool:
     """The models' libraries take seconds to import: not before the run is known to begin."""
-    run_rank: Callable[..., bool] = import_module("rlx.cluster.rank").run_rank
+    run_rank: Callable[..., bool] = import_module("rlx.driver.rank").run_rank
     return run_rank(config, where, engines, stop_asked)
 
 

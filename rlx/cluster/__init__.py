@@ -1,1 +1,1 @@
-"""Where processes live: start them, watch them, end them, and say which one failed first."""
+"""The ways to start a job: on this machine, under torchrun, on Ray, through SLURM; and what is looked at before."""

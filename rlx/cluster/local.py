@@ -9,31 +9,44 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import rlx
-from rlx.cluster.causes import Cause, is_port_taken, shown_log, where
-from rlx.cluster.engines import EnginePlan, Engines
-from rlx.cluster.environment import QUIET
-from rlx.cluster.fleet import run_keys, write_fleet
-from rlx.cluster.guard import Guard
-from rlx.cluster.interrupts import Interrupts
-from rlx.cluster.placement import EngineSite, attached_fleet, check_placement, plan_engine
-from rlx.cluster.ports import free_port
-from rlx.cluster.processes import LAUNCH_ID, Child, ChildSpec, stop_all
 from rlx.cluster.progress import Progress
-from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir
-from rlx.cluster.supervisor import NoEngines, Outcome, Supervisor
 from rlx.config.load import ConfigError, dump_config
 from rlx.config.schema import Config
+from rlx.engines.engine_plan import (
+    EngineSite,
+    attached_fleet,
+    check_placement,
+    plan_engine,
+)
+from rlx.engines.fleet import run_keys, write_fleet
+from rlx.engines.manager import EnginePlan, Engines
 from rlx.obs.log import last_phase
+from rlx.processes.causes import (
+    Cause,
+    is_port_taken,
+    shown_log,
+    where,
+)
+from rlx.processes.child_environment import child_environment, inherited_pipe
+from rlx.processes.children import (
+    LAUNCH_ID,
+    Child,
+    ChildSpec,
+    stop_all,
+)
+from rlx.processes.interrupts import Interrupts
+from rlx.processes.orphan_guard import Guard
+from rlx.processes.ports import free_port
+from rlx.processes.rundir import ENDPOINTS, log_path, open_run_dir
+from rlx.processes.supervisor import NoEngines, Outcome, Supervisor
 from rlx.rollout.keys import EngineKeys
 
 _MAX_PORT_RETRIES = 2
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 def trainer_command(run_dir: Path, endpoints_file: Path, parent_pipe: int) -> list[str]:
@@ -200,33 +213,6 @@ class Launch:
         return {name: value for name, value in self._env.items() if name != LAUNCH_ID}
 
 
-def child_environment(config: Config, launch_id: str, *, num_engines: int) -> dict[str, str]:
-    """This process's environment plus the mark of the launch, the thread counts and where to import rlx from.
-
-    Thread counts: ``cluster.threads_per_rank``, else what the environment already says, else cores / processes.
-    """
-    env = QUIET | dict(os.environ)
-    num_processes = config.num_trainer_ranks + num_engines
-    share = max(1, len(os.sched_getaffinity(0)) // num_processes)
-    for name in _THREAD_VARIABLES:
-        if config.cluster.threads_per_rank is not None:
-            env[name] = str(config.cluster.threads_per_rank)
-        else:
-            env.setdefault(name, str(share))
-    root = str(Path(rlx.__file__).resolve().parents[1])
-    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
-    env["PYTHONUNBUFFERED"] = "1"
-    env["TOKENIZERS_PARALLELISM"] = env.get("TOKENIZERS_PARALLELISM", "false")
-    env[LAUNCH_ID] = launch_id
-    # SGLang sets these for itself; a group whose two sides differ forms, and its first broadcast fails.
-    env.setdefault("NCCL_CUMEM_ENABLE", "0")
-    env.setdefault("NCCL_NVLS_ENABLE", "0")
-    if not config.rollout.endpoints:
-        # All peers are here: do not depend on the host name resolving, and listen to nobody outside.
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return env
-
-
 def _failure_text(cause: Cause, left: Sequence[int], log: str) -> str:
     lines = shown_log(cause, log)
     if left:
@@ -235,14 +221,3 @@ def _failure_text(cause: Cause, left: Sequence[int], log: str) -> str:
     lines.append(f"rlx: cause: {cause.cause}")
     lines.append(f"rlx: logs: {cause.log_path}")
     return "\n".join(lines)
-
-
-@contextmanager
-def inherited_pipe() -> Iterator[int]:
-    """The reading end of a pipe whose only writing end lives and dies with this process."""
-    reading, writing = os.pipe()
-    try:
-        yield reading
-    finally:
-        os.close(writing)
-        os.close(reading)

@@ -16,7 +16,7 @@ from rlx.config.schema import Config
 from rlx.data.examples import ExampleSource, check_examples
 from rlx.data.prompts import check_prompts
 from rlx.data.tokenizer import load_tokenizer
-from rlx.models.auto_classes import classifier_class
+from rlx.models.hf.auto_classes import classifier_class
 from rlx.rewards.registry import make_verifier, needs_label
 
 

@@ -12,14 +12,14 @@ import threading
 import time
 from pathlib import Path
 
-from rlx.cluster.causes import shown_log
-from rlx.cluster.environment import RolloutNode, default_interface, rollout_node
-from rlx.cluster.node_engines import Node, NodeEngines
-from rlx.cluster.pulse import LastWords, Pulse
-from rlx.cluster.seating import machines_of, seats_of
-from rlx.cluster.stopping import end_on_signals
 from rlx.cluster.torchrun import END_KEY, agreed_run, meet
 from rlx.config.load import load_config
+from rlx.engines.node import Node, NodeEngines
+from rlx.placement.from_config import machines_of, seats_of
+from rlx.processes.causes import shown_log
+from rlx.processes.environment import RolloutNode, default_interface, rollout_node
+from rlx.processes.heartbeat import LastWords, Pulse
+from rlx.processes.stopping import end_on_signals
 
 _LOOK_S = 0.5
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import jinja2
 
 import rlx
-from rlx.cluster.seating import seats_of
-from rlx.cluster.seats import PlacementError, picture
 from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
+from rlx.placement.from_config import seats_of
+from rlx.placement.seats import PlacementError, picture
 
 RUNTIMES = ("pyxis", "apptainer")
 FLAVOURS = ("torchrun", "ray")

@@ -24,21 +24,37 @@ from typing import TextIO
 
 from torch._C._distributed_c10d import TCPStore
 
-from rlx.cluster.causes import Cause, shown_log, speaks_of_lost_peer, where
-from rlx.cluster.environment import RankEnvironment, Rendezvous, default_interface, rendezvous, report_cause
-from rlx.cluster.fleet import write_fleet
-from rlx.cluster.node_engines import Assembly, Node, NodeEngines
-from rlx.cluster.placement import attached_fleet
 from rlx.cluster.preflight import preflight
 from rlx.cluster.progress import Progress
-from rlx.cluster.pulse import Pulse
-from rlx.cluster.rundir import ENDPOINTS, log_path, open_run_dir, wait_for_shared
-from rlx.cluster.seating import check_spanning, machines_of, seats_of
-from rlx.cluster.seats import Machines, PlacementError, Seats
-from rlx.cluster.stopping import end_on_signals
 from rlx.config.load import ConfigError, dump_config, load_config
 from rlx.config.schema import Config
+from rlx.engines.engine_plan import attached_fleet
+from rlx.engines.fleet import write_fleet
+from rlx.engines.node import Assembly, Node, NodeEngines
 from rlx.obs.log import current_phase, log_failure, logger
+from rlx.placement.from_config import check_spanning, machines_of, seats_of
+from rlx.placement.seats import Machines, PlacementError, Seats
+from rlx.processes.causes import (
+    Cause,
+    shown_log,
+    speaks_of_lost_peer,
+    where,
+)
+from rlx.processes.environment import (
+    RankEnvironment,
+    Rendezvous,
+    default_interface,
+    rendezvous,
+    report_cause,
+)
+from rlx.processes.heartbeat import Pulse
+from rlx.processes.rundir import (
+    ENDPOINTS,
+    log_path,
+    open_run_dir,
+    wait_for_shared,
+)
+from rlx.processes.stopping import end_on_signals
 
 MEET_S = 300.0
 END_KEY = "rlx/end"

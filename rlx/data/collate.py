@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rlx.types import MicroBatch, ParallelDims, TrainSample
+from rlx.types.batch import MicroBatch
+from rlx.types.layout import ParallelDims
+from rlx.types.rollout import TrainSample
 
 PADDING_ID = -1
 

@@ -18,7 +18,8 @@ from rlx.data.chat_mask import MaskedTokens, Message, checked_chat, continuation
 from rlx.data.order import EpochOrder
 from rlx.data.plan import plan_batch, round_up
 from rlx.data.rows import Row, read_rows
-from rlx.types import BatchPlan, MiniBatchPlan, ParallelDims, TrainSample
+from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
+from rlx.types.rollout import TrainSample
 
 Example = tuple[MaskedTokens, ...]
 """One answer, or the chosen and the rejected one of a pair."""

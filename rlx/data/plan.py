@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from rlx.types import BatchPlan, MiniBatchPlan, ParallelDims
+from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -18,7 +18,7 @@ from rlx.data.mixture import next_source, shares_of
 from rlx.data.order import Curriculum, EpochOrder
 from rlx.data.questions import Question, check_questions, columns_of, fingerprint, read_questions
 from rlx.data.tasks import EVALUATION_SEEDS
-from rlx.types import Prompt
+from rlx.types.rollout import Prompt
 
 
 class PromptSource:

@@ -19,7 +19,7 @@ from rlx.config.sources import EvaluationSetConfig, SourceConfig, task_name
 from rlx.data.rows import Row, read_rows
 from rlx.data.tasks import read_task
 from rlx.data.tokenizer import encode_prompt
-from rlx.types import Prompt
+from rlx.types.rollout import Prompt
 
 Source = SourceConfig | EvaluationSetConfig
 

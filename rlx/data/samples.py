@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from rlx.types import Completion, Prompt, Reward, RolloutGroup, TrainSample
+from rlx.types.rollout import (
+    Completion,
+    Prompt,
+    Reward,
+    RolloutGroup,
+    TrainSample,
+)
 
 
 def to_train_samples(

@@ -25,16 +25,16 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
-from rlx.models.architecture import Architecture
+from rlx.arch.architecture import Architecture
+from rlx.arch.longrope import LongRope
+from rlx.arch.weights import padded_vocab_size
 from rlx.models.frequencies import LongRotary, inverse_frequencies
 from rlx.models.layers import CoreAttention, RMSNorm, ValueHead
-from rlx.models.longrope import LongRope
 from rlx.models.mla import attend_latently, latent_config
 from rlx.models.moe import expert_fields, route
 from rlx.models.pipeline import megatron_layout
 from rlx.models.rotary import PackRotary
 from rlx.models.variants import ACTIVATION_FUNCTIONS, adapt_layer, scale_embeddings
-from rlx.models.weights import padded_vocab_size
 from rlx.parallel.context import ParallelContext, stage_of_chunk
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

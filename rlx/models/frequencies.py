@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlx.models.architecture import Architecture, Llama3Rope
-from rlx.models.longrope import LongRope
+from rlx.arch.architecture import Architecture, Llama3Rope
+from rlx.arch.longrope import LongRope
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:

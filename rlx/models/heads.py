@@ -16,9 +16,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from rlx.models.architecture import Architecture
+from rlx.arch.architecture import Architecture
+from rlx.arch.weights import padded_vocab_size
 from rlx.models.rotary import rotated_as_one
-from rlx.models.weights import padded_vocab_size
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.vocab import LogitScaling, logprobs_and_entropy, vocab_shard

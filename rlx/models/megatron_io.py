@@ -12,10 +12,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import nn
 
+from rlx.arch.architecture import Architecture
 from rlx.config.model_facts import is_megatron_checkpoint
-from rlx.models.architecture import Architecture
-from rlx.models.companions import MANIFEST
-from rlx.models.hf_io import load_hf
+from rlx.models.hf.companions import MANIFEST
+from rlx.models.hf.io import load_hf
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import content_metadata
 

@@ -13,8 +13,8 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
-from rlx.models.architecture import Architecture
-from rlx.models.latent import Latent
+from rlx.arch.architecture import Architecture
+from rlx.arch.latent import Latent
 from rlx.models.layers import RMSNorm
 
 LATENT_NORM_EPS = 1e-6

@@ -9,9 +9,9 @@ from typing import Any
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from rlx.models.architecture import Architecture, Experts
+from rlx.arch.architecture import Architecture, Experts
 from rlx.models.routing import RoutedLayer, Router
-from rlx.types import ParallelDims
+from rlx.types.layout import ParallelDims
 
 
 def expert_fields(arch: Architecture, dims: ParallelDims, grouped: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from rlx.models.architecture import Experts
+from rlx.arch.architecture import Experts
 from rlx.parallel.packing import PackedSequences
 
 

@@ -17,7 +17,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
-from rlx.models.architecture import Architecture
+from rlx.arch.architecture import Architecture
 from rlx.models.layers import CoreAttention, RMSNorm
 
 Join = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rlx.types import StepReport
+from rlx.types.rollout import StepReport
 
 
 class MetricsWriter:

@@ -13,7 +13,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from rlx.obs.metrics import read_metrics
-from rlx.types import StepReport
+from rlx.types.rollout import StepReport
 
 # The order in which a reader asks: does it learn, is it sound, what does it cost. Other groups follow by name.
 GROUPS = ("reward", "evaluation", "response", "loss", "kl", "policy", "mismatch", "drops", "sync", "perf", "memory")

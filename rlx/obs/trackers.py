@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rlx.config.schema import Config
-from rlx.types import StepReport
+from rlx.types.rollout import StepReport
 
 
 class Tracker(Protocol):

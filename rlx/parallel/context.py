@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
-from rlx.types import ParallelDims
+from rlx.types.layout import ParallelDims
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.context_parallel import local_index
-from rlx.types import MicroBatch
+from rlx.types.batch import MicroBatch
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.packing import LocalBatch, local_batch, pad_pack
-from rlx.types import LossOutput, MicroBatch
+from rlx.types.batch import LossOutput, MicroBatch
 
 Head = Callable[[nn.Module, LocalBatch], Tensor]
 """Runs one model chunk; on the last stage returns per-token outputs, elsewhere hidden states."""

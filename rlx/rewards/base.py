@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Protocol, runtime_checkable
 
-from rlx.types import Completion, Prompt, Reward
+from rlx.types.rollout import Completion, Prompt, Reward
 
 
 class Verifier(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlx.rewards.base import Verifier, warm_up
-from rlx.types import Completion, Prompt, Reward
+from rlx.types.rollout import Completion, Prompt, Reward
 
 
 class UnknownSourceError(ValueError):

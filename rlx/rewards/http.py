@@ -11,7 +11,7 @@ from typing import Any
 
 from rlx.rewards.base import checked_reward
 from rlx.rewards.remote import Batcher, Poster, RemoteError
-from rlx.types import Completion, Prompt, Reward
+from rlx.types.rollout import Completion, Prompt, Reward
 
 
 class HttpScorer:

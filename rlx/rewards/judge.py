@@ -7,7 +7,7 @@ from typing import Any
 
 from rlx.rewards.base import checked_reward, invalid
 from rlx.rewards.remote import Poster, RemoteError
-from rlx.types import Completion, Prompt, Reward
+from rlx.types.rollout import Completion, Prompt, Reward
 
 TEMPLATE = """Grade the answer to the question on a scale from 0 (wrong) to 10 (perfect).
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 from rlx.rewards.base import label_of, verdict
-from rlx.types import Completion, Prompt, Reward
+from rlx.types.rollout import Completion, Prompt, Reward
 
 if find_spec("math_verify") is not None:
     import math_verify

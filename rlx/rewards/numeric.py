@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from rlx.rewards.base import label_of, verdict
-from rlx.types import Completion, Prompt, Reward
+from rlx.types.rollout import Completion, Prompt, Reward
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _UNSIGNED = rf"(?:{_DIGITS}(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"

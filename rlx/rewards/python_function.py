@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rlx.rewards.base import checked_reward, invalid
-from rlx.types import Completion, Prompt, Reward
+from rlx.types.rollout import Completion, Prompt, Reward
 
 
 class PythonFunction:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from rlx.rewards.base import MissingLabelError, checked_reward
-from rlx.types import Completion, Prompt, Reward
+from rlx.types.rollout import Completion, Prompt, Reward
 
 Scorer = Callable[[str | None, Mapping[str, object]], float]
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from rlx.rewards.base import label_of, verdict
-from rlx.types import Completion, Prompt, Reward
+from rlx.types.rollout import Completion, Prompt, Reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlx.rewards.base import Verifier, invalid, warm_up
-from rlx.types import Completion, Prompt, Reward
+from rlx.types.rollout import Completion, Prompt, Reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

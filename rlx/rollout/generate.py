@@ -18,10 +18,22 @@ from dataclasses import dataclass, field, replace
 import aiohttp
 
 from rlx.config.schema import RolloutConfig
-from rlx.rollout.client import EngineClient, RetryPolicy, RolloutStats, check_token_ids, check_url, open_session
 from rlx.rollout.record import RolloutRecorder
 from rlx.rollout.router import EngineCare, EngineRouter
-from rlx.types import Completion, Prompt, RolloutGroup, SamplingSpec
+from rlx.rollout.sglang.client import (
+    EngineClient,
+    RetryPolicy,
+    RolloutStats,
+    check_token_ids,
+    check_url,
+    open_session,
+)
+from rlx.types.rollout import (
+    Completion,
+    Prompt,
+    RolloutGroup,
+    SamplingSpec,
+)
 
 
 def sample_seed(seed: int, prompt_id: int, index: int) -> int:

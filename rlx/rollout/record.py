@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import cast, get_args
 
 from rlx.obs.log import logger
-from rlx.types import Completion, FinishReason, Prompt, Reward, RolloutGroup, SamplingSpec
+from rlx.types.rollout import (
+    Completion,
+    FinishReason,
+    Prompt,
+    Reward,
+    RolloutGroup,
+    SamplingSpec,
+)
 
 
 class RolloutRecorder:

@@ -15,8 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlx.obs.log import logger
-from rlx.rollout.client import EngineClient, EngineError, RetryPolicy, RolloutStats, check_token_ids, complete
-from rlx.types import Completion, SamplingSpec
+from rlx.rollout.sglang.client import (
+    EngineClient,
+    EngineError,
+    RetryPolicy,
+    RolloutStats,
+    check_token_ids,
+    complete,
+)
+from rlx.types.rollout import Completion, SamplingSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from rlx.config.model_facts import is_megatron_checkpoint
 from rlx.config.schema import Config
-from rlx.rollout.client import EngineError
 from rlx.rollout.flags import flags
+from rlx.rollout.sglang.client import EngineError
 
 _READY = re.compile(r"^rlx-serve ready port=(\d{1,5})\s*$")
 _RESERVED = ("model", "host", "port", "dtype", "device", "rank", "parent_pipe", "config")

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from rlx.types import TensorInfo, WeightChunk
+from rlx.types.weights import TensorInfo, WeightChunk
 
 
 def chunks(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, flatten_below_bytes: int) -> Iterator[WeightChunk]:

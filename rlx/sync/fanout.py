@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from threading import Thread
 
-from rlx.rollout.control import EngineControlError
+from rlx.rollout.sglang.control import EngineControlError
 from rlx.sync.errors import SyncError
 
 # After a first failure the others are given this long to fail as well: when an engine dies, its peers may complain first.

@@ -13,8 +13,8 @@ import torch
 from torch.distributed import ProcessGroup
 
 from rlx.obs.log import logger
-from rlx.rollout.control import EngineControl
-from rlx.rollout.weight_group import join_weight_group, leave_weight_group
+from rlx.rollout.sglang.control import EngineControl
+from rlx.rollout.sglang.weight_group import join_weight_group, leave_weight_group
 from rlx.sync.errors import SyncError
 from rlx.sync.fanout import call_all, describe, failures, start, unwell
 

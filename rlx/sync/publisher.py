@@ -20,24 +20,29 @@ import torch
 from torch import Tensor
 
 from rlx.config.schema import SyncConfig
-from rlx.rollout.control import EngineControl
 from rlx.rollout.keys import EngineKeys
-from rlx.sync.broadcast import BroadcastLane
+from rlx.rollout.sglang.control import EngineControl
 from rlx.sync.canary import CanarySpec, canary_sequences, is_due
-from rlx.sync.crew import Crew, PublisherPlace, Share, stop
-from rlx.sync.disk import DiskLane, SyncFolder
+from rlx.sync.canary_run import CanaryProof
+from rlx.sync.collective_phase import (
+    Crew,
+    PublisherPlace,
+    Share,
+    stop,
+)
+from rlx.sync.engine_memory import KEY_VALUES, WEIGHTS, Sharing
 from rlx.sync.errors import SyncError
 from rlx.sync.fanout import describe, failures, start, unwell
 from rlx.sync.group import GRACE_S, Endpoint, Engine, open_group
-from rlx.sync.lane import Lane
-from rlx.sync.ledger import Ledger
-from rlx.sync.occupation import KEY_VALUES, WEIGHTS, Sharing
-from rlx.sync.proof import CanaryProof
+from rlx.sync.manifest import Ledger
+from rlx.sync.model_check import check_model
 from rlx.sync.sender import StageSender
-from rlx.sync.shared_memory import SharedMemoryLane
-from rlx.sync.stream import StreamLane
-from rlx.sync.suits import check_model
-from rlx.types import CanaryReport, TensorInfo, WeightManifest
+from rlx.sync.transports.base import Lane
+from rlx.sync.transports.broadcast import BroadcastLane
+from rlx.sync.transports.disk import DiskLane, SyncFolder
+from rlx.sync.transports.shared_memory import SharedMemoryLane
+from rlx.sync.transports.stream import StreamLane
+from rlx.types.weights import CanaryReport, TensorInfo, WeightManifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

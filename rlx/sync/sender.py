@@ -19,9 +19,9 @@ from rlx.sync.chunks import chunks
 from rlx.sync.errors import SyncError
 from rlx.sync.fanout import describe, failures, raised, unwell
 from rlx.sync.group import GRACE_S
-from rlx.sync.lane import SENDER, Departure, Lane
-from rlx.sync.ledger import Ledger
-from rlx.types import WeightChunk
+from rlx.sync.manifest import Ledger
+from rlx.sync.transports.base import SENDER, Departure, Lane
+from rlx.types.weights import WeightChunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

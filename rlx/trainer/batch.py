@@ -15,7 +15,9 @@ from rlx.data.collate import collate, split_columns
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.context_parallel import gather_pack
 from rlx.parallel.packing import LocalBatch
-from rlx.types import BatchPlan, MicroBatch, TrainSample
+from rlx.types.batch import MicroBatch
+from rlx.types.layout import BatchPlan
+from rlx.types.rollout import TrainSample
 
 
 class RankBatch:

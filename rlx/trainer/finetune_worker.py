@@ -26,7 +26,9 @@ from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import forward_only
 from rlx.trainer.batch import RankBatch, position_mask
 from rlx.trainer.rank_worker import Means, RankWorker, Trained
-from rlx.types import BatchPlan, LossInputs, LossOutput, TrainSample, UpdateStats
+from rlx.types.batch import LossInputs, LossOutput
+from rlx.types.layout import BatchPlan
+from rlx.types.rollout import TrainSample, UpdateStats
 
 
 class FinetuneWorker(RankWorker):

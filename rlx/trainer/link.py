@@ -18,13 +18,13 @@ from rlx.parallel.context import ParallelContext
 from rlx.parallel.memory import GIB, TrainerMemory, device_used
 from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import CanarySpec
-from rlx.sync.crew import PublisherPlace
-from rlx.sync.disk import SyncFolder
+from rlx.sync.collective_phase import PublisherPlace
+from rlx.sync.engine_memory import KEY_VALUES, EngineMemory, Sharing
 from rlx.sync.errors import CanaryError, SyncError, SyncFailure
 from rlx.sync.group import Endpoint
-from rlx.sync.occupation import KEY_VALUES, EngineMemory, Sharing
 from rlx.sync.publisher import Publisher, PublisherTarget
-from rlx.types import CanaryReport, WeightManifest
+from rlx.sync.transports.disk import SyncFolder
+from rlx.types.weights import CanaryReport, WeightManifest
 
 
 class EngineLink:

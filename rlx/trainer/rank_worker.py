@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import Config
 from rlx.models.build import BuildOptions, build_model, freeze
-from rlx.models.families import read_architecture
 from rlx.models.heads import token_head
-from rlx.models.hf_io import export_hf
+from rlx.models.hf.io import export_hf
 from rlx.models.megatron_io import load_weights
 from rlx.obs.log import phase
 from rlx.parallel.checkpoint import load_trainable, save_trainable
@@ -30,7 +30,8 @@ from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Head, forward_backward, forward_only
 from rlx.trainer.batch import RankBatch
 from rlx.trainer.weighting import divisors
-from rlx.types import LossInputs, LossOutput, UpdateStats
+from rlx.types.batch import LossInputs, LossOutput
+from rlx.types.rollout import UpdateStats
 
 Means = dict[str, float]
 

@@ -11,7 +11,8 @@ from rlx.data.plan import plan_batch
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.schedule import Head, forward_only
 from rlx.trainer.batch import RankBatch
-from rlx.types import BatchPlan, TrainSample
+from rlx.types.layout import BatchPlan
+from rlx.types.rollout import TrainSample
 
 
 def score_sequences(

@@ -13,12 +13,12 @@ from torch import Tensor
 from rlx.algos.kl import kl_estimate
 from rlx.algos.registry import make_algorithm
 from rlx.algos.stats import sum_and_count
+from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import Config
 from rlx.config.sharing import offload_level
 from rlx.models.build import build_model
-from rlx.models.families import read_architecture
 from rlx.models.heads import token_head, value_head
-from rlx.models.hf_io import expected_shapes, stage_weights
+from rlx.models.hf.io import expected_shapes, stage_weights
 from rlx.models.megatron_io import load_weights
 from rlx.obs.log import notice, phase
 from rlx.parallel.context import ParallelContext
@@ -35,7 +35,10 @@ from rlx.trainer.link import EngineLink
 from rlx.trainer.rank_worker import Means, RankWorker, Trained
 from rlx.trainer.scoring import score_sequences
 from rlx.trainer.weighting import add_importance, add_weights
-from rlx.types import BatchPlan, LossInputs, LossOutput, TrainSample, UpdateStats, WeightManifest
+from rlx.types.batch import LossInputs, LossOutput
+from rlx.types.layout import BatchPlan
+from rlx.types.rollout import TrainSample, UpdateStats
+from rlx.types.weights import WeightManifest
 
 
 class Worker(RankWorker):

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlx.rollout.flags import flags
-from rlx.rollout.sglang_server import write_modules
-from rlx.rollout.shared_tensors import RECEIVER
+from rlx.rollout.sglang.server import write_modules
+from rlx.rollout.sglang.shared_tensors import RECEIVER
 from tests.benchmarks.gpu.models import write_config
 
 PARTS = ("raw", "scores", "update", "sync", "rollout")
@@ -121,7 +121,7 @@ class Bench:
 
     def raw(self) -> None:
         """Two ranks, a GPU each."""
-        code = "import sys; from rlx.cluster.local_ranks import run_local_ranks, this_module;"
+        code = "import sys; from rlx.processes.local_ranks import run_local_ranks, this_module;"
         code += "sys.exit(run_local_ranks(this_module('tests.benchmarks.gpu.raw'), 2))"
         self.run("raw", [sys.executable, "-c", code], 60)
 

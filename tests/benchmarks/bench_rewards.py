@@ -17,8 +17,8 @@ import psutil
 
 from rlx.config.schema import RewardConfig
 from rlx.rewards.math import MathVerify
-from rlx.rewards.processes import ProcessPool
-from rlx.types import Completion, Prompt, RolloutGroup
+from rlx.rewards.pool.processes import ProcessPool
+from rlx.types.rollout import Completion, Prompt, RolloutGroup
 
 LOOPING = """
 def judge(prompt, response, label, **extra):

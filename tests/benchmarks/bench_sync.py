@@ -26,11 +26,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlx.config.schema import SyncConfig
 from rlx.sync.canary import CanarySpec
-from rlx.sync.crew import PublisherPlace
-from rlx.sync.disk import SyncFolder
+from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.group import Endpoint
 from rlx.sync.publisher import Publisher, PublisherTarget
-from rlx.types import WeightManifest
+from rlx.sync.transports.disk import SyncFolder
+from rlx.types.weights import WeightManifest
 from tests.ports import free_port
 from tests.sglang.engines import RunningEngine, sglang_python
 from tests.sglang.models import scores

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlx.config.schema import SyncConfig
-from rlx.rollout.control import EngineControl
+from rlx.rollout.sglang.control import EngineControl
 from rlx.sync.canary import CanarySpec
-from rlx.sync.crew import PublisherPlace, Share
-from rlx.sync.disk import SyncFolder
+from rlx.sync.collective_phase import PublisherPlace, Share
 from rlx.sync.group import Endpoint
 from rlx.sync.publisher import Publisher, PublisherTarget
+from rlx.sync.transports.disk import SyncFolder
 
 VOCAB = 101
 REPOSITORY = Path(__file__).parents[2]

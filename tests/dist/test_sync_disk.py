@@ -12,11 +12,11 @@ import httpx
 import pytest
 import torch
 
-from rlx.models.hf_folder import HfFolder
-from rlx.rollout.control import EngineControl
-from rlx.sync.crew import PublisherPlace
-from rlx.sync.disk import DiskLane
+from rlx.models.hf.folder import HfFolder
+from rlx.rollout.sglang.control import EngineControl
+from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.errors import CanaryError, SyncError
+from rlx.sync.transports.disk import DiskLane
 from tests.dist.sync_lab import half, make_publisher, named, new_model, shapes, shared_engines, small_config, worst_difference
 
 NORM = "model.layers.2.input_layernorm.weight"

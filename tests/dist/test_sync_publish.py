@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlx.config.schema import SyncConfig
-from rlx.rollout.control import EngineControl, EngineControlError
+from rlx.rollout.sglang.control import EngineControl, EngineControlError
 from rlx.sync.errors import CanaryError, SyncError
 from rlx.sync.publisher import Publisher
 from tests.dist.sync_lab import (

@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rlx.config.schema import SyncConfig
-from rlx.rollout.control import EngineControl
-from rlx.sync.crew import PublisherPlace
+from rlx.rollout.sglang.control import EngineControl
+from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.errors import CanaryError, SyncError
 from tests.dist.sync_lab import (
     VOCAB,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlx.rollout.control import EngineControl
+from rlx.rollout.sglang.control import EngineControl
 from rlx.sync.errors import SyncError
 from tests.dist.sync_lab import (
     make_publisher,

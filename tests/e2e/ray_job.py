@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlx.cluster.processes import JOB_ID
-from rlx.cluster.rundir import log_path
+from rlx.processes.children import JOB_ID
+from rlx.processes.rundir import log_path
 from tests.e2e.job import ROOT
 from tests.e2e.two_hosts import TwoHosts
 from tests.ports import free_port

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from rlx.cluster.fleet import Held, read_fleet
-from rlx.cluster.supervisor import now_text
+from rlx.engines.fleet import Held, read_fleet
 from rlx.obs.log import last_phase
 from rlx.obs.metrics import read_metrics
+from rlx.processes.supervisor import now_text
 from tests.e2e.job import ROOT, demo_overrides, make_demo
 from tests.e2e.torchrun_job import Nodes
 

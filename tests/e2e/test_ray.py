@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlx.cluster.fleet import read_fleet
+from rlx.engines.fleet import read_fleet
 from rlx.obs.metrics import read_metrics
 from tests.e2e.job import demo_overrides, make_demo, numbers, rlx
 from tests.e2e.ray_job import RayNodes, RayRun, ask_ray

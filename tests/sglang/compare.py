@@ -8,8 +8,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlx.rollout.control import EngineControl
 from rlx.rollout.keys import EngineKeys
+from rlx.rollout.sglang.control import EngineControl
 from tests.sglang.models import VOCAB, greedy, scores, sequences
 
 COUNT = 24

@@ -6,13 +6,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from rlx.cluster.local import child_environment
-from rlx.cluster.placement import EngineSite, plan_engine
-from rlx.cluster.processes import Child, ChildSpec, stop_all
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, SyncConfig
-from rlx.rollout.control import EngineControl
+from rlx.engines.engine_plan import EngineSite, plan_engine
+from rlx.processes.child_environment import child_environment
+from rlx.processes.children import Child, ChildSpec, stop_all
 from rlx.rollout.keys import EngineKeys, new_keys
 from rlx.rollout.server import parse_ready_port, wait_until_healthy
+from rlx.rollout.sglang.control import EngineControl
 
 # SGLang's checksums call torch.cuda.synchronize, which has no CPU build to fall back on: tests only.
 CHECKSUM_SHIM = """

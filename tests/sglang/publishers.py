@@ -8,11 +8,11 @@ import torch
 
 from rlx.config.schema import SyncConfig
 from rlx.sync.canary import CanarySpec
-from rlx.sync.crew import PublisherPlace
-from rlx.sync.disk import SyncFolder
+from rlx.sync.collective_phase import PublisherPlace
+from rlx.sync.engine_memory import Sharing
 from rlx.sync.group import Endpoint
-from rlx.sync.occupation import Sharing
 from rlx.sync.publisher import Publisher, PublisherTarget
+from rlx.sync.transports.disk import SyncFolder
 from tests.sglang.engines import RunningEngine
 from tests.sglang.models import VOCAB
 

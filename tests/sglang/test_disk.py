@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from rlx.sync.engine_memory import (
+    KEY_VALUES,
+    WEIGHTS,
+    EngineMemory,
+    Sharing,
+)
 from rlx.sync.errors import CanaryError, SyncError
-from rlx.sync.occupation import KEY_VALUES, WEIGHTS, EngineMemory, Sharing
 from rlx.sync.publisher import Publisher
 from tests.sglang.engines import RunningEngine
 from tests.sglang.models import make, scores

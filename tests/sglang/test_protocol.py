@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from rlx.config.schema import RolloutConfig
-from rlx.rollout.client import EngineClient
-from rlx.rollout.control import EngineControlError
 from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.keys import EngineKeys
+from rlx.rollout.sglang.client import EngineClient
+from rlx.rollout.sglang.control import EngineControlError
 from rlx.sync.errors import CanaryError, SyncError
 from rlx.sync.publisher import Publisher
-from rlx.types import Prompt, SamplingSpec
+from rlx.types.rollout import Prompt, SamplingSpec
 from tests.sglang.engines import RunningEngine
 from tests.sglang.models import VOCAB, greedy, make, save, scores, sequences
 from tests.sglang.publishers import canary_of, make_publisher

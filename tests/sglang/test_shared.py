@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlx.rollout.control import EngineControlError
-from rlx.rollout.shared_tensors import LOAD_FORMAT, open_bucket, share_bucket
+from rlx.rollout.sglang.control import EngineControlError
+from rlx.rollout.sglang.shared_tensors import LOAD_FORMAT, open_bucket, share_bucket
 from rlx.sync.chunks import tensor_info
+from rlx.sync.engine_memory import (
+    KEY_VALUES,
+    WEIGHTS,
+    EngineMemory,
+    Sharing,
+)
 from rlx.sync.errors import CanaryError, SyncError
 from rlx.sync.group import Endpoint, Engine
-from rlx.sync.occupation import KEY_VALUES, WEIGHTS, EngineMemory, Sharing
 from rlx.sync.publisher import Publisher
 from tests.sglang.conftest import KINDS
 from tests.sglang.engines import RunningEngine

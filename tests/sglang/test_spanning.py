@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlx.cluster.fleet import Member, read_fleet, run_keys
-from rlx.cluster.node_engines import Node, NodeEngines, part_path
-from rlx.cluster.seating import seats_of
 from rlx.config.schema import ClusterConfig
-from rlx.rollout.control import EngineControl
+from rlx.engines.fleet import Member, read_fleet, run_keys
+from rlx.engines.node import Node, NodeEngines, part_path
+from rlx.placement.from_config import seats_of
+from rlx.rollout.sglang.control import EngineControl
 from tests.sglang.conftest import needs_sglang
 from tests.sglang.engines import engine_config
 from tests.sglang.models import make, scores

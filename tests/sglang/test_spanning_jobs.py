@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlx.cluster.fleet import read_fleet
+from rlx.engines.fleet import read_fleet
 from rlx.obs.metrics import read_metrics
 from tests.e2e.job import demo_overrides, make_demo
 from tests.e2e.ray_job import RayNodes, RayRun

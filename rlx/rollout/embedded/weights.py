@@ -15,12 +15,22 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlx.rollout import receiver
 from rlx.rollout.embedded.fields import Fields
 from rlx.rollout.embedded.model import LanguageModel
-from rlx.rollout.shared_tensors import LOAD_FORMAT, RECEIVER, open_bucket, open_request
-from rlx.rollout.weight_group import WeightGroupError, broadcast_from_trainer, join_weight_group, leave_weight_group
-from rlx.types import TensorInfo
+from rlx.rollout.sglang import receiver
+from rlx.rollout.sglang.shared_tensors import (
+    LOAD_FORMAT,
+    RECEIVER,
+    open_bucket,
+    open_request,
+)
+from rlx.rollout.sglang.weight_group import (
+    WeightGroupError,
+    broadcast_from_trainer,
+    join_weight_group,
+    leave_weight_group,
+)
+from rlx.types.weights import TensorInfo
 
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from rlx.models.families import read_architecture
-from rlx.models.hf_io import expected_shapes
+from rlx.arch.families.registry import read_architecture
+from rlx.models.hf.io import expected_shapes
 
 _QWEN = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import httpx
 
-from rlx.models.families import read_architecture
+from rlx.arch.families.registry import read_architecture
 from rlx.rollout.generate import HttpRolloutService
-from rlx.types import Prompt, SamplingSpec
+from rlx.types.rollout import Prompt, SamplingSpec
 from tests.benchmarks.gpu.trainer import config_of
 
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS, REPEATS = 256, 64, 256, 3

@@ -15,13 +15,13 @@ from collections.abc import Callable
 import torch
 
 from rlx.parallel.memory import _Shelf
-from rlx.rollout.sglang_server import cuda_runtime_folders
-from rlx.rollout.shared_tensors import share_bucket
+from rlx.rollout.sglang.server import cuda_runtime_folders
+from rlx.rollout.sglang.shared_tensors import share_bucket
 from rlx.sync.chunks import chunks, flatten
 
 READER = """
 import sys, torch
-from rlx.rollout.shared_tensors import open_bucket
+from rlx.rollout.sglang.shared_tensors import open_bucket
 from rlx.sync.chunks import unflatten
 buffer, infos = open_bucket(sys.stdin.read())
 assert buffer.is_cuda

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
+from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import SyncConfig
-from rlx.models.families import read_architecture
 from rlx.models.heads import token_head
-from rlx.models.hf_io import expected_shapes, stage_weights
+from rlx.models.hf.io import expected_shapes, stage_weights
 from rlx.parallel.context import shut_down
 from rlx.sync.canary import CanarySpec
-from rlx.sync.crew import PublisherPlace
-from rlx.sync.disk import SyncFolder
+from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.group import Endpoint
 from rlx.sync.publisher import Publisher, PublisherTarget
+from rlx.sync.transports.disk import SyncFolder
 from rlx.trainer.scoring import score_sequences
 from tests.benchmarks.gpu.trainer import one_rank, random_model, randomise
 

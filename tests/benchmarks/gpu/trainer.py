@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import AlgorithmConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
 from rlx.models.build import BuildOptions, build_model, freeze
-from rlx.models.families import read_architecture
 from rlx.parallel.context import ParallelContext, build_context, choose_device, connect
-from rlx.types import ParallelDims
+from rlx.types.layout import ParallelDims
 
 LIMIT_S = 120.0
 

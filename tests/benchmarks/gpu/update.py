@@ -23,7 +23,8 @@ from rlx.models.rotary import rotated_as_one
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Divisors, forward_backward, forward_only
 from rlx.trainer.worker import Worker
-from rlx.types import LossOutput, TrainSample
+from rlx.types.batch import LossOutput
+from rlx.types.rollout import TrainSample
 from tests.benchmarks.gpu.trainer import config_of, one_rank
 
 PEAK_FLOPS = 989e12

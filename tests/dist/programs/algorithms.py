@@ -8,7 +8,7 @@ import torch
 
 from rlx.parallel.context import ParallelContext
 from rlx.trainer.worker import Trained, Worker
-from rlx.types import TrainSample
+from rlx.types.rollout import TrainSample
 from tests.dist.programs.layouts import context_of, main, plan_of
 from tests.dist.programs.updates import collect, config_of
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
+from rlx.arch.families.registry import read_architecture
 from rlx.models.build import BuildOptions, build_model
-from rlx.models.families import read_architecture
-from rlx.models.hf_io import load_hf
+from rlx.models.hf.io import load_hf
 from rlx.models.megatron_io import load_weights
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import content_metadata

@@ -11,19 +11,20 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlx.arch.architecture import Architecture
+from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import OptimizerConfig
 from rlx.data.collate import collate
-from rlx.models.architecture import Architecture
 from rlx.models.build import BuildOptions, build_model
-from rlx.models.families import read_architecture
 from rlx.models.heads import token_head
-from rlx.models.hf_io import export_hf, load_hf, stage_weights
+from rlx.models.hf.io import export_hf, load_hf, stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Divisors, forward_backward
 from rlx.trainer.scoring import score_sequences
-from rlx.types import LossOutput, TrainSample
+from rlx.types.batch import LossOutput
+from rlx.types.rollout import TrainSample
 from tests.dist.family_folders import folder_of, sequences
 from tests.dist.programs.layouts import context_of, main
 

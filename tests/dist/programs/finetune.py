@@ -11,7 +11,7 @@ from rlx.config.schema import BatchingConfig, Config, DataConfig, FinetuneConfig
 from rlx.data.chat_mask import masked_tokens
 from rlx.data.examples import plan_examples, to_train_samples
 from rlx.models.classifier import score_weights
-from rlx.models.hf_io import stage_weights
+from rlx.models.hf.io import stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.trainer.finetune_worker import FinetuneWorker
 from tests.dist.programs.layouts import context_of, main

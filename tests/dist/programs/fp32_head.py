@@ -9,10 +9,10 @@ import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from rlx.arch.families.registry import read_architecture
 from rlx.models.build import BuildOptions, build_model
-from rlx.models.families import read_architecture
 from rlx.models.heads import token_head
-from rlx.models.hf_io import load_hf
+from rlx.models.hf.io import load_hf
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import forward_only

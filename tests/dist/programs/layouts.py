@@ -15,7 +15,8 @@ from megatron.core import parallel_state
 
 from rlx.data.plan import plan_batch
 from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
-from rlx.types import BatchPlan, ParallelDims, TrainSample
+from rlx.types.layout import BatchPlan, ParallelDims
+from rlx.types.rollout import TrainSample
 
 
 @contextmanager

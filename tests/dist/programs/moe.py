@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlx.arch.architecture import Architecture
+from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import OptimizerConfig
 from rlx.data.plan import plan_batch
-from rlx.models.architecture import Architecture
 from rlx.models.build import BuildOptions, build_model
-from rlx.models.families import read_architecture
 from rlx.models.heads import token_head
-from rlx.models.hf_io import export_hf, load_hf, stage_weights
+from rlx.models.hf.io import export_hf, load_hf, stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Divisors, forward_backward
 from rlx.trainer.batch import RankBatch
 from rlx.trainer.scoring import score_sequences
-from rlx.types import LossOutput, TrainSample
+from rlx.types.batch import LossOutput
+from rlx.types.rollout import TrainSample
 from tests.dist.programs.layouts import context_of, main
 
 MAX_TOKENS = 24

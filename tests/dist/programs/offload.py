@@ -12,7 +12,7 @@ from rlx.config.schema import ClusterConfig, RolloutConfig
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.memory import PARTS
 from rlx.trainer.worker import Worker
-from rlx.types import TrainSample
+from rlx.types.rollout import TrainSample
 from tests.dist.programs.layouts import context_of, main, plan_of
 from tests.dist.programs.updates import collect, config_of
 

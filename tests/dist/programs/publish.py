@@ -13,15 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import SyncConfig
 from rlx.models.build import BuildOptions, build_model
-from rlx.models.families import read_architecture
 from rlx.models.heads import token_head
-from rlx.models.hf_io import expected_shapes, export_hf, load_hf, stage_weights
+from rlx.models.hf.io import (
+    expected_shapes,
+    export_hf,
+    load_hf,
+    stage_weights,
+)
 from rlx.parallel.context import ParallelContext
 from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import CanarySpec
-from rlx.sync.crew import PublisherPlace
+from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.group import Endpoint
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.trainer.scoring import score_sequences

@@ -17,10 +17,10 @@ from rlx.config.schema import (
     ParallelConfig,
     RewardConfig,
 )
-from rlx.models.hf_io import stage_weights
+from rlx.models.hf.io import stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.trainer.worker import Trained, Worker
-from rlx.types import TrainSample
+from rlx.types.rollout import TrainSample
 from tests.dist.programs.layouts import context_of, main, plan_of
 
 EXTRA_KEYS = ("distributed", "model", "algorithm", "clip", "resume")

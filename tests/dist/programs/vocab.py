@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from rlx.parallel import vocab
 from rlx.parallel.context import ParallelContext
-from rlx.types import ParallelDims
+from rlx.types.layout import ParallelDims
 from tests.dist.programs.layouts import context_of, main
 
 

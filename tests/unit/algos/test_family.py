@@ -18,7 +18,7 @@ from rlx.algos.overlong import overlong_penalty
 from rlx.algos.prime import implicit_reward_loss, process_advantages, process_baselines
 from rlx.algos.registry import ALGORITHMS, make_algorithm
 from rlx.config.algorithm import AGGREGATIONS, PRESETS, AlgorithmConfig
-from rlx.types import LossInputs
+from rlx.types.batch import LossInputs
 
 Sequence = dict[str, Any]
 CONSTANT = 17

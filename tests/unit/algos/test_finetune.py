@@ -14,7 +14,7 @@ from torch import Tensor
 from rlx.algos.dpo import dpo_loss, ipo_loss
 from rlx.algos.reward_model import reward_model_loss
 from rlx.algos.sft import sft_loss
-from rlx.types import LossInputs, LossOutput
+from rlx.types.batch import LossInputs, LossOutput
 
 BETA = 0.25
 Loss = Callable[[LossInputs], LossOutput]

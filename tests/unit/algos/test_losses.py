@@ -15,7 +15,7 @@ from rlx.algos.policy_loss import clipped_policy_loss
 from rlx.algos.registry import ALGORITHMS, make_algorithm
 from rlx.algos.value_loss import clipped_value_loss, explained_variance
 from rlx.config.schema import AlgorithmConfig
-from rlx.types import LossInputs, LossOutput
+from rlx.types.batch import LossInputs, LossOutput
 
 CONFIG = AlgorithmConfig(
     clip_low=0.1, clip_high=0.3, value_clip=0.15, entropy_coefficient=0.02, kl_placement="loss", kl_coefficient=0.4

@@ -17,8 +17,8 @@ import threading
 import time
 from pathlib import Path
 
-from rlx.cluster.parent import watch_parent
 from rlx.obs.log import log_failure, phase, start_log
+from rlx.processes.parent_watch import watch_parent
 
 LISTENER = """
 import socket, sys, time, pathlib

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import rlx.cluster.local as local
-from rlx.cluster.engines import EnginePlan
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig
+from rlx.engines.manager import EnginePlan
 
 CHILD = str(Path(__file__).with_name("dummy_child.py"))
 

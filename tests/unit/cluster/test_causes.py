@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from rlx.cluster.causes import Ended, cause_of, describe, first_cause, is_port_taken, speaks_of_lost_peer
 from rlx.obs.log import Phase
+from rlx.processes.causes import (
+    Ended,
+    cause_of,
+    describe,
+    first_cause,
+    is_port_taken,
+    speaks_of_lost_peer,
+)
 
 CONSEQUENCES = [
     "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4711",

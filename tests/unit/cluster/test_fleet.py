@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlx.cluster.fleet import Fleet, Held, Member, let_start, read_fleet, run_keys, take_request, take_start, write_fleet
-from rlx.cluster.node_engines import Assembly, part_path
-from rlx.cluster.rundir import ENDPOINTS
+from rlx.engines.fleet import (
+    Fleet,
+    Held,
+    Member,
+    let_start,
+    read_fleet,
+    run_keys,
+    take_request,
+    take_start,
+    write_fleet,
+)
+from rlx.engines.node import Assembly, part_path
+from rlx.processes.rundir import ENDPOINTS
 
 
 def test_parts_of_several_nodes_keep_who_serves_and_who_is_held(tmp_path: Path) -> None:

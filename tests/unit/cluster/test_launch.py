@@ -14,7 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlx.cluster.fleet import Held, let_start, read_fleet, request_replacement
+from rlx.engines.fleet import (
+    Held,
+    let_start,
+    read_fleet,
+    request_replacement,
+)
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from rlx.cluster.processes import kill_members, living_members
+from rlx.processes.children import kill_members, living_members
 
 EXIT_ONE_THREAD = {"x86_64": 60, "aarch64": 93}[platform.machine()]
 HEADLESS = f"""

@@ -11,12 +11,18 @@ from typing import Any
 
 import pytest
 
-import rlx.cluster.publishing as publishing
-from rlx.cluster.fleet import Fleet, Held, Member, take_start, write_fleet
-from rlx.cluster.publishing import EnginePublisher
+import rlx.driver.publishing as publishing
+from rlx.driver.publishing import EnginePublisher
+from rlx.engines.fleet import (
+    Fleet,
+    Held,
+    Member,
+    take_start,
+    write_fleet,
+)
+from rlx.sync.engine_memory import KEY_VALUES
 from rlx.sync.errors import SyncError
-from rlx.sync.occupation import KEY_VALUES
-from rlx.types import WeightManifest
+from rlx.types.weights import WeightManifest
 
 
 class RecordingRanks:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from torch.distributed import TCPStore
 
-from rlx.cluster import pulse as module
-from rlx.cluster.pulse import LastWords, Pulse
+from rlx.processes import heartbeat as module
+from rlx.processes.heartbeat import LastWords, Pulse
 
 
 def wait_for(condition: Callable[[], object]) -> None:

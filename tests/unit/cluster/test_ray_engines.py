@@ -9,9 +9,14 @@ import pytest
 
 pytest.importorskip("ray", reason="ray is not installed")
 
-from rlx.cluster.fleet import Fleet, Member, read_fleet, write_fleet
-from rlx.cluster.node_engines import part_path
-from rlx.cluster.ray_watch import RayEngines
+from rlx.cluster.ray.watch import RayEngines
+from rlx.engines.fleet import (
+    Fleet,
+    Member,
+    read_fleet,
+    write_fleet,
+)
+from rlx.engines.node import part_path
 
 KILLED, FAILED = -9, 1
 

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from rlx.cluster.ray_address import find_cluster
-from rlx.cluster.ray_plan import LackError, RayNode, bundles_of, busy_text, own_cpus, plan_job
-from rlx.cluster.seats import PlacementError
+from rlx.cluster.ray.address import find_cluster
 from rlx.config.load import ConfigError
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, ParallelConfig, RewardConfig, RolloutConfig
+from rlx.placement.ray_nodes import (
+    LackError,
+    RayNode,
+    bundles_of,
+    busy_text,
+    own_cpus,
+    plan_job,
+)
+from rlx.placement.seats import PlacementError
 from tests.ports import free_port
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rlx.cluster.rundir import check_run_dir, open_run_dir
 from rlx.config.load import ConfigError
 from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RunConfig
+from rlx.processes.rundir import check_run_dir, open_run_dir
 
 
 def config_for(run_dir: Path, **run: object) -> Config:

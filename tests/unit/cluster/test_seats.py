@@ -8,7 +8,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rlx.cluster.seats import Demand, Machines, PlacementError, Seats, picture, plan_seats
+from rlx.placement.seats import (
+    Demand,
+    Machines,
+    PlacementError,
+    Seats,
+    picture,
+    plan_seats,
+)
 
 
 def occupied(seats: Seats) -> list[tuple[int, int]]:

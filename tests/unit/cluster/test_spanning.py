@@ -17,19 +17,19 @@ import psutil
 import pytest
 from torch.distributed import TCPStore
 
-from rlx.cluster import spanning
-from rlx.cluster.causes import Cause
-from rlx.cluster.fleet import Member, read_fleet
-from rlx.cluster.node_engines import Node, NodeEngines, part_path
-from rlx.cluster.placement import EngineSite, plan_engine
-from rlx.cluster.pulse import Pulse
-from rlx.cluster.seating import check_spanning, seats_of
-from rlx.cluster.seats import PlacementError
 from rlx.cluster.torchrun import END_KEY
 from rlx.config.load import dump_config
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, SyncConfig
+from rlx.engines import spanning
+from rlx.engines.engine_plan import EngineSite, plan_engine
+from rlx.engines.fleet import Member, read_fleet
+from rlx.engines.node import Node, NodeEngines, part_path
+from rlx.placement.from_config import check_spanning, seats_of
+from rlx.placement.seats import PlacementError
+from rlx.processes.causes import Cause
+from rlx.processes.heartbeat import Pulse
 from rlx.rollout.keys import EngineKeys
-from rlx.rollout.sglang_server import Span
+from rlx.rollout.sglang.server import Span
 from tests.ports import free_port
 
 SERVER = Path(__file__).with_name("dummy_server.py")
@@ -205,7 +205,7 @@ def test_a_taken_meeting_place_is_given_up_for_another(job, monkeypatch: pytest.
         stranger.listen()
         taken = stranger.getsockname()[1]
         ports = [free_port(), taken]  # of the check beforehand, of the first life
-        monkeypatch.setattr("rlx.cluster.node_engines.free_port", lambda host: ports.pop(0) if ports else free_port())
+        monkeypatch.setattr("rlx.engines.node.free_port", lambda host: ports.pop(0) if ports else free_port())
         both = job(LEADER, FOLLOWER)
         both.until(lambda: both.serves(0))
     assert f"127.0.0.1:{taken}" not in option(both.servers()[0], "dist-init-addr")

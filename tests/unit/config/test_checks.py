@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from rlx.algos.registry import ALGORITHMS, make_algorithm
+from rlx.arch.families.registry import FAMILIES
 from rlx.config.algorithm import NEEDS_GROUPS, PRESETS, WITH_CRITIC, AlgorithmConfig
 from rlx.config.checks import SUPPORTED_MODEL_TYPES
-from rlx.models.families import FAMILIES
 from rlx.rewards.registry import VERIFIERS
-from rlx.types import ParallelDims
+from rlx.types.layout import ParallelDims
 
 Problems = Callable[..., tuple[str, ...]]
 

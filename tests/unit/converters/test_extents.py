@@ -24,10 +24,10 @@ from converters.items import ItemFile
 from converters.places import check_agreement, places
 from converters.plan import exported_rows, parameters
 from converters.work import Advance, run_all
-from rlx.models.architecture import Architecture
-from rlx.models.families import family_of
-from rlx.models.row_tensors import load
-from rlx.models.weights import Shard
+from rlx.arch.architecture import Architecture
+from rlx.arch.families.registry import family_of
+from rlx.arch.weights import Shard
+from rlx.models.hf.row_tensors import load
 from tests.dist.launch import ROOT
 
 CONFIG: dict[str, Any] = {

@@ -12,8 +12,8 @@ import pytest
 from converters.__main__ import main
 from converters.journal import Output
 from converters.plan import Layout, Part, bytes_by_rank, file_plans, layout_problems, parameters
-from rlx.models.architecture import Architecture
-from rlx.models.families import family_of
+from rlx.arch.architecture import Architecture
+from rlx.arch.families.registry import family_of
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "hidden_act": "silu", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,

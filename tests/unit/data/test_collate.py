@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rlx.data.collate import collate, split_columns
-from rlx.types import ParallelDims, TrainSample
+from rlx.types.layout import ParallelDims
+from rlx.types.rollout import TrainSample
 
 LAYOUTS = [
     ParallelDims(world_size=1),

@@ -19,7 +19,7 @@ from rlx.config.schema import Config, DataConfig, FinetuneConfig, ModelConfig, R
 from rlx.data.chat_mask import MaskedTokens, continuation, masked_tokens
 from rlx.data.examples import Example, ExampleSource, check_examples, plan_examples, to_train_samples
 from rlx.data.order import EpochOrder
-from rlx.types import ParallelDims
+from rlx.types.layout import ParallelDims
 
 WORDS = ["a", "b", "c", "d", "<user>", "<assistant>", "<system>", "<end>", "~", "<unk>", "<think>"]
 # As ChatML, where a line break follows the end of every turn.

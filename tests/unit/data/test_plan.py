@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlx.data.plan import plan_batch, round_up
-from rlx.types import BatchPlan, ParallelDims
+from rlx.types.layout import BatchPlan, ParallelDims
 
 
 @st.composite

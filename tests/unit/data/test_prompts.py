@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from rlx.config.schema import DataConfig
 from rlx.data.prompts import PromptSource
 from rlx.data.tokenizer import load_tokenizer
-from rlx.types import Prompt
+from rlx.types.rollout import Prompt
 
 WORDS = ["a", "b", "c", "d", "<user>", "<assistant>", "<unk>"]
 TEMPLATE = (

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import pytest
 
 from rlx.data.samples import to_train_samples
-from rlx.types import Completion, FinishReason, Prompt, Reward, RolloutGroup
+from rlx.types.rollout import (
+    Completion,
+    FinishReason,
+    Prompt,
+    Reward,
+    RolloutGroup,
+)
 
 
 def completion(tokens: Sequence[int], finish: FinishReason = "stop", versions: Sequence[int] | None = None) -> Completion:

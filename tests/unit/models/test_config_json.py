@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from rlx.models.architecture import Architecture
-from rlx.models.families import FAMILIES, read_architecture
+from rlx.arch.architecture import Architecture
+from rlx.arch.families.registry import FAMILIES, read_architecture
+from rlx.arch.longrope import LongRope
 from rlx.models.frequencies import inverse_frequencies
-from rlx.models.longrope import LongRope
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlx.models.families import read_architecture, weight_table
-from rlx.models.hf_folder import HfFolder
-from rlx.models.row_tensors import load
-from rlx.models.weights import Shard
+from rlx.arch.families.registry import read_architecture, weight_table
+from rlx.arch.weights import Shard
+from rlx.models.hf.folder import HfFolder
+from rlx.models.hf.row_tensors import load
 from tests.dist.checkpoints import make_llama, make_qwen2
 
 

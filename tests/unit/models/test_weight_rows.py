@@ -6,10 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlx.models.architecture import Architecture
+from rlx.arch.architecture import Architecture
+from rlx.arch.weights import (
+    QKV,
+    Gated,
+    Row,
+    Shard,
+    Stacked,
+)
+from rlx.models.hf.row_tensors import export, load
 from rlx.models.pipeline import layers_per_chunk, megatron_layout
-from rlx.models.row_tensors import export, load
-from rlx.models.weights import QKV, Gated, Row, Shard, Stacked
 
 ARCH = Architecture(
     model_type="llama",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlx.obs.metrics import MetricsWriter, read_metrics
-from rlx.types import StepReport
+from rlx.types.rollout import StepReport
 
 
 def _report(step: int, draw: random.Random) -> StepReport:

@@ -12,7 +12,7 @@ import pytest
 
 from rlx.cli.main import main
 from rlx.obs.metrics import MetricsWriter
-from rlx.types import StepReport
+from rlx.types.rollout import StepReport
 
 
 def _run(folder: Path, num_steps: int, draw: random.Random) -> list[float]:

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig, TrackerConfig
 from rlx.obs.trackers import make_trackers
-from rlx.types import StepReport
+from rlx.types.rollout import StepReport
 
 ROOT = Path(__file__).resolve().parents[3]
 

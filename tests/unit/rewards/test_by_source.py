@@ -13,11 +13,16 @@ import pytest
 from rlx.config.schema import DataConfig, RewardConfig
 from rlx.config.sources import SourceConfig
 from rlx.data.questions import read_questions
-from rlx.rewards.pools import SplitBySource, make_reward_service
-from rlx.rewards.processes import ProcessPool
+from rlx.rewards.pool.pools import SplitBySource, make_reward_service
+from rlx.rewards.pool.processes import ProcessPool
+from rlx.rewards.pool.service import ScoringService
 from rlx.rewards.registry import make_verifier
-from rlx.rewards.service import ScoringService
-from rlx.types import Completion, Prompt, Reward, RolloutGroup
+from rlx.types.rollout import (
+    Completion,
+    Prompt,
+    Reward,
+    RolloutGroup,
+)
 
 
 class Tokenizer:

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlx.config.schema import RewardConfig
-from rlx.rewards.backlog import Backlog
-from rlx.rewards.channel import Channel
-from rlx.rewards.processes import ProcessPool
-from rlx.rewards.stopwatch import NOTHING, Stopwatch, shared_page
-from rlx.types import Completion, Prompt, RolloutGroup
+from rlx.rewards.pool.backlog import Backlog
+from rlx.rewards.pool.channel import Channel
+from rlx.rewards.pool.processes import ProcessPool
+from rlx.rewards.pool.stopwatch import NOTHING, Stopwatch, shared_page
+from rlx.types.rollout import Completion, Prompt, RolloutGroup
 
 
 @given(st.lists(st.integers(0, 9), max_size=12), st.lists(st.tuples(st.integers(0, 2), st.integers(1, 12)), max_size=60))

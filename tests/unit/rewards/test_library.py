@@ -17,10 +17,15 @@ from hypothesis import strategies as st
 
 from rlx.config.schema import RewardConfig
 from rlx.rewards.math import plain_number, same_number
-from rlx.rewards.pools import make_reward_service
+from rlx.rewards.pool.pools import make_reward_service
 from rlx.rewards.registry import make_verifier
 from rlx.rewards.remote import RemoteError
-from rlx.types import Completion, Prompt, Reward, RolloutGroup
+from rlx.types.rollout import (
+    Completion,
+    Prompt,
+    Reward,
+    RolloutGroup,
+)
 
 
 def ask(name: str, args: dict[str, Any], response: str, label: str | None = None, num_tokens: int = 4, **extra: object) -> Reward:

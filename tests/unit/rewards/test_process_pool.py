@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from rlx.config.schema import RewardConfig
-from rlx.rewards.processes import ProcessPool
-from rlx.rewards.service import AllVerdictsInvalidError
-from rlx.types import Completion, Prompt, RolloutGroup
+from rlx.rewards.pool.processes import ProcessPool
+from rlx.rewards.pool.service import AllVerdictsInvalidError
+from rlx.types.rollout import Completion, Prompt, RolloutGroup
 
 VERIFIER = f"{Path(__file__).with_name('bad_verifier.py')}:judge"
 LIMIT_S = 1.0

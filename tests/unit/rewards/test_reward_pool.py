@@ -10,8 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from rlx.config.schema import RewardConfig
-from rlx.rewards.service import AllVerdictsInvalidError, RewardPool
-from rlx.types import Completion, Prompt, Reward, RolloutGroup
+from rlx.rewards.pool.service import AllVerdictsInvalidError, RewardPool
+from rlx.types.rollout import (
+    Completion,
+    Prompt,
+    Reward,
+    RolloutGroup,
+)
 
 
 def decode(token_ids: Sequence[int]) -> str:

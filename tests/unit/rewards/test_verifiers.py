@@ -11,7 +11,7 @@ from rlx.config.schema import RewardConfig
 from rlx.rewards.base import MissingLabelError
 from rlx.rewards.numeric import last_number
 from rlx.rewards.registry import make_verifier, needs_label
-from rlx.types import Completion, Prompt, Reward
+from rlx.types.rollout import Completion, Prompt, Reward
 
 ANSWER = Completion(token_ids=(1,), rollout_logprobs=(-0.1,), finish_reason="stop", weight_versions=(0,))
 

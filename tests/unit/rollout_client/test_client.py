@@ -15,8 +15,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from rlx.rollout.client import EngineClient, EngineError, RetryPolicy, parse_completion
-from rlx.types import SamplingSpec
+from rlx.rollout.sglang.client import (
+    EngineClient,
+    EngineError,
+    RetryPolicy,
+    parse_completion,
+)
+from rlx.types.rollout import SamplingSpec
 from tests.unit.rollout_client.peer import VOCAB, Answer, Peer, answer_to, draw, expected
 
 URL = "http://engine:1"
@@ -206,7 +211,7 @@ async def test_aborts_without_progress_end(start_peer: Callable[..., Peer], monk
     async def behaviour(peer: Peer, payload: Answer) -> Answer:
         return answer_to(payload, abort_after=0)
 
-    monkeypatch.setattr("rlx.rollout.client._MAX_ABORTS_WITHOUT_TOKENS", 3)
+    monkeypatch.setattr("rlx.rollout.sglang.client._MAX_ABORTS_WITHOUT_TOKENS", 3)
     peer = start_peer(behaviour)
     async with client_of(peer) as client:
         with pytest.raises(EngineError, match="aborted one sequence 4 times"):
@@ -283,7 +288,7 @@ async def test_backoff_grows_to_its_cap_with_jitter(monkeypatch: pytest.MonkeyPa
     async def attempt() -> None:
         raise EngineError(URL, "down")
 
-    monkeypatch.setattr("rlx.rollout.client.asyncio.sleep", sleep)
+    monkeypatch.setattr("rlx.rollout.sglang.client.asyncio.sleep", sleep)
     client = EngineClient(URL, 1.0, vocab_size=3)
     with pytest.raises(EngineError):
         await replace(client.retry, max_retries=6, base_s=1.0, cap_s=10.0).run(attempt, client.stats)

@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
-from rlx.rollout.client import EngineClient
 from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.server import engine_command, parse_ready_port, wait_until_healthy
-from rlx.types import Prompt, SamplingSpec
+from rlx.rollout.sglang.client import EngineClient
+from rlx.types.rollout import Prompt, SamplingSpec
 
 VOCAB = 97
 

@@ -17,11 +17,11 @@ import pytest
 from aiohttp import web
 
 from rlx.config.schema import RolloutConfig
-from rlx.rollout.client import EngineError
 from rlx.rollout.generate import HttpRolloutService, sample_seed, validate_prompts
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
 from rlx.rollout.router import EngineCare
-from rlx.types import Prompt, RolloutGroup, SamplingSpec
+from rlx.rollout.sglang.client import EngineError
+from rlx.types.rollout import Prompt, RolloutGroup, SamplingSpec
 from tests.unit.rollout_client.peer import VOCAB, Answer, Peer, answer_to, expected
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
-from rlx.types import Completion, FinishReason, Prompt, Reward, RolloutGroup, SamplingSpec
+from rlx.types.rollout import (
+    Completion,
+    FinishReason,
+    Prompt,
+    Reward,
+    RolloutGroup,
+    SamplingSpec,
+)
 
 SPEC = SamplingSpec(num_samples=2, max_new_tokens=9)
 

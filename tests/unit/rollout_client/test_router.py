@@ -10,9 +10,15 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from rlx.rollout.client import EngineClient, EngineError, RetryPolicy, RolloutStats, open_session
 from rlx.rollout.router import EngineRouter, NoEngineError
-from rlx.types import SamplingSpec
+from rlx.rollout.sglang.client import (
+    EngineClient,
+    EngineError,
+    RetryPolicy,
+    RolloutStats,
+    open_session,
+)
+from rlx.types.rollout import SamplingSpec
 from tests.unit.rollout_client.peer import VOCAB, Answer, Peer, answer_to, expected
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, SyncConfig
-from rlx.rollout.client import EngineError
 from rlx.rollout.server import engine_command, parse_ready_port, wait_until_healthy
-from rlx.rollout.sglang_server import SGLangSite, sglang_command
+from rlx.rollout.sglang.client import EngineError
+from rlx.rollout.sglang.server import SGLangSite, sglang_command
 from tests.unit.rollout_client.peer import Peer
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlx.rollout import receiver
-from rlx.rollout.receiver import Bucket, Entry
+from rlx.rollout.sglang import receiver
+from rlx.rollout.sglang.receiver import Bucket, Entry
 
 HIDDEN = 6
 

@@ -17,7 +17,12 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from rlx.rollout.weight_group import WeightGroupError, broadcast_from_trainer, join_weight_group, leave_weight_group
+from rlx.rollout.sglang.weight_group import (
+    WeightGroupError,
+    broadcast_from_trainer,
+    join_weight_group,
+    leave_weight_group,
+)
 from tests.unit.rollout_engine.process import (
     REPO,
     Server,
@@ -208,7 +213,7 @@ def test_announcements_that_do_not_fit_are_refused_before_the_broadcast(server: 
 
 DYING_TRAINER = """
 import sys, torch
-from rlx.rollout.weight_group import join_weight_group
+from rlx.rollout.sglang.weight_group import join_weight_group
 group = join_weight_group(master_address="127.0.0.1", master_port=int(sys.argv[1]), rank=0, world_size=2,
                           group_name="dying", backend="gloo", timeout_s=20)
 print("joined", flush=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlx.sync.chunks import chunks, flatten, tensor_info, unflatten
-from rlx.types import WeightChunk
+from rlx.types.weights import WeightChunk
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=3)

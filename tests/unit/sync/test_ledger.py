@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlx.sync.errors import SyncError
-from rlx.sync.ledger import Ledger
+from rlx.sync.manifest import Ledger
 
 EXPECTED = {"a.weight": (3, 5), "b.weight": (7,), "c.weight": (2, 2)}
 

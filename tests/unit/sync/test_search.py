@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlx.rollout.control import EngineControlError
-from rlx.sync.search import Findings, find_culprits
+from rlx.rollout.sglang.control import EngineControlError
+from rlx.sync.tensor_compare import Findings, find_culprits
 
 NAME = "model.embed_tokens.weight"
 UNFIT = f"{NAME} (by up to nan)"

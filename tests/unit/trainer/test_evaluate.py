@@ -6,8 +6,13 @@ from itertools import combinations
 
 import pytest
 
-from rlx.trainer.evaluate import at_k, pass_chance, summarise
-from rlx.types import Completion, Prompt, Reward, RolloutGroup
+from rlx.driver.evaluate import at_k, pass_chance, summarise
+from rlx.types.rollout import (
+    Completion,
+    Prompt,
+    Reward,
+    RolloutGroup,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6])

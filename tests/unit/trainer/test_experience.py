@@ -11,9 +11,20 @@ import pytest
 
 from rlx.algos.registry import make_algorithm
 from rlx.config.schema import AlgorithmConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
-from rlx.trainer.experience import Rollouts, collect, has_signal, prepare
-from rlx.trainer.roles import Roles
-from rlx.types import Completion, Prompt, Reward, RolloutGroup, SamplingSpec
+from rlx.driver.experience import (
+    Rollouts,
+    collect,
+    has_signal,
+    prepare,
+)
+from rlx.driver.roles import Roles
+from rlx.types.rollout import (
+    Completion,
+    Prompt,
+    Reward,
+    RolloutGroup,
+    SamplingSpec,
+)
 
 SAMPLING = SamplingSpec(num_samples=4, max_new_tokens=10)
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from rlx.config.schema import Config, DataConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig
 from rlx.data.examples import ExampleSource
-from rlx.trainer.finetune import FinetuneTrainer
-from rlx.types import BatchPlan, ParallelDims, TrainSample, UpdateStats
+from rlx.driver.finetune import FinetuneTrainer
+from rlx.types.layout import BatchPlan, ParallelDims
+from rlx.types.rollout import TrainSample, UpdateStats
 
 
 class FakeModel:

@@ -12,11 +12,11 @@ import torch
 import rlx.trainer.link as link_module
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig
 from rlx.sync.canary import CanarySpec
+from rlx.sync.engine_memory import KEY_VALUES
 from rlx.sync.errors import SyncError, SyncFailure
 from rlx.sync.group import Endpoint
-from rlx.sync.occupation import KEY_VALUES
 from rlx.trainer.link import EngineLink
-from rlx.types import WeightManifest
+from rlx.types.weights import WeightManifest
 
 ENDPOINT = (Endpoint(url="http://e0", incarnation=1),)
 

@@ -22,13 +22,12 @@ from rlx.config.schema import (
     RunConfig,
 )
 from rlx.config.sources import SourceConfig
-from rlx.trainer.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
-from rlx.trainer.ppo import PPOTrainer, run
-from rlx.trainer.roles import Roles
-from rlx.types import (
-    BatchPlan,
+from rlx.driver.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
+from rlx.driver.ppo import PPOTrainer, run
+from rlx.driver.roles import Roles
+from rlx.types.layout import BatchPlan, ParallelDims
+from rlx.types.rollout import (
     Completion,
-    ParallelDims,
     Prompt,
     Reward,
     RolloutGroup,
@@ -36,8 +35,8 @@ from rlx.types import (
     StepReport,
     TrainSample,
     UpdateStats,
-    WeightManifest,
 )
+from rlx.types.weights import WeightManifest
 
 
 @dataclass

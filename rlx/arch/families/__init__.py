@@ -1,0 +1,1 @@
+"""One model family a file: which fields of config.json it knows, its architecture, its weight table."""

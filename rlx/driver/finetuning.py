@@ -1,0 +1,68 @@
+"""Rank 0's part of fine-tuning: wires the model, the examples and the run folder together and runs the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from rlx.config.schema import Config
+from rlx.data.examples import Example, ExampleSource
+from rlx.data.tokenizer import load_tokenizer
+from rlx.driver.finetune import FinetuneTrainer
+from rlx.driver.keeping import train
+from rlx.driver.ranks import Ranks
+from rlx.obs.log import logger, phase
+from rlx.types.layout import BatchPlan
+from rlx.types.rollout import TrainSample, UpdateStats
+
+
+class RankedModel:
+    """TrainedModel over ranks."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
+        self._ranks.call("load_batch", samples, plan)
+
+    def score_reference(self) -> None:
+        self._ranks.call("score_reference")
+
+    def update(self) -> UpdateStats:
+        stats: UpdateStats = self._ranks.call("update")
+        return stats
+
+    def validate(self) -> Mapping[str, float]:
+        means: Mapping[str, float] = self._ranks.call("validate")
+        return means
+
+    def save(self, path: str) -> None:
+        self._ranks.call("save", path)
+
+    def load(self, path: str) -> None:
+        self._ranks.call("load", path)
+
+    def export_hf(self, path: str) -> None:
+        self._ranks.call("export", path)
+
+
+def drive_finetuning(config: Config, ranks: Ranks, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
+    """Train to the end: resume, step, save, export. Runs on rank 0 while the other ranks serve.
+
+    False when ``stop_asked`` ended it early; what was done is saved.
+    """
+    model = RankedModel(ranks)
+    with phase("read examples"):
+        tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
+        source = ExampleSource(config.examples_path, config, tokenizer)
+        held_out = _held_out(config, tokenizer)
+    logger.info("%d examples, %d cut, dropped %s", len(source), source.num_truncated, dict(source.drops))
+    trainer = FinetuneTrainer(config, ranks.worker.context.dims, model, source, held_out)
+    return train(config, trainer, model, stop_asked)
+
+
+def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    if config.evaluation.data is None:
+        return []
+    return ExampleSource(config.evaluation.data, config, tokenizer).first(config.evaluation.max_prompts)

@@ -1,0 +1,112 @@
+"""Rank 0's part: wires the roles together and runs the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from rlx.algos.kl_controller import make_kl_controller
+from rlx.algos.registry import make_algorithm
+from rlx.config.schema import Config
+from rlx.data.prompts import PromptSource
+from rlx.data.tokenizer import load_tokenizer
+from rlx.driver.evaluate import Evaluation
+from rlx.driver.keeping import train
+from rlx.driver.ppo import PPOTrainer, run
+from rlx.driver.publishing import EnginePublisher
+from rlx.driver.ranks import (
+    RankedCritic,
+    RankedPolicy,
+    RankedReference,
+    Ranks,
+)
+from rlx.driver.roles import Roles, RolloutService
+from rlx.engines.fleet import read_fleet
+from rlx.obs.log import logger
+from rlx.rewards.pool.pools import make_reward_service
+from rlx.rollout.generate import HttpRolloutService
+from rlx.rollout.record import RolloutRecorder, RolloutReplay
+from rlx.rollout.router import EngineCare
+from rlx.types.rollout import SamplingSpec, StepReport
+
+
+def drive(config: Config, ranks: Ranks, engines: Path, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
+    """Train to the end: resume, iterate, save, export. Runs on rank 0 while the other ranks serve.
+
+    False when ``stop_asked`` ended it early; what was done is saved.
+    """
+    with ExitStack() as stack:
+        tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
+        trainer = _make_trainer(config, ranks, engines, tokenizer, stack)
+        evaluation = Evaluation(config, trainer.roles, trainer.sampling, tokenizer)
+        counts = trainer.roles.rollout.counts
+
+        def complete(row: StepReport) -> StepReport:
+            row = evaluation.add_to(row)
+            return replace(row, metrics={**row.metrics, **counts(), **ranks.call("memory_metrics")})
+
+        return train(config, trainer, trainer.roles.policy, stop_asked, loop=run, complete=complete)
+
+
+def _make_trainer(
+    config: Config, ranks: Ranks, engines: Path, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
+) -> PPOTrainer:
+    algorithm = make_algorithm(config.algorithm)
+    publisher, rollout = _make_rollout(config, ranks, engines, stack)
+    stack.callback(rollout.close)
+    pool = make_reward_service(config.reward, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
+    stack.callback(pool.close)
+    roles = Roles(
+        policy=RankedPolicy(ranks, publisher),
+        critic=RankedCritic(ranks) if algorithm.needs_critic else None,
+        reference=RankedReference(ranks) if config.algorithm.needs_reference else None,
+        rollout=rollout,
+        reward=pool,
+        prompts=PromptSource(config.data, tokenizer, config.run.seed),
+    )
+    logger.info("prompts: %d; over the length limit: %s", len(roles.prompts), dict(roles.prompts.drops))
+    controller = make_kl_controller(config.algorithm)
+    return PPOTrainer(config, ranks.worker.context.dims, roles, algorithm, controller, sampling_of(config, tokenizer))
+
+
+def _make_rollout(config: Config, ranks: Ranks, engines: Path, stack: ExitStack) -> tuple[EnginePublisher | None, RolloutService]:
+    if config.rollout.replay is not None:
+        return None, RolloutReplay(config.rollout.replay)
+    recorder = None
+    if config.rollout.record is not None:
+        recorder = RolloutRecorder(config.rollout.record)
+        stack.callback(recorder.close)
+    publisher = EnginePublisher(
+        ranks, engines, start_timeout_s=config.rollout.start_timeout_s, shares_devices=config.cluster.colocated
+    )
+    fleet = read_fleet(engines)
+    rollout = HttpRolloutService(
+        [member.url for member in fleet.members],
+        config.rollout,
+        ranks.worker.arch.vocab_size,
+        recorder,
+        api_key=fleet.keys.api_key,
+        care=EngineCare(recover=publisher.publish_again, report_unwell=publisher.report_unwell),
+    )
+    publisher.adopt = rollout.use
+    return publisher, rollout
+
+
+def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> SamplingSpec:
+    """How training rollouts are sampled; the tokenizer's end of sequence always stops."""
+    stops = list(config.rollout.stop_token_ids)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
+        stops.append(int(tokenizer.eos_token_id))
+    return SamplingSpec(
+        num_samples=config.rollout.samples_per_prompt,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        stop_token_ids=tuple(stops),
+        seed=config.run.seed,
+    )

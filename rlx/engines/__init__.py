@@ -1,0 +1,1 @@
+"""Engine processes: started, watched, replaced, and the list of those that serve."""

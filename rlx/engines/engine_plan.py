@@ -1,0 +1,149 @@
+"""How each engine of a launch is started here, and on which cores or GPUs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rlx.config.schema import Config, RolloutConfig
+from rlx.config.sharing import release_level
+from rlx.engines.fleet import Fleet, Member
+from rlx.engines.manager import EnginePlan
+from rlx.processes.environment import attached_keys
+from rlx.processes.ports import free_port
+from rlx.rollout.keys import EngineKeys
+from rlx.rollout.server import engine_command
+from rlx.rollout.sglang.server import (
+    SGLangSite,
+    Span,
+    sglang_command,
+    sglang_environment,
+    write_key_file,
+    write_modules,
+)
+
+# What SGLang calls the memory that it gives back, by rollout.release.
+_TAGS: Mapping[str, tuple[str, ...]] = {"none": (), "kv_cache": ("kv_cache",), "all": ("kv_cache", "weights")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSite:
+    """Engine ``index`` of a launch: its run folder, the environment of all children, the pipe of the launcher's life, the
+    address to listen on. ``gpus`` empty: the ones after the trainers'. ``span``: this is one of the engine's processes."""
+
+    index: int
+    run_dir: Path
+    parent_pipe: int
+    env: Mapping[str, str]
+    keys: EngineKeys
+    host: str = "127.0.0.1"
+    gpus: tuple[str, ...] = ()
+    span: Span | None = None
+
+
+def plan_engine(config: Config, site: EngineSite) -> EnginePlan:
+    """What to run as this engine now. Writes the files that the engine reads; ValueError names a wrong setting."""
+    return _plan_sglang(config, site) if config.rollout.engine == "sglang" else _plan_embedded(config, site)
+
+
+def check_placement(config: Config) -> None:
+    """ValueError when this machine has too few GPUs for trainers and engines, or they cannot share them."""
+    if _device(config) != "cuda":
+        return
+    if config.cluster.colocated:
+        for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+            if "expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", ""):
+                raise ValueError(
+                    f"cluster.colocated: {name} asks for expandable_segments, whose memory another process cannot open"
+                    " (CUDA IPC) and torch_memory_saver refuses; unset it"
+                )
+    if config.cluster.colocated or config.rollout.engine == "sglang":
+        _gpus_of(config, config.rollout.num_engines - 1)
+
+
+def _plan_embedded(config: Config, site: EngineSite) -> EnginePlan:
+    key_file = _key_file(site)
+    argv = engine_command(config, index=site.index, port=0, python=sys.executable, parent_pipe=site.parent_pipe)
+    shared = _gpus_of(config, site.index) if config.cluster.colocated and _device(config) == "cuda" else ()
+    gpus = site.gpus or tuple(shared)
+    env = dict(site.env) | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+    return EnginePlan(argv=[*argv, "--host", site.host, "--config", str(key_file)], env=env, host=site.host)
+
+
+def _plan_sglang(config: Config, site: EngineSite) -> EnginePlan:
+    device = _device(config)
+    port, modules = free_port(site.host), site.run_dir / "engines" / "modules"
+    write_modules(modules, device)
+    server = SGLangSite(
+        index=site.index,
+        device=device,
+        host=site.host,
+        port=port,
+        key_file=_key_file(site),
+        python=config.rollout.python or sys.executable,
+        releases=device == "cuda" and bool(released_tags(config, device)),
+        span=site.span,
+    )
+    env = sglang_environment(
+        _without_own_code(site.env),
+        server,
+        tp=config.rollout.tp,
+        cores=sorted(os.sched_getaffinity(0)),
+        modules=modules,
+        devices=site.gpus or (_gpus_of(config, site.index) if device == "cuda" else ()),
+    )
+    return EnginePlan(argv=sglang_command(config, server), env=env, port=port, host=site.host, span=site.span)
+
+
+def _key_file(site: EngineSite) -> Path:
+    folder = site.run_dir / "engines"
+    folder.mkdir(exist_ok=True)
+    # Of its own for each node: on a shared file system another one would take it away while it is read.
+    path = folder / (f"keys-{site.index}.yaml" if site.span is None else f"keys-{site.index}-node{site.span.rank}.yaml")
+    write_key_file(path, site.keys)
+    return path
+
+
+def _without_own_code(env: Mapping[str, str]) -> dict[str, str]:
+    """The server's environment may be another one; rlx's folder on its path would bring our top-level names into it."""
+    root = env["PYTHONPATH"].split(os.pathsep)[0]
+    rest = [entry for entry in env["PYTHONPATH"].split(os.pathsep) if entry != root]
+    return dict(env) | {"PYTHONPATH": os.pathsep.join(rest)}
+
+
+def _device(config: Config) -> str:
+    if config.cluster.device != "auto":
+        return config.cluster.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _gpus_of(config: Config, index: int) -> list[str]:
+    """The GPUs of engine ``index``, ``rollout.tp`` an engine: those after the trainers', or from the trainers' first on."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    taken = 0 if config.cluster.colocated else config.num_trainer_ranks
+    first = taken + index * config.rollout.tp
+    chosen = names[first : first + config.rollout.tp]
+    if len(chosen) < config.rollout.tp:
+        needed = max(config.num_trainer_ranks, taken + config.rollout.num_engines * config.rollout.tp)
+        raise ValueError(
+            f"rollout.num_engines x rollout.tp: {config.num_trainer_ranks} trainer rank(s) and {config.rollout.num_engines} x"
+            f" {config.rollout.tp} for engines need {needed} GPUs, {len(names)} are visible"
+        )
+    return chosen
+
+
+def attached_fleet(rollout: RolloutConfig) -> Fleet:
+    """Servers that others started; their keys come from this process's environment."""
+    members = [Member(index=index, url=url, tp=rollout.tp) for index, url in enumerate(rollout.endpoints)]
+    return Fleet(members=tuple(members), keys=attached_keys(), launched=False)
+
+
+def released_tags(config: Config, device: str) -> tuple[str, ...]:
+    """What engines on ``device`` (cuda or cpu) give back while the trainers work, as SGLang calls it."""
+    return _TAGS[release_level(config, device)]

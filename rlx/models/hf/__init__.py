@@ -1,0 +1,1 @@
+"""Hugging Face folders: reading, writing, and rows of weights as tensors."""

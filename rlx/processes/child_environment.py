@@ -1,0 +1,53 @@
+"""The environment that a launcher gives its children, and the pipe by which they notice that it died."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import rlx
+from rlx.config.schema import Config
+from rlx.processes.children import LAUNCH_ID
+from rlx.processes.environment import QUIET
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def child_environment(config: Config, launch_id: str, *, num_engines: int) -> dict[str, str]:
+    """This process's environment plus the mark of the launch, the thread counts and where to import rlx from.
+
+    Thread counts: ``cluster.threads_per_rank``, else what the environment already says, else cores / processes.
+    """
+    env = QUIET | dict(os.environ)
+    num_processes = config.num_trainer_ranks + num_engines
+    share = max(1, len(os.sched_getaffinity(0)) // num_processes)
+    for name in _THREAD_VARIABLES:
+        if config.cluster.threads_per_rank is not None:
+            env[name] = str(config.cluster.threads_per_rank)
+        else:
+            env.setdefault(name, str(share))
+    root = str(Path(rlx.__file__).resolve().parents[1])
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    env["PYTHONUNBUFFERED"] = "1"
+    env["TOKENIZERS_PARALLELISM"] = env.get("TOKENIZERS_PARALLELISM", "false")
+    env[LAUNCH_ID] = launch_id
+    # SGLang sets these for itself; a group whose two sides differ forms, and its first broadcast fails.
+    env.setdefault("NCCL_CUMEM_ENABLE", "0")
+    env.setdefault("NCCL_NVLS_ENABLE", "0")
+    if not config.rollout.endpoints:
+        # All peers are here: do not depend on the host name resolving, and listen to nobody outside.
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return env
+
+
+@contextmanager
+def inherited_pipe() -> Iterator[int]:
+    """The reading end of a pipe whose only writing end lives and dies with this process."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(writing)
+        os.close(reading)

@@ -1,0 +1,232 @@
+"""The admin side of one engine: pausing it, changing its weights, scoring with it. Synchronous; no sampling here.
+
+Speaks the HTTP protocol that stock SGLang and the embedded engine share. An answer of 200 with ``success: true`` says
+only that the server did not notice a mistake: what is sent must be checked before it comes here (``rlx.sync.manifest``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import httpx
+
+from rlx.rollout.keys import EngineKeys
+from rlx.rollout.sglang.shared_tensors import RECEIVER
+from rlx.types.weights import TensorInfo
+
+_DRAIN_POLL_S = 0.01
+PauseMode = Literal["abort", "retract", "in_place"]
+Json = Mapping[str, object]
+
+
+class EngineControlError(RuntimeError):
+    """A call to an engine failed. Names the url, the call and what the server (or the connection) said.
+
+    ``refused``: the engine is well and said no (HTTP 4xx), so that asking or starting it again cannot help.
+    """
+
+    def __init__(self, url: str, call: str, message: str, *, refused: bool = False) -> None:
+        super().__init__(f"engine {url}: {call}: {message}")
+        self.url = url
+        self.call = call
+        self.refused = refused
+
+
+class EngineControl:
+    """Admin calls to the engine at ``url``; each ends within about ``timeout_s`` and fails as ``EngineControlError``.
+
+    May be used from several threads at once. ``keys`` are sent as bearer tokens, each where it belongs.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float, keys: EngineKeys | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.timeout_s = timeout_s
+        self._keys = keys or EngineKeys()
+        # trust_env off: a proxy meant for the internet must not carry (or refuse) cluster-internal calls.
+        self._client = httpx.Client(timeout=timeout_s, trust_env=False)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def pause(self, mode: PauseMode = "abort") -> None:
+        """Stop generating. ``abort`` answers every running request with what it has so far; new ones wait for ``resume``."""
+        self._post("/pause_generation", {"mode": mode})
+
+    def resume(self) -> None:
+        """Undo ``pause``."""
+        self._post("/continue_generation", {})
+
+    def flush_cache(self) -> None:
+        """Forget cached keys and values; an error while requests run."""
+        self._call("POST", "/flush_cache", None)
+
+    def drain(self) -> None:
+        """After ``pause("abort")``: wait until nothing is left to run. SGLang answers its clients a pass before its scheduler
+        is idle, and ends itself when it is asked for memory or a flush with new weights in between."""
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                return self.flush_cache()
+            except EngineControlError as error:
+                if not error.refused or time.monotonic() > deadline:
+                    raise
+            time.sleep(_DRAIN_POLL_S)
+
+    def model_info(self) -> Json:
+        """What the engine says of its model; answers while the engine is paused, so it serves as a sign of life."""
+        return self._json("GET", "/model_info", None)
+
+    def weight_version(self) -> str:
+        """The label of the weights that the engine serves ("default" until the first update)."""
+        version = self.model_info().get("weight_version")
+        if not isinstance(version, str):
+            raise EngineControlError(self.url, "GET /model_info", f"weight_version is {version!r}, not a text")
+        return version
+
+    def init_group(
+        self, master_address: str, master_port: int, *, rank_offset: int, world_size: int, group_name: str, backend: str
+    ) -> None:
+        """Let every rank of the engine join a broadcast group; returns when all of the group's ranks are there."""
+        body = {
+            "master_address": master_address,
+            "master_port": master_port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": group_name,
+            "backend": backend,
+        }
+        self._post("/init_weights_update_group", body)
+
+    def destroy_group(self, group_name: str) -> None:
+        """Leave and forget a broadcast group."""
+        self._post("/destroy_weights_update_group", {"group_name": group_name})
+
+    def update_weights(
+        self,
+        infos: Sequence[TensorInfo],
+        group_name: str,
+        *,
+        flattened: bool,
+        flush_cache: bool,
+        weight_version: str | None,
+    ) -> None:
+        """Receive ``infos`` from rank 0 of the group: one broadcast a tensor, or one flat uint8 broadcast of them all.
+
+        Returns when the engine has loaded them. ``weight_version`` None leaves the label as it is.
+        """
+        body: dict[str, object] = {
+            "names": [info.name for info in infos],
+            "dtypes": [info.dtype for info in infos],
+            "shapes": [list(info.shape) for info in infos],
+            "group_name": group_name,
+            "flush_cache": flush_cache,
+            "abort_all_requests": False,
+        }
+        if flattened:
+            body["load_format"] = "flattened_bucket"
+        self._update("/update_weights_from_distributed", body, weight_version)
+
+    def update_weights_from_tensor(
+        self, texts: Sequence[str], *, load_format: str, flush_cache: bool, weight_version: str | None
+    ) -> None:
+        """Load shared tensors: one text of ``rlx.rollout.sglang.shared_tensors`` for each of the engine's ranks, in their order.
+
+        SGLang ends itself on a text that it cannot open.
+        """
+        body: dict[str, object] = {
+            "serialized_named_tensors": list(texts),
+            "load_format": load_format,
+            "flush_cache": flush_cache,
+            "abort_all_requests": False,
+            # A server with a draft model would hand the receiver that one.
+            "disable_draft_model": load_format == RECEIVER,
+        }
+        self._update("/update_weights_from_tensor", body, weight_version)
+
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Give GPU memory back: "kv_cache", "weights" (their values are lost). SGLang ends itself while requests run."""
+        self._call("POST", "/release_memory_occupation", {"tags": list(tags)})
+
+    def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take it again. SGLang ends itself on a tag that was not released."""
+        self._call("POST", "/resume_memory_occupation", {"tags": list(tags)})
+
+    def update_weights_from_disk(self, path: str, version: str) -> None:
+        """Load a Hugging Face folder that the engine can read, and forget cached keys and values.
+
+        SGLang says yes to a folder that lacks tensors, and ends itself on one whose shapes do not fit.
+        """
+        # The format is said because a server started on dummy weights would otherwise "load" dummies again.
+        body = {"model_path": path, "load_format": "safetensors", "flush_cache": True, "abort_all_requests": False}
+        self._update("/update_weights_from_disk", body, version)
+
+    def weights_by_name(self, name: str, num_rows: int) -> object:
+        """The first rows of a tensor, by Hugging Face name, as nested lists of float32; an error where it cannot be had.
+
+        A tensor-parallel engine gives the shard of its first rank.
+        """
+        response = self._call("GET", "/get_weights_by_name", {"name": name, "truncate_size": num_rows})
+        try:
+            return response.json()
+        except ValueError as error:
+            raise EngineControlError(self.url, "GET /get_weights_by_name", f"not JSON: {response.text[:200]}") from error
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities (temperature 1) of tokens 1..L-1 given the ones before: L - 1 values.
+
+        The ids must lie inside the vocabulary: SGLang ends itself on others. Waits while the engine is paused.
+        """
+        sampling = {"max_new_tokens": 0, "temperature": 1.0, "top_p": 1.0, "top_k": -1}
+        body = {"input_ids": list(token_ids), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+        answer = self._json("POST", "/generate", body)
+        meta = answer.get("meta_info")
+        rows = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
+        # SGLang echoes the vocabulary's last id as 0 here, beside the right log-prob.
+        if not isinstance(rows, list) or not _are_echoes([row[1] for row in rows], token_ids):
+            raise EngineControlError(self.url, "POST /generate", f"scored other tokens than the {len(token_ids)} sent: {rows}")
+        return [float(row[0]) for row in rows[1:]]
+
+    def _update(self, path: str, body: Json, version: str | None) -> None:
+        """Change weights, and their label if there is one: the engine must say that it took it."""
+        answer = self._post(path, dict(body) if version is None else {**body, "weight_version": version})
+        if version is None or f"updated to {version}." in str(answer.get("message")):
+            return
+        reported = self.weight_version()
+        if reported != version:
+            raise EngineControlError(self.url, f"POST {path}", f"the engine reports version {reported!r} instead of {version}")
+
+    def _post(self, path: str, body: Json) -> Json:
+        answer = self._json("POST", path, body)
+        # Pausing answers {"status": "ok"}; everything about weights answers {"success": bool, "message": text}.
+        if answer.get("success", True) is not True:
+            raise EngineControlError(self.url, f"POST {path}", str(answer.get("message", answer)), refused=True)
+        return answer
+
+    def _json(self, method: str, path: str, body: Json | None) -> Json:
+        response = self._call(method, path, body)
+        try:
+            answer = response.json()
+        except ValueError as error:
+            raise EngineControlError(self.url, f"{method} {path}", f"not JSON: {response.text[:200]}") from error
+        if not isinstance(answer, dict):
+            raise EngineControlError(self.url, f"{method} {path}", f"expected an object, got {response.text[:200]}")
+        return answer
+
+    def _call(self, method: str, path: str, body: Json | None) -> httpx.Response:
+        call = f"{method} {path}"
+        try:
+            response = self._client.request(method, self.url + path, json=body, headers=self._keys.headers(path))
+        except httpx.TimeoutException as error:
+            raise EngineControlError(self.url, call, f"no answer within {self.timeout_s:g} s ({type(error).__name__})") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise EngineControlError(self.url, call, f"{type(error).__name__}: {error}") from error
+        if response.status_code != 200:
+            message = f"HTTP {response.status_code}: {response.text[:2000].strip()}"
+            raise EngineControlError(self.url, call, message, refused=400 <= response.status_code < 500)
+        return response
+
+
+def _are_echoes(echoed: Sequence[object], sent: Sequence[int]) -> bool:
+    return len(echoed) == len(sent) and all(echo in (token, 0) for echo, token in zip(echoed, sent, strict=True))

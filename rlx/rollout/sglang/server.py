@@ -1,0 +1,174 @@
+"""A stock SGLang server as a child process: its command line, environment and files. Nothing of SGLang is imported.
+
+The keys go into a file of mode 0600 that ``--config`` names, since a command line is shown by ``ps`` to everybody.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlx.config.schema import Config
+from rlx.config.sharing import MEM_FRACTION_STATIC
+from rlx.rollout.flags import flags
+from rlx.rollout.keys import EngineKeys
+from rlx.rollout.sglang.shared_tensors import RECEIVER, RECEIVER_MODULE
+
+RESERVED = frozenset(
+    {
+        "model",
+        "model_path",
+        "host",
+        "port",
+        "dtype",
+        "device",
+        "tp",
+        "tp_size",
+        "tensor_parallel_size",
+        "api_key",
+        "admin_api_key",
+        "config",
+        "nnodes",
+        "node_rank",
+        "dist_init_addr",
+        "nccl_init_addr",
+    }
+)
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# Only token ids travel, so the server needs no tokenizer; at level "info" it would log its arguments, keys included.
+_DEFAULTS: Mapping[str, object] = {"skip_tokenizer_init": True, "log_level": "warning"}
+_CPU_DEFAULTS: Mapping[str, object] = {
+    "attention_backend": "torch_native",
+    "disable_overlap_schedule": True,
+    "disable_cuda_graph": True,
+    "skip_server_warmup": True,
+    "sleep_on_idle": True,
+    "mem_fraction_static": 0.3,
+}
+# SGLang's CPU path imports this name from vllm and never calls it on CPUs without AMX.
+_VLLM_STAND_IN = '''"""Stands in for vllm's kernels, which SGLang's CPU path imports and does not call."""
+
+
+def rotary_embedding(*arguments: object, **named: object) -> None:
+    raise NotImplementedError("vllm's kernels are not installed")
+'''
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A process's place in an engine of ``num_nodes`` processes, one a node, which meet at ``address`` (HOST:PORT, where
+    rank 0 listens). Only rank 0 answers requests."""
+
+    rank: int
+    num_nodes: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SGLangSite:
+    """Where one server runs: its number, device, address, port and key file. ``releases``: it gives GPU memory back when
+    asked. ``span`` None: the whole engine is this process."""
+
+    index: int
+    device: str
+    host: str
+    port: int
+    key_file: Path
+    python: str
+    releases: bool = False
+    span: Span | None = None
+
+
+def sglang_command(config: Config, site: SGLangSite) -> list[str]:
+    """The command line. ``rollout.server_args`` win over the defaults; ValueError for those that rlx sets itself."""
+    rollout = config.rollout
+    given = {name.replace("-", "_"): value for name, value in rollout.server_args.items()}
+    taken = sorted(RESERVED & given.keys())
+    if taken:
+        raise ValueError(f"rollout.server_args.{taken[0]} is set by rlx itself; remove it")
+    if str(given.get("log_level", "warning")).lower() in ("debug", "info"):
+        raise ValueError("rollout.server_args.log_level: below warning, SGLang writes its keys into its log; use warning")
+    dtype = config.model.dtype if rollout.dtype == "auto" else rollout.dtype
+    fixed: dict[str, object] = {
+        "model_path": config.model.path,
+        "host": site.host,
+        "port": site.port,
+        "tp_size": rollout.tp,
+        "dtype": _DTYPES[dtype],
+        "device": site.device,
+        "config": site.key_file,
+    }
+    if site.span is not None:
+        fixed |= {"nnodes": site.span.num_nodes, "node_rank": site.span.rank, "dist_init_addr": site.span.address}
+    # Engines that shared a seed would give the same draws to the same prompt.
+    defaults = {**_DEFAULTS, "random_seed": config.run.seed * 1009 + site.index}
+    if dtype != "fp32":
+        defaults["enable_fp32_lm_head"] = config.model.fp32_head
+    if site.device == "cpu":
+        defaults |= _CPU_DEFAULTS
+    if config.transport == "stream":
+        loaders = given.pop("custom_weight_loader", None) or []
+        defaults["custom_weight_loader"] = [*([loaders] if isinstance(loaders, str) else loaders), RECEIVER]
+    if config.cluster.colocated and site.device == "cuda":
+        defaults |= {"mem_fraction_static": MEM_FRACTION_STATIC, "enable_memory_saver": site.releases}
+    return [site.python, "-m", "sglang.launch_server", *flags(fixed | defaults | given)]
+
+
+def sglang_environment(
+    base: Mapping[str, str], site: SGLangSite, *, tp: int, cores: Sequence[int], modules: Path, devices: Sequence[str]
+) -> dict[str, str]:
+    """``base`` with what a server needs: the folder ``modules`` on its path. On CPUs: cores split over those of the ``tp``
+    ranks that are here, and no NCCL, which SGLang would otherwise open. On GPUs: ``devices`` are the ones it sees."""
+    # Off unless asked for, yet SGLang refuses to start when its default, port + 10000, is no port.
+    env = {"SGLANG_GRPC_PORT": str(site.port), **base}
+    env["PYTHONPATH"] = os.pathsep.join([str(modules), *filter(None, [env.get("PYTHONPATH")])])
+    if site.span is not None:
+        # Where this node's processes are reached; by itself SGLang asks for the route to the internet, which need not be there.
+        env["SGLANG_HOST_IP"] = site.host
+    if site.device != "cpu":
+        if site.releases:
+            folders = [env.get("LD_LIBRARY_PATH"), *cuda_runtime_folders(site.python)]
+            env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
+        return env | {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    env["SGLANG_NCCL_SO_PATH"] = "/nonexistent"
+    if tp > 1:
+        here = tp if site.span is None else tp // site.span.num_nodes  # SGLang looks its share up by the rank among all
+        shares = [cores[rank % here % len(cores) :: here] for rank in range(tp)]
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
+    return env
+
+
+def cuda_runtime_folders(python: str) -> list[str]:
+    """Where the environment of ``python`` keeps the CUDA runtime. torch_memory_saver is preloaded into the server, needs
+    that library and says not where; the loader ends a process whose preloaded library lacks one."""
+    prefix = Path(python).parent.parent
+    found = [str(path.parent) for path in sorted(prefix.glob("lib/python3*/site-packages/nvidia/*/lib/libcudart.so.*"))]
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text() if not found and maps.exists() else ""
+    found += [line.split()[-1].rpartition("/")[0] for line in loaded.splitlines() if "/libcudart.so." in line]
+    return list(dict.fromkeys(found))
+
+
+def write_modules(modules: Path, device: str) -> None:
+    """What servers import beside their own environment: rlx's receiver, and on CPUs a package ``vllm``."""
+    modules.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).with_name("receiver.py"), modules / f"{RECEIVER_MODULE}.py")
+    if device != "cpu":
+        return
+    package = modules / "vllm"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").write_text("")
+    (package / "_custom_ops.py").write_text(_VLLM_STAND_IN)
+
+
+def write_key_file(path: Path, keys: EngineKeys) -> None:
+    """SGLang's arguments for its keys, in a file (YAML by name and content) that only this user can read."""
+    path.unlink(missing_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        json.dump({"api-key": keys.api_key, "admin-api-key": keys.admin_key}, file)

@@ -1,0 +1,81 @@
+"""The lane of engines on the trainer's own GPUs: they open the trainer's memory instead of receiving a copy.
+
+CUDA IPC on GPUs, named shared memory on the host; the same texts, requests and checks. Every chunk is one flat buffer of its own
+that nobody writes to again: torch keeps it until the engine, which waits for its copies first, has let go of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlx.rollout.sglang.shared_tensors import LOAD_FORMAT, share_bucket
+from rlx.sync.chunks import flatten
+from rlx.sync.errors import SyncError
+from rlx.sync.fanout import start
+from rlx.sync.group import Engine
+from rlx.sync.transports.base import Departure
+from rlx.types.weights import WeightChunk
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class SharedMemoryLane:
+    """From one stage's sender to ``engines``, all on its machine. The buffers are on ``device``: a GPU that the engines have
+    too, or the host."""
+
+    verb = "load"
+
+    def __init__(self, engines: tuple[Engine, ...], device: torch.device) -> None:
+        self._engines = engines
+        self._device = device
+
+    def begin(self, version: int) -> None:
+        """Each chunk speaks for itself."""
+
+    def flatten_below_bytes(self, configured: int) -> int:
+        """All of them: one buffer is one handle to open."""
+        return 2**62
+
+    def depart(self, chunk: WeightChunk, version: int | None) -> Departure:
+        """Copy the chunk into a fresh buffer and tell all engines where it is."""
+        if self._device.type == "cpu":
+            _check_room(chunk)
+        buffer = flatten(chunk).to(self._device)
+        if buffer.is_cuda:
+            torch.cuda.current_stream(self._device).synchronize()
+        pending = {engine.url: self._tell(engine, chunk, buffer, version) for engine in self._engines}
+        return Departure(buffers=(buffer,), pending=pending)
+
+    def arrived(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.ipc_collect()
+
+    def close(self) -> None:
+        """Nothing is held between publications."""
+
+    def _tell(self, engine: Engine, chunk: WeightChunk, buffer: Tensor, version: int | None) -> Future[None]:
+        texts = [share_bucket(buffer, chunk.infos) for _ in range(engine.endpoint.tp)]
+        return start(
+            partial(
+                engine.control.update_weights_from_tensor,
+                texts,
+                load_format=LOAD_FORMAT,
+                flush_cache=version is not None,
+                weight_version=None if version is None else str(version),
+            )
+        )
+
+
+def _check_room(chunk: WeightChunk) -> None:
+    """Writing beyond the end of a full shared-memory file system ends the process without a word."""
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if chunk.num_bytes > free:
+        raise SyncError(
+            f"{SHARED_MEMORY} has {free} bytes left, a chunk needs {chunk.num_bytes}; lower sync.bucket_bytes or enlarge it"
+        )

@@ -1,0 +1,82 @@
+"""What a trainer rank computes on: micro-batches, and what losses take and give.
+
+Shape legend, used in every docstring and name:
+
+    T  packed tokens of one micro-batch (sequences laid end to end)
+    S  sequences in one micro-batch
+    L  tokens of one sample (prompt + response)
+    V  vocabulary entries
+
+Token columns have two alignments. *Token-aligned* columns of a sample (length L) say something about token i
+itself. *Position-aligned* columns (names in a ``MicroBatch`` and in ``LossInputs``) say something about the
+prediction made AT position t, that is, about token t + 1. ``rlx.data.collate`` is the one place that shifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MicroBatch:
+    """Packed sequences of one forward pass, before the context-parallel split. Position-aligned columns.
+
+    tokens_T, labels_T   int64; ``labels_T[t]`` is the token predicted at t (0 where there is none)
+    loss_mask_T          float32; 1 where the predicted token is a response token
+    cu_seqlens_S1        int32 [S + 1]; borders of the sequences, padding of each counted to it
+    lengths_S            int64 [S]; true lengths, without padding
+    sample_ids           the samples in order; padding sequences have id -1
+    columns              more float32 [T] columns by name: rollout_logprobs, old_logprobs, advantages, ...
+    """
+
+    tokens_T: Tensor
+    labels_T: Tensor
+    loss_mask_T: Tensor
+    cu_seqlens_S1: Tensor
+    lengths_S: Tensor
+    sample_ids: tuple[int, ...]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def max_seqlen(self) -> int:
+        return int((self.cu_seqlens_S1[1:] - self.cu_seqlens_S1[:-1]).max())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossInputs:
+    """What a loss may look at, position-aligned, for the tokens this rank holds (float32 [T]).
+
+    ``logprobs_T`` / ``entropy_T`` / ``values_T`` carry gradients; everything else is data. Columns a loss does not
+    use may be None. ``weights_T`` is what each token counts for in the sum (0 off the response); the division by the
+    mini-batch's global count happens outside, once. ``importance_T`` (1 where None) scales the policy term alone.
+
+    ``sequence_T`` (int64) numbers each token's sequence in the micro-batch, 0 to ``num_sequences`` - 1. Context parallelism
+    spreads a sequence over ranks; ``sum_over_ranks`` adds a tensor up over them, with gradient (None: one rank has all).
+    """
+
+    weights_T: Tensor
+    importance_T: Tensor | None = None
+    sequence_T: Tensor | None = None
+    num_sequences: int = 0
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+    logprobs_T: Tensor | None = None
+    entropy_T: Tensor | None = None
+    values_T: Tensor | None = None
+    old_logprobs_T: Tensor | None = None
+    ref_logprobs_T: Tensor | None = None
+    rollout_logprobs_T: Tensor | None = None
+    advantages_T: Tensor | None = None
+    old_values_T: Tensor | None = None
+    returns_T: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossOutput:
+    """``loss`` is a SUM over tokens (0-dim, with gradient). ``stats`` are sums and counts [2], so that reducing them
+    over ranks and micro-batches is always a sum; the reported value is sum / count."""
+
+    loss: Tensor
+    stats: Mapping[str, Tensor]
