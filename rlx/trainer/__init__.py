@@ -1,1 +1,1 @@
-"""The training loop and the rank-side worker."""
+"""A trainer rank's part: its models, the batch it holds, scores and updates."""
