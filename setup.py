@@ -32,6 +32,12 @@ EXTRAS = {
     ],
 }
 
+
+def files(pattern: str) -> list[str]:
+    """The files of the source tree that match."""
+    return [str(path.relative_to(HERE)) for path in sorted(HERE.glob(pattern))]
+
+
 setup(
     name="rlx",
     version=VERSION,
@@ -42,7 +48,9 @@ setup(
     python_requires=">=3.12",
     data_files=[
         ("share/rlx/launch", ["launch/torchrun.sh", "launch/constraints.txt", "launch/constraints-gpu.txt"]),
-        ("share/rlx/launch/slurm", [str(path.relative_to(HERE)) for path in sorted((HERE / "launch/slurm").glob("*.j2"))]),
+        ("share/rlx/launch/slurm", files("launch/slurm/*.j2")),
+        ("share/rlx/configs/recipes", files("configs/recipes/*.yaml")),
+        *((f"share/rlx/{Path(file).parent}", [file]) for file in files("configs/architectures/*/config.json")),
     ],
     packages=find_packages(include=["rlx", "rlx.*", "converters", "converters.*"]),
     install_requires=[

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rlx.config.load import ConfigError, dump_config, load_config, load_on_paper
+from rlx.config.load import ConfigError, dump_config, load_config, on_paper
 from rlx.config.memory import describe, estimate, memory_problems, sizes_of
+from rlx.config.packaged import packaged
 from rlx.config.schema import Config
 from rlx.config.sharing import describe_phases, shared_phases, sharing_problems
 from rlx.placement.from_config import check_spanning, seats_of
@@ -16,21 +17,36 @@ from rlx.placement.seats import PlacementError, picture
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file's")
+    add_on_paper(parser)
+
+
+def add_on_paper(parser: argparse.ArgumentParser) -> None:
+    """The option ``--on-paper [DIR]``."""
     parser.add_argument(
         "--on-paper",
-        type=Path,
+        nargs="?",
+        const="",
         metavar="DIR",
-        help="the files need not be here: take the model's shape from DIR/MODEL/config.json, as in configs/architectures",
+        help="the models and data need not be here: take shapes from DIR/NAME/config.json, NAME being the last part of"
+        " model.path (default: configs/architectures of rlx)",
     )
+
+
+def architectures(given: str | None) -> Path | None:
+    """The folder that ``--on-paper`` means; None without it."""
+    if given is None:
+        return None
+    folder = Path(given) if given else packaged("configs/architectures")
+    if folder is None or not folder.is_dir():
+        raise ConfigError([f"--on-paper: no such folder {folder or 'configs/architectures in this installation'}"])
+    return folder
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the resolved YAML, then the summary as YAML comments, so that the whole output is a configuration file."""
-    if args.on_paper is None:
-        config = load_config(args.config, args.overrides)
-    else:
-        config = load_on_paper(args.config, args.overrides, args.on_paper)
-    lines = [*summary(config), *plan(config)]
+    paper = architectures(args.on_paper)
+    config = load_config(args.config, args.overrides, paper)
+    lines = [*summary(config), *plan(on_paper(config, paper))]
     print(dump_config(config), end="")
     for line in lines:
         print(f"# {line}")

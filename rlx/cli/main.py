@@ -8,6 +8,7 @@ Only the chosen command's module is imported, so that ``rlx check`` needs no tor
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = arguments[0] if arguments else ""
     try:
         module = import_module(COMMANDS[chosen].module) if chosen in COMMANDS else None
-        args = _parser(chosen, module).parse_args(arguments)
+        args = _parser(chosen, module).parse_args(_on_paper_last(arguments))
         assert module is not None, "argparse ends on an unknown command"
         return int(module.main(args))
     except ConfigError as error:
@@ -59,6 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print(f"rlx {chosen}: failed: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+
+
+def _on_paper_last(arguments: Sequence[str]) -> list[str]:
+    """With ``--on-paper`` at the end: before the configuration or an override, argparse would take that for its folder."""
+    if "--on-paper" not in arguments:
+        return list(arguments)
+    at = arguments.index("--on-paper")
+    before, after = arguments[:at], arguments[at + 1 :]
+    has_folder = bool(after) and re.search(r"^-|=|\.ya?ml$", after[0]) is None
+    return [*before, *after[has_folder:], "--on-paper", *after[:has_folder]]
 
 
 def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-import rlx
+from rlx.config.packaged import packaged
 
 GIB = 2**30
 _REQUIRED = ("torch", "megatron-core", "transformers", "omegaconf", "safetensors", "numpy", "aiohttp", "tokenizers")
@@ -60,12 +60,8 @@ def examine(run_dir: Path) -> list[Finding]:
 
 def tested_versions() -> dict[str, str]:
     """Package -> version of the constraints files, a GPU installation's where SGLang is here; empty without the files."""
-    places = [Path(rlx.__file__).resolve().parents[1] / "launch", Path(sys.prefix) / "share/rlx/launch"]
-    folder = next((place for place in places if (place / "constraints.txt").is_file()), None)
-    if folder is None:
-        return {}
-    base = parse_constraints((folder / "constraints.txt").read_text())
-    gpu = parse_constraints((folder / "constraints-gpu.txt").read_text())
+    found = [packaged(f"launch/{name}.txt") for name in ("constraints", "constraints-gpu")]
+    base, gpu = (parse_constraints(file.read_text()) if file else {} for file in found)
     return base | gpu if _version("sglang") else gpu | base
 
 

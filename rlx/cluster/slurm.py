@@ -16,8 +16,8 @@ from pathlib import Path
 
 import jinja2
 
-import rlx
 from rlx.config.load import ConfigError, load_config
+from rlx.config.packaged import CHECKOUT, PLACES, packaged
 from rlx.config.schema import Config
 from rlx.placement.from_config import seats_of
 from rlx.placement.seats import PlacementError, picture
@@ -82,7 +82,7 @@ def render(path: str, overrides: Sequence[str], job: SlurmJob, template: Path | 
         keep_trailing_newline=True,
     )
     environment.filters["q"] = shlex.quote
-    root = Path(rlx.__file__).resolve().parents[1]
+    root = CHECKOUT
     values = {
         "title": f"{Path(path).name}: {config.num_trainer_ranks} trainer rank(s) and {len(seats.engines)} engine(s)",
         "job": job,
@@ -106,11 +106,10 @@ def render(path: str, overrides: Sequence[str], job: SlurmJob, template: Path | 
 
 def template_folder() -> Path:
     """Where the templates are. ConfigError when the installation lacks them."""
-    places = [Path(rlx.__file__).resolve().parents[1] / "launch" / "slurm", Path(sys.prefix) / "share/rlx/launch/slurm"]
-    for place in places:
-        if place.is_dir():
-            return place
-    raise ConfigError([f"no sbatch templates in {' or '.join(map(str, places))}: install rlx anew or use --template"])
+    found = packaged("launch/slurm")
+    if found is None:
+        raise ConfigError([f"no launch/slurm in {' or '.join(map(str, PLACES))}: install rlx anew"])
+    return found
 
 
 def submit(script: Path) -> str:

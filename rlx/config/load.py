@@ -30,28 +30,36 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), architectures: Path | None = None) -> Config:
     """The checked configuration of ``path`` under ``overrides`` (``section.key=value``, value in YAML).
 
     Raises ``ConfigError`` listing every problem: unreadable files, unknown keys with the nearest known one, wrong
-    types, values out of range, missing keys, and keys that contradict each other.
+    types, values out of range, missing keys, and keys that contradict each other. With ``architectures`` models and
+    prompts need not be here: what the checks ask of models is read from there, see ``on_paper``.
     """
     config, problems = to_config(read_tree(path, overrides))
-    messages = problems.messages + _trusted(check(config), problems)
+    found = check(on_paper(config, architectures), on_paper=architectures is not None)
+    messages = problems.messages + _trusted(found, problems)
     if messages:
         raise ConfigError(messages)
     return config
 
 
-def load_on_paper(path: str | os.PathLike[str], overrides: Sequence[str], architectures: Path) -> Config:
-    """As ``load_config``, for a machine without the model and the prompts: the model's shape comes from the folder of
-    ``architectures`` that is called like the last part of ``model.path``, which the result names as its model."""
-    config, problems = to_config(read_tree(path, overrides))
-    config = replace(config, model=replace(config.model, path=str(architectures / Path(config.model.path).name)))
-    messages = problems.messages + _trusted(check(config, on_paper=True), problems)
-    if messages:
-        raise ConfigError(messages)
-    return config
+def on_paper(config: Config, architectures: Path | None) -> Config:
+    """The configuration with each model replaced by the folder of ``architectures`` that is called like the last part of its
+    path or hub id; as it is without ``architectures``. ConfigError when a model is neither there nor here."""
+    if architectures is None:
+        return config
+    found: dict[str, Any] = {"tokenizer_path": None}
+    for key in ("path", "reference_path", "critic_path"):
+        given = getattr(config.model, key)
+        folders = [architectures / Path(given).name, Path(given)] if given else []
+        found[key] = next((str(folder) for folder in folders if (folder / "config.json").is_file()), None)
+        if folders and found[key] is None:
+            known = sorted(file.parent.name for file in architectures.glob("*/config.json"))
+            listed = f"it has {', '.join(known)}" if known else "there is no */config.json"
+            raise ConfigError([f"model.{key}: --on-paper {architectures} has no {folders[0].name}/config.json; {listed}"])
+    return replace(config, model=replace(config.model, **found), rollout=replace(config.rollout, python=None))
 
 
 def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:

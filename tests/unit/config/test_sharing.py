@@ -10,7 +10,7 @@ from megatron.core.parallel_state import RankGenerator
 
 from rlx.cli.check import plan
 from rlx.cli.main import main
-from rlx.config.load import ConfigError, load_config, load_on_paper
+from rlx.config.load import ConfigError, load_config, on_paper
 from rlx.config.memory import GIB, RESERVE_BYTES, Estimate, Sizes, estimate, sizes_of
 from rlx.config.schema import Config
 from rlx.config.sharing import (
@@ -26,11 +26,15 @@ Problems = Callable[..., tuple[str, ...]]
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 ARCHITECTURES = CONFIGS / "architectures"
 SHARED = ("cluster.colocated=true", "rollout.engine=sglang", "cluster.device=cuda")
+# The recipe is PPO's on two nodes.
+GRPO = ("algorithm.name=grpo", "algorithm.kl_placement=loss", "rollout.samples_per_prompt=8")
+ONE_NODE = ("cluster.nodes=1", "cluster.rollout_nodes=0", "cluster.num_trainer_ranks=4", "rollout.num_engines=4")
 
 
 def recipe(*overrides: str, name: str = "llama-3.1-8b") -> Config:
     """Four trainer ranks (tp 4) and four engines of one GPU, on the same GPUs of 80 GiB; GRPO with a reference."""
-    return load_on_paper(CONFIGS / "recipes" / f"{name}.yaml", [*SHARED, *overrides], ARCHITECTURES)
+    settings = [*SHARED, *GRPO, *ONE_NODE, *overrides]
+    return on_paper(load_config(CONFIGS / "recipes" / f"{name}.yaml", settings, ARCHITECTURES), ARCHITECTURES)
 
 
 def phases_of(config: Config) -> tuple[dict[str, tuple[int, int]], Estimate, Sizes]:
@@ -105,7 +109,7 @@ def test_the_fullest_phase_is_refused_with_what_helps(overrides: list[str], word
 
 
 def test_check_prints_the_phases_and_refuses_only_on_gpus_that_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["check", str(CONFIGS / "recipes" / "llama-3.1-8b.yaml"), *SHARED, "rollout.release=none"]
+    arguments = ["check", str(CONFIGS / "recipes" / "llama-3.1-8b.yaml"), *SHARED, *GRPO, *ONE_NODE, "rollout.release=none"]
     paper = ["--on-paper", str(ARCHITECTURES)]
     assert main([*arguments, *paper]) == 2
     assert main([*arguments, "cluster.gpus_per_node=null", *paper]) == 0
