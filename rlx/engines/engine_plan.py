@@ -19,6 +19,7 @@ from rlx.processes.ports import free_port
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.server import engine_command
 from rlx.rollout.sglang.server import (
+    ROOM_ABOVE_PORT,
     SGLangSite,
     Span,
     sglang_command,
@@ -77,7 +78,7 @@ def _plan_embedded(config: Config, site: EngineSite) -> EnginePlan:
 
 def _plan_sglang(config: Config, site: EngineSite) -> EnginePlan:
     device = _device(config)
-    port, modules = free_port(site.host), site.run_dir / "engines" / "modules"
+    port, modules = free_port(site.host, room_above=ROOM_ABOVE_PORT), site.run_dir / "engines" / "modules"
     write_modules(modules, device)
     server = SGLangSite(
         index=site.index,

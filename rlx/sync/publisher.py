@@ -1,9 +1,10 @@
 """Publishing weights: what every trainer rank does, together, to bring all engines to one new version.
 
-Order: pause all engines -> stage after stage, the sender sends its chunks -> the books are complete and every engine has taken
-the version -> continue -> canary. The canary comes after ``continue`` because SGLang holds scoring requests while paused;
-engines that fail it are paused again at once, and ``publish`` raises, so nothing they wrote meanwhile is used. Engines on the
-trainers' GPUs take their weights' memory back before the chunks, and the rest of it once the trainers have made room.
+Order: pause all engines, open their update -> stage after stage, the sender sends its chunks -> the books are complete, every
+engine has taken the version and ends its update -> continue -> canary. The canary comes after ``continue`` because SGLang holds
+scoring requests while paused; engines that fail it are paused again at once, and ``publish`` raises, so nothing they wrote
+meanwhile is used. Engines on the trainers' GPUs take their weights' memory back before the chunks, and the rest of it once the
+trainers have made room.
 
 Every phase ends with the ranks telling each other how it went. A failure on one rank thus raises on all of them.
 """
@@ -148,10 +149,14 @@ class Publisher:
             self._crew.together(
                 what, "resume weights", lambda: self._crew.lead_asks(lambda engine: memory.resume(engine, (WEIGHTS,)))
             )
+        if self._target.transport != "disk":
+            self._lead_together(what, "begin", lambda engine: engine.control.begin_update())
         ledger = Ledger(self._target.expected)
         for stage in range(self._place.num_stages):
             self._send_stage(stage, version, tensors, ledger)
         self._crew.together(what, "verify", lambda: self._verify(ledger))
+        if self._target.transport != "disk":
+            self._lead_together(what, "end", lambda engine: engine.control.end_update())
         self._num_syncs += 1
         due = is_due(self._num_syncs, self._config.canary_first, self._config.canary_every)
         canary = self._canary if due else None

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,8 +24,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlx.processes.ports import free_port
 from rlx.rollout.flags import flags
-from rlx.rollout.sglang.server import write_modules
+from rlx.rollout.sglang.server import ROOM_ABOVE_PORT, write_modules
 from rlx.rollout.sglang.shared_tensors import RECEIVER
 from tests.benchmarks.gpu.models import write_config
 
@@ -184,15 +184,13 @@ def difference(found: Path, reference: Path) -> dict[str, float]:
 @contextmanager
 def server(folder: Path, log: Path, fraction: float, gpu: int) -> Iterator[Server]:
     """A stock SGLang server with weights of its own making; may not be healthy yet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port(room_above=ROOM_ABOVE_PORT)
     python = os.environ.get("RLX_SGLANG_PYTHON", sys.executable)
     argv = [python, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port), *flags(SERVER)]
     modules = folder.parent / "modules"
     write_modules(modules, "cuda")
     path = os.pathsep.join([str(modules), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "SGLANG_GRPC_PORT": str(port), "PYTHONPATH": path}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONPATH": path}
     with log.open("w") as file:
         argv += ["--mem-fraction-static", str(fraction)]
         child = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)

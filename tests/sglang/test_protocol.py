@@ -133,6 +133,18 @@ def test_another_model_is_refused_before_anything_is_sent(engine: RunningEngine,
     assert engine.control().weight_version() == "default"
 
 
+def test_an_update_that_broke_off_does_not_block_the_next(engine: RunningEngine) -> None:
+    for _ in range(2):
+        control = engine.control()
+        control.begin_update()
+        control.close()
+    model = make("llama", 24)
+    publisher = publisher_of(engine, model)
+    publisher.publish(5, weights(model))
+    publisher.close()
+    assert worst(engine, model) < TOLERANCE
+
+
 def test_weights_from_a_folder(engine: RunningEngine, tmp_path: Path) -> None:
     folder = save("llama", 31, tmp_path / "new")
     control = engine.control()

@@ -17,6 +17,7 @@ from rlx.rollout.sglang.shared_tensors import RECEIVER
 from rlx.types.weights import TensorInfo
 
 _DRAIN_POLL_S = 0.01
+_BEGIN, _END = "/begin_weight_update", "/end_weight_update"
 PauseMode = Literal["abort", "retract", "in_place"]
 Json = Mapping[str, object]
 
@@ -25,13 +26,15 @@ class EngineControlError(RuntimeError):
     """A call to an engine failed. Names the url, the call and what the server (or the connection) said.
 
     ``refused``: the engine is well and said no (HTTP 4xx), so that asking or starting it again cannot help.
+    ``status``: of an answer that was not 200.
     """
 
-    def __init__(self, url: str, call: str, message: str, *, refused: bool = False) -> None:
+    def __init__(self, url: str, call: str, message: str, *, refused: bool = False, status: int | None = None) -> None:
         super().__init__(f"engine {url}: {call}: {message}")
         self.url = url
         self.call = call
         self.refused = refused
+        self.status = status
 
 
 class EngineControl:
@@ -46,6 +49,7 @@ class EngineControl:
         self._keys = keys or EngineKeys()
         # trust_env off: a proxy meant for the internet must not carry (or refuse) cluster-internal calls.
         self._client = httpx.Client(timeout=timeout_s, trust_env=False)
+        self._has_sessions: bool | None = None
 
     def close(self) -> None:
         self._client.close()
@@ -103,6 +107,26 @@ class EngineControl:
         """Leave and forget a broadcast group."""
         self._post("/destroy_weights_update_group", {"group_name": group_name})
 
+    def begin_update(self) -> None:
+        """Open the session inside which today's SGLang takes weights from a group or from tensors; others need none.
+
+        One that a publication left open when it broke off is ended first.
+        """
+        if not self._sessions():
+            return
+        try:
+            self._post(_BEGIN, {"selector": "target"})
+        except EngineControlError as error:
+            if not error.refused:
+                raise
+            self._post(_END, {})
+            self._post(_BEGIN, {"selector": "target"})
+
+    def end_update(self) -> None:
+        """Close the session: what the engine derives from its weights is made anew."""
+        if self._sessions():
+            self._post(_END, {})
+
     def update_weights(
         self,
         infos: Sequence[TensorInfo],
@@ -122,7 +146,7 @@ class EngineControl:
             "shapes": [list(info.shape) for info in infos],
             "group_name": group_name,
             "flush_cache": flush_cache,
-            "abort_all_requests": False,
+            **self._target(),
         }
         if flattened:
             body["load_format"] = "flattened_bucket"
@@ -139,9 +163,7 @@ class EngineControl:
             "serialized_named_tensors": list(texts),
             "load_format": load_format,
             "flush_cache": flush_cache,
-            "abort_all_requests": False,
-            # A server with a draft model would hand the receiver that one.
-            "disable_draft_model": load_format == RECEIVER,
+            **(self._target() or {"disable_draft_model": load_format == RECEIVER}),
         }
         self._update("/update_weights_from_tensor", body, weight_version)
 
@@ -159,7 +181,7 @@ class EngineControl:
         SGLang says yes to a folder that lacks tensors, and ends itself on one whose shapes do not fit.
         """
         # The format is said because a server started on dummy weights would otherwise "load" dummies again.
-        body = {"model_path": path, "load_format": "safetensors", "flush_cache": True, "abort_all_requests": False}
+        body = {"model_path": path, "load_format": "safetensors", "flush_cache": True}
         self._update("/update_weights_from_disk", body, version)
 
     def weights_by_name(self, name: str, num_rows: int) -> object:
@@ -188,9 +210,35 @@ class EngineControl:
             raise EngineControlError(self.url, "POST /generate", f"scored other tokens than the {len(token_ids)} sent: {rows}")
         return [float(row[0]) for row in rows[1:]]
 
+    def _target(self) -> Json:
+        """The model alone: an engine with a draft model would load that one as well, and hand it to the receiver."""
+        return {"selector": "target"} if self._sessions() else {}
+
+    def _sessions(self) -> bool:
+        """Whether the engine has sessions. A wrong method tells and does nothing: 405 where the path is known, 404 where not.
+        SGLang says so to the api key (to the admin key it denies what it does not know), the embedded engine to the other."""
+        if self._has_sessions is None:
+            self._has_sessions = self._knows(_BEGIN)
+        return self._has_sessions
+
+    def _knows(self, path: str) -> bool:
+        for headers in (self._keys.headers("/generate"), self._keys.headers(path)):
+            try:
+                self._call("GET", path, None, headers=headers)
+                return True
+            except EngineControlError as error:
+                if error.status in (404, 405):
+                    return error.status == 405
+                if error.status != 401:
+                    raise
+                denied = error
+        raise denied
+
     def _update(self, path: str, body: Json, version: str | None) -> None:
-        """Change weights, and their label if there is one: the engine must say that it took it."""
-        answer = self._post(path, dict(body) if version is None else {**body, "weight_version": version})
+        """Change weights, and their label if there is one: the engine must say that it took it. Requests go on: some servers
+        would abort them all unless told."""
+        body = {**body, "abort_all_requests": False}
+        answer = self._post(path, body if version is None else {**body, "weight_version": version})
         if version is None or f"updated to {version}." in str(answer.get("message")):
             return
         reported = self.weight_version()
@@ -214,17 +262,19 @@ class EngineControl:
             raise EngineControlError(self.url, f"{method} {path}", f"expected an object, got {response.text[:200]}")
         return answer
 
-    def _call(self, method: str, path: str, body: Json | None) -> httpx.Response:
+    def _call(self, method: str, path: str, body: Json | None, *, headers: dict[str, str] | None = None) -> httpx.Response:
         call = f"{method} {path}"
+        headers = self._keys.headers(path) if headers is None else headers
         try:
-            response = self._client.request(method, self.url + path, json=body, headers=self._keys.headers(path))
+            response = self._client.request(method, self.url + path, json=body, headers=headers)
         except httpx.TimeoutException as error:
             raise EngineControlError(self.url, call, f"no answer within {self.timeout_s:g} s ({type(error).__name__})") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise EngineControlError(self.url, call, f"{type(error).__name__}: {error}") from error
         if response.status_code != 200:
             message = f"HTTP {response.status_code}: {response.text[:2000].strip()}"
-            raise EngineControlError(self.url, call, message, refused=400 <= response.status_code < 500)
+            status = response.status_code
+            raise EngineControlError(self.url, call, message, refused=400 <= status < 500, status=status)
         return response
 
 

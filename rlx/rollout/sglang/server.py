@@ -38,6 +38,11 @@ RESERVED = frozenset(
         "nccl_init_addr",
     }
 )
+# SGLang 0.5.15 ends itself unless port + 10000 is a port as well, for a service that is off by default.
+ROOM_ABOVE_PORT = 10000
+# Inherited, they make other servers of the engines: one of gRPC, which refuses keys, and one that takes no weights; or they name
+# ports that engines of one machine would share.
+_FOREIGN = frozenset({"SGLANG_GRPC_PORT", "SGLANG_RUST_SERVER", "SGLANG_PORT", "SGLANG_TCP_STORE_PORT"})
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # Only token ids travel, so the server needs no tokenizer; at level "info" it would log its arguments, keys included.
 _DEFAULTS: Mapping[str, object] = {"skip_tokenizer_init": True, "log_level": "warning"}
@@ -123,8 +128,7 @@ def sglang_environment(
 ) -> dict[str, str]:
     """``base`` with what a server needs: the folder ``modules`` on its path. On CPUs: cores split over those of the ``tp``
     ranks that are here, and no NCCL, which SGLang would otherwise open. On GPUs: ``devices`` are the ones it sees."""
-    # Off unless asked for, yet SGLang refuses to start when its default, port + 10000, is no port.
-    env = {"SGLANG_GRPC_PORT": str(site.port), **base}
+    env = {name: value for name, value in base.items() if name not in _FOREIGN}
     env["PYTHONPATH"] = os.pathsep.join([str(modules), *filter(None, [env.get("PYTHONPATH")])])
     if site.span is not None:
         # Where this node's processes are reached; by itself SGLang asks for the route to the internet, which need not be there.

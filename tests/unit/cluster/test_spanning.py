@@ -270,11 +270,14 @@ def test_each_node_gives_its_own_ranks_all_its_cores_and_its_address(tmp_path: P
         index=0,
         run_dir=run_dir,
         parent_pipe=0,
-        env={"PYTHONPATH": "x"},
+        env={"PYTHONPATH": "x", "SGLANG_GRPC_PORT": "5000", "SGLANG_RUST_SERVER": "1", "SGLANG_PORT": "6000"},
         keys=EngineKeys(),
         span=Span(rank=1, num_nodes=2, address="host:1"),
     )
-    env = plan_engine(config, site).env
+    plan = plan_engine(config, site)
+    env = plan.env
+    assert plan.port is not None and plan.port <= 55535
+    assert not {"SGLANG_GRPC_PORT", "SGLANG_RUST_SERVER", "SGLANG_PORT"} & env.keys()  # another kind of server, shared ports
     assert env["SGLANG_HOST_IP"] == site.host
     shares = env["SGLANG_CPU_OMP_THREADS_BIND"].split("|")
     cores = {str(core) for core in os.sched_getaffinity(0)}
