@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,9 +93,16 @@ def install() -> None:
     if _installed:
         return
     _installed.append(True)
+    _hide_gpu_packages()
     _answer_cuda()
     _redirect_tensors()
     _answer_megatron()
+
+
+def _hide_gpu_packages() -> None:
+    """Megatron imports ``flash_mla``, which comes with SGLang, and does without it on an ImportError; but where there is no
+    GPU driver, the import ends with an OSError."""
+    sys.modules.setdefault("flash_mla", None)  # type: ignore[arg-type]  # an import now says that there is none
 
 
 def _current_device() -> torch.device:
