@@ -7,9 +7,7 @@ may hold anything, also inf or NaN. Statistics are (sum, count) over the tokens 
     ratio          new / old probability
     clip_fraction  share of tokens whose ratio limit was in force (their gradient is 0)
     approx_kl      k3 estimate of KL(old || new)
-    entropy        of the policy, when given
     kl_ref         the estimate added to the loss, when added
-    mismatch       |old - rollout| log-prob: the trainer against the engine, when given
 
 Shape legend: T packed tokens.
 """
@@ -72,11 +70,6 @@ def surrogate(inputs: LossInputs, tokens: Tokens, loss_T: Tensor, ratio_T: Tenso
         "clip_fraction": sum_and_count(limited_T.float(), keep_T),
         "approx_kl": sum_and_count(torch.expm1(log_ratio_T) - log_ratio_T, keep_T),
     }
-    if inputs.entropy_T is not None:
-        stats["entropy"] = sum_and_count(inputs.entropy_T, keep_T)
-    if inputs.rollout_logprobs_T is not None:
-        rollout_T = needed(inputs.rollout_logprobs_T, "rollout_logprobs_T", keep_T)
-        stats["mismatch"] = sum_and_count((tokens.old_T - rollout_T).abs(), keep_T)
     return LossOutput(loss=(inputs.weights_T * loss_T).sum(), stats=stats)
 
 

@@ -18,9 +18,3 @@ def sum_and_count(values_T: Tensor, mask_T: Tensor) -> Tensor:
     """float64 [2]: the sum of ``values_T`` over ``mask_T`` (bool [T]) and the number of tokens in it; no gradient."""
     total = masked(values_T.detach().double(), mask_T).sum()
     return torch.stack([total, mask_T.sum().double()])
-
-
-def mean(stat: Tensor) -> float:
-    """The mean a [2] (sum, count) stands for; 0.0 when it counts nothing."""
-    total, count = (float(value) for value in stat)
-    return total / count if count else 0.0

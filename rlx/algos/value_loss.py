@@ -5,9 +5,8 @@ Statistics, (sum, count) over the tokens whose weight is not 0:
     value                the loss
     value_clip_fraction  share of tokens where the clipped error was the larger one
     value_mean, return_mean
-    return_square, residual_square   squares of the returns and of (returns - values): ``explained_variance`` joins them
 
-Shape legend: T packed tokens.
+Shape legend: T packed tokens, L tokens of one sample.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlx.algos.policy_loss import needed
-from rlx.algos.stats import mean, sum_and_count
+from rlx.algos.stats import sum_and_count
 from rlx.types.batch import LossInputs, LossOutput
 
 
@@ -38,15 +37,24 @@ def clipped_value_loss(inputs: LossInputs, value_clip: float | None) -> LossOutp
         "value_clip_fraction": sum_and_count((largest_T > error_T).float(), keep_T),
         "value_mean": sum_and_count(values_T, keep_T),
         "return_mean": sum_and_count(returns_T, keep_T),
-        "return_square": sum_and_count(returns_T.square(), keep_T),
-        "residual_square": sum_and_count(error_T, keep_T),
     }
     return LossOutput(loss=(inputs.weights_T * loss_T).sum(), stats=stats)
 
 
-def explained_variance(stats: Mapping[str, Tensor]) -> float:
-    """1 - Var(returns - values) / Var(returns) from the reduced statistics of ``clipped_value_loss``; 0 for constant returns."""
-    residual_mean = mean(stats["return_mean"]) - mean(stats["value_mean"])
-    residual_variance = mean(stats["residual_square"]) - residual_mean**2
-    variance = mean(stats["return_square"]) - mean(stats["return_mean"]) ** 2
-    return 1.0 - residual_variance / variance if variance > 1e-12 else 0.0
+FIT = ("return", "return_square", "residual", "residual_square")
+
+
+def fit(values_L: Tensor, returns_L: Tensor, mask_L: Tensor) -> dict[str, Tensor]:
+    """(sum, count) over one sample's tokens of what ``explained_variance`` joins, by the names of ``FIT``."""
+    keep_L, residual_L = mask_L != 0, returns_L.double() - values_L.double()
+    columns = (returns_L.double(), returns_L.double().square(), residual_L, residual_L.square())
+    return {name: sum_and_count(column_L, keep_L) for name, column_L in zip(FIT, columns, strict=True)}
+
+
+def explained_variance(means: Mapping[str, float]) -> float | None:
+    """1 - Var(returns - values) / Var(returns) from the means of ``fit``; None for constant returns, which leave nothing to
+    explain."""
+    variance = means["return_square"] - means["return"] ** 2
+    if variance <= 1e-12:
+        return None
+    return 1.0 - (means["residual_square"] - means["residual"] ** 2) / variance

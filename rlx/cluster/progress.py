@@ -1,12 +1,17 @@
-"""What the user sees of a run: a line a start-up phase, a line a step, a summary. Reads the run folder, writes nothing there."""
+"""What the user sees of a run: a line a start-up phase, a line a step, a table an evaluation, a summary.
+
+Reads the run folder, writes nothing there.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TextIO
 
 from rich.console import Console
@@ -20,12 +25,19 @@ _COLUMNS = (
     ("loss", "loss/policy", "{:+.4f}"),
     ("loss", "loss/train", "{:.4f}"),
     ("accuracy", "rewards/accuracy", "{:.3f}"),
+    ("cut off", "response/cut_off_share", "{:.0%}"),
     ("held-out loss", "eval/loss", "{:.4f}"),
     ("mismatch", "mismatch/logprob_abs_mean", "{:.1e}"),
     ("s/step", "perf/step_s", "{:.2f}"),
     ("tokens/s", "perf/tokens_per_s", "{:.0f}"),
+    ("s/evaluation", "perf/evaluate_s", "{:.2f}"),
 )
 _SUMMED_UP = (("mean reward", "reward/mean"), ("loss", "loss/train"), ("accuracy", "rewards/accuracy"))
+# What a step's own seconds leave out.
+_BESIDE_STEPS = ("perf/evaluate_s", "perf/validate_s", "perf/save_s")
+_RECENT_STEPS = 20
+_EVALUATED = re.compile(r"eval/(?:([^/]+)/)?([^/]+)")
+_COUNTS = ("invalid", "prompts")
 
 Row = Mapping[str, float]
 
@@ -78,7 +90,9 @@ class Progress:
             row = _parse(line)
             if row is not None:
                 self._rows.append(row)
-                self._console.print(step_line(row, self._total_steps))
+                self._console.print(step_line(row, self._total_steps) + self._time_left(row))
+                for text in evaluation_table(row):
+                    self._console.print(text)
 
     def close(self) -> None:
         """Show the rest and let go of the terminal."""
@@ -90,8 +104,12 @@ class Progress:
     def summary(self) -> str:
         """The run in a few lines: reward (or loss) at both ends, time, tokens, where the model is."""
         seconds = time.monotonic() - self._began
-        tokens = sum(row.get("perf/tokens_per_s", 0.0) * row.get("perf/step_s", 0.0) for row in self._rows)
-        lines = [f"rlx: done: {len(self._rows)} steps in {_duration(seconds)}, {tokens:.0f} tokens"]
+        steps = [row for row in self._rows if "perf/step_s" in row]
+        tokens = sum(row.get("perf/tokens_per_s", 0.0) * row["perf/step_s"] for row in steps)
+        done = f"{len(steps)} steps in {_duration(seconds)}, {tokens:.0f} tokens"
+        if self._rows and not steps:
+            done = f"evaluation in {_duration(seconds)}"
+        lines = [f"rlx: done: {done}"]
         for label, key in _SUMMED_UP:
             values = [row[key] for row in self._rows if key in row]
             if values:
@@ -102,6 +120,10 @@ class Progress:
             lines.append(f"rlx: model: {self._run_dir / 'hf'}")
         lines.append(f"rlx: run folder: {self._run_dir}")
         return "\n".join(lines)
+
+    def _time_left(self, row: Row) -> str:
+        seconds = time_left([row for row in self._rows if "perf/step_s" in row], self._total_steps)
+        return f"  eta {_duration(seconds)}" if seconds and "perf/step_s" in row else ""
 
     def _show_phase(self, line: str) -> None:
         _, found, text = line.partition(" NOTICE ")
@@ -121,6 +143,38 @@ def step_line(row: Row, total_steps: int) -> str:
     cells = [f"step {int(row['step'])}/{total_steps}"]
     cells += [f"{label} {shape.format(row[key])}" for label, key, shape in _COLUMNS if key in row]
     return "  ".join(cells)
+
+
+def time_left(steps: Sequence[Row], total_steps: int) -> float:
+    """Seconds to the end, as the last steps go; evaluation and saving count for each as much as they took on average."""
+    if not steps:
+        return 0.0
+    beside = fmean(sum(row.get(key, 0.0) for key in _BESIDE_STEPS) for row in steps)
+    each = fmean(row["perf/step_s"] for row in steps[-_RECENT_STEPS:]) + beside
+    return max(0.0, total_steps - steps[-1]["step"]) * each
+
+
+def evaluation_table(row: Row) -> list[str]:
+    """A line a metric and a column a set, for the answers to evaluation prompts in a row; empty when there are none."""
+    sets: dict[str, dict[str, float]] = {}
+    for key, value in row.items():
+        match = _EVALUATED.fullmatch(key)
+        if match is not None:
+            sets.setdefault(match[1] or "eval", {})[match[2]] = value
+    sets = {name: metrics for name, metrics in sets.items() if "prompts" in metrics}
+    if not sets:
+        return []
+    metrics = list(dict.fromkeys(metric for found in sets.values() for metric in found))
+    table = [["", *sets]]
+    for metric in metrics:
+        shape = "{:.0f}" if metric in _COUNTS else "{:.4f}"
+        table.append([metric, *(shape.format(found[metric]) if metric in found else "-" for found in sets.values())])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for name, *cells in table:
+        numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join(["", name.ljust(widths[0]), *numbers]))
+    return lines
 
 
 def _parse(line: str) -> Row | None:

@@ -35,7 +35,7 @@ def check(config: Config, *, on_paper: bool = False) -> list[str]:
     """Every cross-field problem, one line each; empty when the configuration can be started. ``on_paper``: the files
     of prompts and rewards need not be here."""
     if config.is_finetuning:
-        own = (_finetuning,) if on_paper else (_data, _finetuning)
+        own = (_finetuning, _evaluation) if on_paper else (_data, _finetuning, _evaluation)
     else:
         own = (*(() if on_paper else (_data, _replay, _reward)), _rollout, _algorithm, _evaluation, _colocation)
     groups = (_layout, _models, *own, _optimizers, _device)
@@ -260,6 +260,8 @@ def _finetuning(config: Config) -> Iterator[str]:
 
 
 def _evaluation(config: Config) -> Iterator[str]:
+    if config.evaluation.at_start and not config.evaluation.by_name:
+        yield "evaluation.at_start: there is nothing to evaluate on; name evaluation.data or evaluation.sets"
     for name, one in config.evaluation.by_name.items():
         if one.temperature == 0 and (one.samples_per_prompt or 1) > 1:
             section = f"evaluation.sets.{name}" if name else "evaluation"

@@ -220,10 +220,17 @@ class EvaluationConfig:
     data: str | None = option(None, "prompts (or examples) to evaluate on, as data.train; none: only evaluation.sets, if any")
     sets: Mapping[str, EvaluationSetConfig] = option({}, "further sets: NAME -> set (keys below), reported as eval/NAME/...")
     every: int = option(0, "steps between evaluations; 0: only at the end", minimum=0)
+    at_start: bool = option(False, "also before the first step, reported as step 0")
     max_prompts: int = option(256, "prompts (or examples) used", minimum=1)
     samples_per_prompt: int = option(1, "answers to each; more than one: mean@k and pass@k", minimum=1)
     temperature: float = option(0.0, "0 is greedy; several answers need more", minimum=0)
     pass_reward: float = option(1.0, "an answer with at least this reward passes")
+
+    def is_due(self, step: int, last_step: int) -> bool:
+        """Whether it is time to evaluate after this step; 0 is before the first."""
+        if step == 0:
+            return self.at_start
+        return step == last_step or (self.every > 0 and step % self.every == 0)
 
     @property
     def by_name(self) -> Mapping[str, EvaluationSetConfig]:

@@ -29,10 +29,9 @@ def collate(
     """Pack the samples named by ``sample_ids``, in that order; ``samples`` may hold more (a whole rollout batch).
 
     Each sequence is padded to ``dims.sequence_multiple``, the last one until the total is a multiple of
-    ``dims.pack_multiple``. ``columns[name][sample_id]`` are position-aligned [L] tensors, laid into float32 [T]; the
-    column ``rollout_logprobs`` is always there. Without sample ids the result is one masked padding sequence of at least
-    2 tokens, its id -1 and its length counted as true, so that attention over it is well defined. Raises ValueError for
-    an unknown sample id or a column that does not fit.
+    ``dims.pack_multiple``. ``columns[name][sample_id]`` are position-aligned [L] tensors, laid into float32 [T]. Without
+    sample ids the result is one masked padding sequence of at least 2 tokens, its id -1 and its length counted as true, so
+    that attention over it is well defined. Raises ValueError for an unknown sample id or a column that does not fit.
     """
     by_id = {sample.sample_id: sample for sample in samples}
     unknown = [sample_id for sample_id in sample_ids if sample_id not in by_id]
@@ -43,14 +42,12 @@ def collate(
     num_tokens = cu_seqlens[-1]
 
     tokens_T, labels_T = torch.zeros(num_tokens, dtype=torch.int64), torch.zeros(num_tokens, dtype=torch.int64)
-    loss_mask_T, rollout_T = torch.zeros(num_tokens), torch.zeros(num_tokens)
+    loss_mask_T = torch.zeros(num_tokens)
     for start, sample in zip(starts, chosen, strict=False):
         length = len(sample.token_ids)
         tokens_T[start : start + length] = torch.tensor(sample.token_ids)
         labels_T[start : start + length - 1] = torch.tensor(sample.token_ids[1:])
         loss_mask_T[start : start + length - 1] = torch.tensor(sample.loss_mask[1:], dtype=torch.float32)
-        rollout_T[start : start + length - 1] = torch.tensor(sample.rollout_logprobs[1:], dtype=torch.float32)
-    packed = {name: _lay_column(name, values, starts, chosen, num_tokens) for name, values in (columns or {}).items()}
     return MicroBatch(
         tokens_T=tokens_T,
         labels_T=labels_T,
@@ -58,7 +55,7 @@ def collate(
         cu_seqlens_S1=torch.tensor(cu_seqlens, dtype=torch.int32),
         lengths_S=torch.tensor([len(sample.token_ids) for sample in chosen] or [num_tokens], dtype=torch.int64),
         sample_ids=tuple(sample_ids) or (PADDING_ID,),
-        columns={"rollout_logprobs": rollout_T, **packed},
+        columns={name: _lay_column(name, values, starts, chosen, num_tokens) for name, values in (columns or {}).items()},
     )
 
 

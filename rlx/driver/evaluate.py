@@ -15,14 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.config.schema import Config
 from rlx.data.prompts import evaluation_prompts
-from rlx.driver.roles import Roles
+from rlx.driver.roles import RewardService, RolloutService
 from rlx.obs.log import logger, phase
-from rlx.types.rollout import (
-    Prompt,
-    RolloutGroup,
-    SamplingSpec,
-    StepReport,
-)
+from rlx.obs.timers import StepTimer
+from rlx.types.rollout import Prompt, Reward, RolloutGroup, SamplingSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,48 +31,64 @@ class EvaluationSet:
 
 
 class Evaluation:
-    """Adds ``eval/...`` (``eval/NAME/...`` for a named set) to the reports of the steps where evaluation is due."""
+    """Measures the present weights of the engines on every set: ``eval/...``, ``eval/NAME/...`` for a named one."""
 
-    def __init__(self, config: Config, roles: Roles, sampling: SamplingSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._roles = roles
-        self._every, self._last_step = config.evaluation.every, config.run.steps
+    def __init__(
+        self,
+        config: Config,
+        rollout: RolloutService,
+        reward: RewardService,
+        sampling: SamplingSpec,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self._rollout, self._reward = rollout, reward
         self._pass_reward = config.evaluation.pass_reward
-        self._sets: list[EvaluationSet] = []
+        self.sets: list[EvaluationSet] = []
         for name, one in config.evaluation.by_name.items():
             prompts, drops = evaluation_prompts(name, one, config, tokenizer)
             logger.info("evaluation %s: %d prompts; over the length limit: %s", name or one.path, len(prompts), dict(drops))
             assert one.samples_per_prompt is not None and one.temperature is not None
             how = replace(sampling, num_samples=one.samples_per_prompt, temperature=one.temperature)
-            self._sets.append(EvaluationSet(prefix=f"eval/{name}" if name else "eval", prompts=prompts, sampling=how))
+            self.sets.append(EvaluationSet(prefix=f"eval/{name}" if name else "eval", prompts=prompts, sampling=how))
 
-    def is_due(self, step: int) -> bool:
-        """After the last step, and every N steps if asked for."""
-        return bool(self._sets) and (step == self._last_step or (self._every > 0 and step % self._every == 0))
-
-    def add_to(self, report: StepReport) -> StepReport:
-        """The report, with the metrics of ``summarise`` when due."""
-        if not self.is_due(report.step):
-            return report
-        metrics = dict(report.metrics)
-        for one in self._sets:
-            with phase("evaluate" + one.prefix.removeprefix("eval"), report.step):
-                groups = list(self._roles.reward.score(self._roles.rollout.generate(one.prompts, one.sampling)))
+    def measure(self, step: int) -> dict[str, float]:
+        """The metrics of ``summarise`` for each set, and how long it took."""
+        metrics: dict[str, float] = {}
+        timer = StepTimer()
+        self._rollout.begin_step(step)
+        for one in self.sets:
+            with phase("evaluate" + one.prefix.removeprefix("eval"), step), timer("evaluate"):
+                groups = list(self._reward.score(self._rollout.generate(one.prompts, one.sampling)))
             metrics |= summarise(groups, one.sampling.num_samples, self._pass_reward, one.prefix)
-        return replace(report, metrics=metrics)
+        return metrics | {"perf/evaluate_s": timer.metrics()["perf/evaluate_s"]}
 
 
 def summarise(groups: Sequence[RolloutGroup], num_samples: int, pass_reward: float, prefix: str = "eval") -> dict[str, float]:
     """Metrics of scored groups, named ``prefix``/... Answers that could not be judged are counted and have no part in the
     means."""
-    valid = [[reward.value for reward in group.rewards or () if reward.valid] for group in groups]
-    lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
-    rewards = [value for values in valid for value in values]
-    found = {"tokens_mean": fmean(lengths), "invalid": float(len(lengths) - len(rewards)), "prompts": float(len(groups))}
-    if rewards:
-        found["reward_mean"] = fmean(rewards)
+    answers = [completion for group in groups for completion in group.completions]
+    verdicts = [[reward for reward in group.rewards or () if reward.valid] for group in groups]
+    valid = [reward for of_prompt in verdicts for reward in of_prompt]
+    found: dict[str, float] = {}
+    if valid:
+        found["reward_mean"] = fmean(reward.value for reward in valid)
         if num_samples > 1:
-            found |= at_k(valid, num_samples, pass_reward)
+            found |= at_k([[reward.value for reward in of_prompt] for of_prompt in verdicts], num_samples, pass_reward)
+    parts = {f"reward_{name}": value for name, value in part_means(valid).items()}
+    counts = {
+        "tokens_mean": fmean(len(answer.token_ids) for answer in answers),
+        "cut_off_share": fmean(answer.is_cut_off for answer in answers),
+        "invalid": float(len(answers) - len(valid)),
+        "prompts": float(len(groups)),
+    }
+    found = {**found, **{name: value for name, value in parts.items() if name not in found}, **counts}
     return {f"{prefix}/{name}": value for name, value in found.items()}
+
+
+def part_means(rewards: Sequence[Reward]) -> dict[str, float]:
+    """The mean of each part of the reward, by its name, over the rewards that have it."""
+    names = sorted({name for reward in rewards for name in reward.parts})
+    return {name: fmean(reward.parts[name] for reward in rewards if name in reward.parts) for name in names}
 
 
 def at_k(rewards: Sequence[Sequence[float]], num_samples: int, pass_reward: float) -> dict[str, float]:

@@ -133,7 +133,7 @@ def _without_overlong(
     groups: Sequence[RolloutGroup], advantages: list[list[float]] | None
 ) -> tuple[list[RolloutGroup], list[list[float]] | None, int]:
     """Answers cut off by the length limit leave the loss; their rewards have had their part in the group's baseline."""
-    kept = [[i for i, answer in enumerate(group.completions) if answer.finish_reason != "length"] for group in groups]
+    kept = [[i for i, answer in enumerate(group.completions) if not answer.is_cut_off] for group in groups]
     num_dropped = sum(len(group.completions) for group in groups) - sum(len(indices) for indices in kept)
     filtered = [
         replace(

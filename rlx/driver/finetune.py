@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from rlx.config.schema import Config
@@ -48,7 +49,7 @@ class FinetuneTrainer:
         self.num_steps_done = 0
 
     def step(self) -> StepReport:
-        """One optimizer step, and the validation where it is due."""
+        """One optimizer step."""
         step, timer = self.num_steps_done + 1, StepTimer()
         examples = self.source.next(self.config.finetune.examples_per_step)
         with phase("score", step), timer("score"):
@@ -60,12 +61,18 @@ class FinetuneTrainer:
             "policy/learning_rate": stats.learning_rate,
             "policy/skipped_steps": float(stats.skipped),
         }
-        if self._is_validation_due(step):
-            with phase("validate", step), timer("validate"):
-                self._load(self._held_out)
-                metrics |= _named(self.model.validate(), {}, "eval")
         self.num_steps_done = step
         return StepReport(step=step, metrics=metrics | self._data_metrics(examples, timer))
+
+    def validate(self, row: StepReport) -> StepReport:
+        """The row, with the loss on the held-out examples where it is due, and how long that took."""
+        if not self._held_out or not self.config.evaluation.is_due(row.step, self.config.run.steps):
+            return row
+        timer = StepTimer()
+        with phase("validate", row.step), timer("validate"):
+            self._load(self._held_out)
+            found = _named(self.model.validate(), {}, "eval")
+        return replace(row, metrics={**row.metrics, **found, "perf/validate_s": timer.metrics()["perf/validate_s"]})
 
     def state(self) -> dict[str, object]:
         return {"step": self.num_steps_done, "examples": self.source.state(), "seed": self.config.run.seed}
@@ -84,10 +91,6 @@ class FinetuneTrainer:
         self.model.load_batch(to_train_samples(examples), plan)
         if self.config.has_reference:
             self.model.score_reference()
-
-    def _is_validation_due(self, step: int) -> bool:
-        every = self.config.evaluation.every
-        return bool(self._held_out) and (step == self.config.run.steps or (every > 0 and step % every == 0))
 
     def _data_metrics(self, examples: Sequence[Example], timer: StepTimer) -> dict[str, float]:
         perf = timer.metrics()

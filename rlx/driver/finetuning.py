@@ -59,7 +59,7 @@ def drive_finetuning(config: Config, ranks: Ranks, *, stop_asked: Callable[[], b
         held_out = _held_out(config, tokenizer)
     logger.info("%d examples, %d cut, dropped %s", len(source), source.num_truncated, dict(source.drops))
     trainer = FinetuneTrainer(config, ranks.worker.context.dims, model, source, held_out)
-    return train(config, trainer, model, stop_asked)
+    return train(config, trainer, model, stop_asked, complete=trainer.validate)
 
 
 def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

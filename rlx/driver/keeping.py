@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from rlx.driver.checkpoint import read_driver_state, whole_checkpoints, write_ch
 from rlx.driver.loop import Trainer, iterate
 from rlx.obs.log import logger, phase
 from rlx.obs.metrics import MetricsWriter
+from rlx.obs.timers import StepTimer
 from rlx.obs.trackers import make_trackers
 from rlx.types.rollout import StepReport
 
@@ -32,11 +34,12 @@ def train(
     models: KeptModels,
     stop_asked: Callable[[], bool],
     *,
-    loop: Callable[..., None] = iterate,
+    begin: Callable[[], None] = lambda: None,
     complete: Callable[[StepReport], StepReport] = lambda row: row,
 ) -> bool:
-    """To the end: resume, iterate, save, export. ``loop`` is called as ``iterate`` is; ``complete`` adds what the trainer itself
-    does not know to a row of metrics. False when ``stop_asked`` ended it early; what was done is saved."""
+    """To the end: resume, begin, iterate, save, export. ``begin`` is called once the weights to start from are there;
+    ``complete`` adds to a row of metrics what the trainer itself does not know: evaluation, where it is due. False when
+    ``stop_asked`` ended it early; what was done is saved."""
     run_dir = Path(config.run.dir)
     with ExitStack() as stack:
         writer = stack.enter_context(closing(MetricsWriter(run_dir / "metrics.jsonl")))
@@ -44,17 +47,29 @@ def train(
         for tracker in trackers:
             stack.callback(tracker.close)
         _resume(config, trainer, models, writer)
+        since_last_row: dict[str, float] = {}
 
         def report(row: StepReport) -> None:
-            row = complete(row)
+            row = complete(replace(row, metrics={**row.metrics, **since_last_row}))
+            since_last_row.clear()
             for sink in (writer, *trackers):
                 sink.write(row)
 
-        loop(
+        def save() -> None:
+            timer = StepTimer()
+            with phase("save", trainer.num_steps_done), timer("save"):
+                root, keep = _folder(config), config.checkpoint.keep
+                write_checkpoint(root, trainer.num_steps_done, trainer.state(), models.save, keep)
+            since_last_row["perf/save_s"] = timer.metrics()["perf/save_s"]
+
+        begin()
+        if config.evaluation.at_start and trainer.num_steps_done == 0:
+            report(StepReport(step=0, metrics={}))
+        iterate(
             trainer,
             num_steps=config.run.steps,
             report=report,
-            save=lambda: _save(config, trainer, models),
+            save=save,
             checkpoint=config.checkpoint,
             stop_asked=stop_asked,
         )
@@ -73,13 +88,8 @@ def _resume(config: Config, trainer: Trainer, models: KeptModels, writer: Metric
             models.load(str(folder))
             trainer.load_state(read_driver_state(folder))
         logger.info("resumed from %s", folder)
-    writer.truncate_after(trainer.num_steps_done)
-
-
-def _save(config: Config, trainer: Trainer, models: KeptModels) -> None:
-    """Write a checkpoint of the present step."""
-    with phase("save", trainer.num_steps_done):
-        write_checkpoint(_folder(config), trainer.num_steps_done, trainer.state(), models.save, config.checkpoint.keep)
+    # A run that begins anew measures what it begins with anew.
+    writer.truncate_after(trainer.num_steps_done or -1)
 
 
 def _folder(config: Config) -> Path:

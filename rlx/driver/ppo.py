@@ -5,20 +5,20 @@ The driver sees only the Protocols of ``rlx.driver.roles``; it holds samples and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 
 from rlx.algos.base import Algorithm
 from rlx.algos.kl_controller import KLController
-from rlx.config.schema import CheckpointConfig, Config
+from rlx.config.schema import Config
 from rlx.data.plan import plan_batch
+from rlx.driver.evaluate import part_means
 from rlx.driver.experience import (
     Rollouts,
     Samples,
     collect,
     prepare,
 )
-from rlx.driver.loop import iterate
 from rlx.driver.roles import Roles
 from rlx.obs.log import phase
 from rlx.obs.timers import StepTimer
@@ -137,25 +137,25 @@ class PPOTrainer:
         groups = rollouts.groups
         rewards = [reward for group in groups for reward in group.rewards or () if reward.valid]
         values = [reward.value for reward in rewards]
-        lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+        answers = [completion for group in groups for completion in group.completions]
         metrics = {
             "reward/mean": fmean(values),
             "reward/std": pstdev(values),
-            "response/tokens_mean": fmean(lengths),
-            "kl/ref": 0.0,
-            "kl/coefficient": self.controller.coefficient,
-            "loss/value": 0.0,
+            "response/tokens_mean": fmean(len(answer.token_ids) for answer in answers),
+            "response/cut_off_share": fmean(answer.is_cut_off for answer in answers),
             **scores,
             **rollouts.metrics,
             **samples.metrics,
             **self.roles.prompts.metrics(),
         }
+        if self.config.algorithm.kl_placement != "none":
+            metrics["kl/coefficient"] = self.controller.coefficient
         for source in sorted({group.prompt.source for group in groups} & set(self.config.data.sources)):
             of_source = [r.value for g in groups if g.prompt.source == source for r in g.rewards or () if r.valid]
             if of_source:
                 metrics[f"reward/mean/{source}"] = fmean(of_source)
-        for part in sorted({name for reward in rewards for name in reward.parts}):
-            metrics[f"reward/{part}"] = fmean(reward.parts[part] for reward in rewards if part in reward.parts)
+        # A part that is called like one of ours does not replace it.
+        metrics = {f"reward/{part}": value for part, value in part_means(rewards).items()} | metrics
         for role, stats in updates.items():
             metrics |= _update_metrics(role, stats)
         return metrics | {f"drops/{reason}": float(count) for reason, count in samples.drops.items()}
@@ -203,17 +203,3 @@ def _perf_metrics(timer: StepTimer, samples: Sequence[TrainSample]) -> dict[str,
     metrics = timer.metrics()
     tokens = sum(len(sample.token_ids) for sample in samples)
     return metrics | {"perf/tokens_per_s": tokens / max(metrics["perf/step_s"], 1e-9)}
-
-
-def run(
-    trainer: PPOTrainer,
-    *,
-    num_steps: int,
-    report: Callable[[StepReport], None],
-    save: Callable[[], None],
-    checkpoint: CheckpointConfig,
-    stop_asked: Callable[[], bool] = lambda: False,
-) -> None:
-    """Publish the start, then iterate as ``loop.iterate`` does."""
-    trainer.publish_start()
-    iterate(trainer, num_steps=num_steps, report=report, save=save, checkpoint=checkpoint, stop_asked=stop_asked)

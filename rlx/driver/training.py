@@ -16,7 +16,7 @@ from rlx.data.prompts import PromptSource
 from rlx.data.tokenizer import load_tokenizer
 from rlx.driver.evaluate import Evaluation
 from rlx.driver.keeping import train
-from rlx.driver.ppo import PPOTrainer, run
+from rlx.driver.ppo import PPOTrainer
 from rlx.driver.publishing import EnginePublisher
 from rlx.driver.ranks import (
     RankedCritic,
@@ -42,14 +42,15 @@ def drive(config: Config, ranks: Ranks, engines: Path, *, stop_asked: Callable[[
     with ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
         trainer = _make_trainer(config, ranks, engines, tokenizer, stack)
-        evaluation = Evaluation(config, trainer.roles, trainer.sampling, tokenizer)
-        counts = trainer.roles.rollout.counts
+        roles = trainer.roles
+        evaluation = Evaluation(config, roles.rollout, roles.reward, trainer.sampling, tokenizer)
 
         def complete(row: StepReport) -> StepReport:
-            row = evaluation.add_to(row)
-            return replace(row, metrics={**row.metrics, **counts(), **ranks.call("memory_metrics")})
+            is_due = evaluation.sets and config.evaluation.is_due(row.step, config.run.steps)
+            found = evaluation.measure(row.step) if is_due else {}
+            return replace(row, metrics={**row.metrics, **found, **roles.rollout.counts(), **ranks.call("memory_metrics")})
 
-        return train(config, trainer, trainer.roles.policy, stop_asked, loop=run, complete=complete)
+        return train(config, trainer, roles.policy, stop_asked, begin=trainer.publish_start, complete=complete)
 
 
 def _make_trainer(

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlx.algos.kl import kl_estimate
 from rlx.algos.registry import make_algorithm
 from rlx.algos.stats import sum_and_count
+from rlx.algos.value_loss import FIT, explained_variance, fit
 from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import Config
 from rlx.config.sharing import offload_level
@@ -145,12 +146,22 @@ class Worker(RankWorker):
             return None
         with phase("advantages"):
             add_advantages(self.batch, self.algorithm, self.config.algorithm, kl_coefficient, self._sum_over_data)
-            stats = {"advantages/mean": torch.zeros(2, dtype=torch.float64)}
-            for sample in self.batch.samples:
-                stats["advantages/mean"] += sum_and_count(
-                    self.batch.columns["advantages"][sample.sample_id], position_mask(sample) != 0
-                )
-            return self._reduce(stats, self.context.groups.dp)
+            return self._advantage_means()
+
+    def _advantage_means(self) -> Means:
+        columns, has_values = self.batch.columns, self.algorithm.kind == "critic"
+        names = ("advantages/mean", *(FIT if has_values else ()))
+        stats = {name: torch.zeros(2, dtype=torch.float64) for name in names}
+        for sample in self.batch.samples:
+            mask = position_mask(sample)
+            stats["advantages/mean"] += sum_and_count(columns["advantages"][sample.sample_id], mask != 0)
+            if has_values:
+                found = fit(columns["values"][sample.sample_id], columns["returns"][sample.sample_id], mask)
+                stats |= {name: stats[name] + stat for name, stat in found.items()}
+        means = self._reduce(stats, self.context.groups.dp)
+        explained = explained_variance(means) if has_values else None
+        fits = {} if explained is None else {"critic/explained_variance": explained}
+        return {"advantages/mean": means["advantages/mean"], **fits}
 
     def update_policy(self, mini_batch: int) -> UpdateStats | None:
         with phase("update policy"):
@@ -171,7 +182,6 @@ class Worker(RankWorker):
             entropy_T=outputs[1],
             old_logprobs_T=batch.column("old_logprobs"),
             ref_logprobs_T=batch.column("ref_logprobs"),
-            rollout_logprobs_T=batch.column("rollout_logprobs"),
             advantages_T=batch.column("advantages"),
         )
         return self.algorithm.policy_loss(self._with_sequences(inputs, batch))

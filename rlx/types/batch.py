@@ -29,7 +29,7 @@ class MicroBatch:
     cu_seqlens_S1        int32 [S + 1]; borders of the sequences, padding of each counted to it
     lengths_S            int64 [S]; true lengths, without padding
     sample_ids           the samples in order; padding sequences have id -1
-    columns              more float32 [T] columns by name: rollout_logprobs, old_logprobs, advantages, ...
+    columns              more float32 [T] columns by name: old_logprobs, advantages, ...
     """
 
     tokens_T: Tensor
@@ -67,7 +67,6 @@ class LossInputs:
     values_T: Tensor | None = None
     old_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
-    rollout_logprobs_T: Tensor | None = None
     advantages_T: Tensor | None = None
     old_values_T: Tensor | None = None
     returns_T: Tensor | None = None

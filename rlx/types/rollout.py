@@ -47,6 +47,11 @@ class Completion:
     finish_reason: FinishReason
     weight_versions: tuple[int, ...]
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the length limit ended it."""
+        return self.finish_reason == "length"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:

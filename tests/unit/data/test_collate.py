@@ -61,8 +61,6 @@ def test_every_position_predicts_the_next_token_of_its_own_sequence(dims: Parall
             assert batch.tokens_T[position] == (sample.token_ids[offset] if offset < length else 0)
             assert batch.labels_T[position] == (sample.token_ids[offset + 1] if predicts else 0)
             assert batch.loss_mask_T[position] == (sample.loss_mask[offset + 1] if predicts else 0)
-            rollout = sample.rollout_logprobs[offset + 1] if predicts else 0.0
-            assert float(batch.columns["rollout_logprobs"][position]) == pytest.approx(rollout)
     assert batch.loss_mask_T.sum() == sum(sample.num_loss_tokens for sample in chosen)
     split = split_columns(batch.columns["old_logprobs"], batch)
     assert list(split) == [sample.sample_id for sample in chosen]
@@ -75,7 +73,7 @@ def test_an_empty_micro_batch_is_one_masked_sequence(dims: ParallelDims) -> None
     assert batch.sample_ids == (-1,)
     assert len(batch.tokens_T) >= 2 and len(batch.tokens_T) % dims.pack_multiple == 0
     assert batch.cu_seqlens_S1.tolist() == [0, len(batch.tokens_T)] and batch.max_seqlen == len(batch.tokens_T)
-    assert not batch.loss_mask_T.any() and set(batch.columns) == {"rollout_logprobs", "advantages"}
+    assert not batch.loss_mask_T.any() and set(batch.columns) == {"advantages"}
     assert split_columns(batch.columns["advantages"], batch) == {}
 
 

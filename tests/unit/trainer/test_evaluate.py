@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -49,6 +50,16 @@ def test_an_evaluation_without_any_verdict_says_so_instead_of_failing() -> None:
     broken = Reward(value=0.0, valid=False, error="?")
     assert summarise([group(broken, broken)], 2, pass_reward=1.0) == {
         "eval/tokens_mean": 3.0,
+        "eval/cut_off_share": 0.0,
         "eval/invalid": 2.0,
         "eval/prompts": 1.0,
     }
+
+
+def test_parts_of_the_reward_and_answers_that_were_cut_off() -> None:
+    cut = Completion(token_ids=(5,), rollout_logprobs=(-1.0,), finish_reason="length", weight_versions=(1,))
+    scored = group(Reward(value=1.0, parts={"right": 1.0, "form": 0.5}), Reward(value=0.0, parts={"right": 0.0, "mean": 7.0}))
+    found = summarise([replace(scored, completions=(scored.completions[0], cut))], 2, pass_reward=1.0, prefix="eval/a")
+    assert (found["eval/a/reward_right"], found["eval/a/reward_form"], found["eval/a/cut_off_share"]) == (0.5, 0.5, 0.5)
+    # A part that is called like the whole does not stand in for it.
+    assert found["eval/a/reward_mean"] == 0.5

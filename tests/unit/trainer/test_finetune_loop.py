@@ -66,12 +66,13 @@ def make_trainer(folder: Path, objective: str = "dpo", seed: int = 0) -> tuple[F
 def test_a_step_reads_scores_updates_and_validates_when_due(tmp_path: Path) -> None:
     trainer, model = make_trainer(tmp_path)
     step, held_out = ["load_batch", "score_reference", "update"], ["load_batch", "score_reference", "validate"]
-    reports = [trainer.step() for _ in range(5)]
+    reports = [trainer.validate(trainer.step()) for _ in range(5)]
     assert model.calls == step + step + held_out + step + step + held_out + step + held_out
     assert [len(batch) for batch in model.batches[:3]] == [6, 6, 8]
     metrics = reports[1].metrics
     assert metrics["loss/train"] == 0.7 and metrics["rewards/accuracy"] == 0.5 and metrics["policy/entropy"] == 1.0
     assert metrics["eval/loss"] == 0.9 and metrics["eval/accuracy"] == 0.25 and "eval/loss" not in reports[0].metrics
+    assert metrics["perf/validate_s"] >= 0 and "perf/validate_s" not in reports[0].metrics
     assert metrics["drops/equal_sides"] == 1 and metrics["data/epochs"] == pytest.approx(6 / 7)
 
 
@@ -92,6 +93,6 @@ def test_resume_deals_what_would_have_come(tmp_path: Path) -> None:
     second.load_state(json.loads(json.dumps(first.state())))
     assert second.num_steps_done == 3
     second.step()
-    assert model.batches[0] == expected.batches[4]
+    assert model.batches[0] == expected.batches[3]
     with pytest.raises(ValueError, match=r"run\.seed=1"):
         make_trainer(tmp_path, seed=1)[0].load_state(first.state())

@@ -17,17 +17,22 @@ from rlx.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
+    EvaluationConfig,
     ModelConfig,
     RewardConfig,
     RunConfig,
 )
 from rlx.config.sources import SourceConfig
 from rlx.driver.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
-from rlx.driver.ppo import PPOTrainer, run
+from rlx.driver.keeping import train
+from rlx.driver.loop import iterate
+from rlx.driver.ppo import PPOTrainer
 from rlx.driver.roles import Roles
+from rlx.obs.metrics import read_metrics
 from rlx.types.layout import BatchPlan, ParallelDims
 from rlx.types.rollout import (
     Completion,
+    FinishReason,
     Prompt,
     Reward,
     RolloutGroup,
@@ -49,7 +54,7 @@ class Calls:
 
 
 class FakePolicy:
-    def __init__(self, calls: Calls, kl: float = 0.0) -> None:
+    def __init__(self, calls: Calls, kl: float | None = None) -> None:
         self.calls, self.kl = calls, kl
 
     def begin_training(self) -> None: ...
@@ -60,7 +65,7 @@ class FakePolicy:
 
     def score(self) -> Mapping[str, float]:
         self.calls.names.append("score policy")
-        return {"policy/entropy": 1.5, "kl/ref": self.kl}
+        return {"policy/entropy": 1.5} | ({} if self.kl is None else {"kl/ref": self.kl})
 
     def compute_advantages(self, kl_coefficient: float) -> Mapping[str, float]:
         self.calls.names.append(f"advantages {kl_coefficient}")
@@ -107,17 +112,20 @@ class FakeReference:
 class FakeRollout:
     """Answers in the reverse order of the prompts; the second answer of each is empty, the third cannot be judged."""
 
+    finish_reasons: tuple[FinishReason, ...] = ("stop",) * 4
+
     def begin_step(self, step: int) -> None:
         self.step = step
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> Iterator[RolloutGroup]:
         for prompt in reversed(prompts):
             answers = [(5, 6), (), (7,), (8, 9, 1)]
-            yield RolloutGroup(prompt=prompt, completions=tuple(self._completion(ids) for ids in answers))
+            completions = tuple(map(self._completion, answers, self.finish_reasons))
+            yield RolloutGroup(prompt=prompt, completions=completions)
 
-    def _completion(self, ids: tuple[int, ...]) -> Completion:
+    def _completion(self, ids: tuple[int, ...], reason: FinishReason) -> Completion:
         return Completion(
-            token_ids=ids, rollout_logprobs=(-1.0,) * len(ids), finish_reason="stop", weight_versions=(self.step,) * len(ids)
+            token_ids=ids, rollout_logprobs=(-1.0,) * len(ids), finish_reason=reason, weight_versions=(self.step,) * len(ids)
         )
 
     def close(self) -> None: ...
@@ -156,7 +164,7 @@ class FakePrompts:
         return {"data/epoch": self.num_drawn / 100}
 
 
-def make_trainer(calls: Calls, kl: float = 0.0, **algorithm: Any) -> PPOTrainer:
+def make_trainer(calls: Calls, kl: float | None = None, **algorithm: Any) -> PPOTrainer:
     config = Config(
         run=RunConfig(seed=4),
         model=ModelConfig(path="none"),
@@ -188,6 +196,19 @@ def test_ppo_step_calls_everyone_in_order() -> None:
     assert report.metrics["policy/grad_norm"] == pytest.approx(2.5)
     assert report.metrics["policy/skipped_steps"] == 2
     assert report.metrics["loss/value"] == pytest.approx(0.25)
+    assert report.metrics["kl/coefficient"] == 0.3
+
+
+def test_what_a_run_does_not_have_is_not_reported() -> None:
+    metrics = make_trainer(Calls(), name="grpo").step().metrics
+    assert not {"kl/ref", "kl/coefficient", "loss/value", "critic/grad_norm"} & set(metrics)
+
+
+def test_answers_that_were_cut_off_are_counted() -> None:
+    trainer = make_trainer(Calls(), name="grpo")
+    assert trainer.step().metrics["response/cut_off_share"] == 0.0
+    trainer.roles.rollout.finish_reasons = ("stop", "stop", "stop", "length")  # type: ignore[attr-defined]
+    assert trainer.step().metrics["response/cut_off_share"] == 0.25
 
 
 def test_batch_is_in_prompt_order_and_drops_are_counted() -> None:
@@ -225,7 +246,14 @@ def test_state_resumes_where_it_stopped(tmp_path: Path) -> None:
     def save() -> None:
         write_checkpoint(tmp_path, trainer.num_steps_done, trainer.state(), trainer.roles.policy.save, keep=2)
 
-    run(trainer, num_steps=5, report=reports.append, save=save, checkpoint=CheckpointConfig(every=2))
+    iterate(
+        trainer,
+        num_steps=5,
+        report=reports.append,
+        save=save,
+        checkpoint=CheckpointConfig(every=2),
+        stop_asked=lambda: False,
+    )
     assert [step for step, _ in whole_checkpoints(tmp_path)] == [4, 5]
     again = make_trainer(Calls())
     again.load_state(read_driver_state(whole_checkpoints(tmp_path)[-1][1]))
@@ -239,7 +267,7 @@ def test_asked_to_stop_it_ends_the_step_saves_and_returns(tmp_path: Path) -> Non
     trainer = make_trainer(Calls())
     saved: list[int] = []
 
-    run(
+    iterate(
         trainer,
         num_steps=5,
         report=reports.append,
@@ -278,3 +306,30 @@ def test_a_mixture_reports_the_reward_of_each_source() -> None:
     found = {name: value for name, value in metrics.items() if name.startswith("reward/mean/")}
     assert found == {"reward/mean/a": pytest.approx(1 / 3), "reward/mean/b": pytest.approx(1 / 3)}
     assert metrics["data/epoch"] == 0.06
+
+
+def test_evaluation_before_the_first_step_is_step_0_and_seconds_of_saving_are_told(tmp_path: Path) -> None:
+    trainer, calls, seen = make_trainer(Calls()), [], []
+    config = replace(
+        trainer.config,
+        run=RunConfig(dir=str(tmp_path), seed=4, steps=4, export_hf=False),
+        evaluation=EvaluationConfig(at_start=True, every=2),
+        checkpoint=CheckpointConfig(every=2, at_end=False),
+    )
+
+    def complete(row: StepReport) -> StepReport:
+        seen.append(row.step)
+        return row
+
+    def begin() -> None:
+        calls.append("begin")
+        assert not seen
+
+    # A run that died before its first checkpoint left this row; it begins anew.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/reward_mean": 0.25}\n{"step": 1}\n')
+    assert train(config, trainer, trainer.roles.policy, lambda: False, begin=begin, complete=complete)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert calls == ["begin"] and [row.step for row in rows] == seen == [0, 1, 2, 3, 4]
+    assert [row.step for row in rows if "perf/save_s" in row.metrics] == [3]
+    due = [step for step in range(6) if config.evaluation.is_due(step, 5)]
+    assert due == [0, 2, 4, 5] and not EvaluationConfig().is_due(0, 5)
