@@ -99,6 +99,8 @@ def _finetuning(config: Config) -> list[str]:
 
 def _reinforcement(config: Config) -> list[str]:
     rollout, algorithm = config.rollout, config.algorithm
+    if config.evaluation.only:
+        return [f"evaluation: {', '.join(name or one.path for name, one in config.evaluation.by_name.items())}; no training"]
     samples = config.data.prompts_per_step * rollout.samples_per_prompt
     return [
         f"batch: {config.data.prompts_per_step} prompts x {rollout.samples_per_prompt} answers = {samples} samples a step",

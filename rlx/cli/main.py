@@ -32,6 +32,7 @@ COMMANDS = {
     "sft": Command("rlx.cli.finetune", "supervised fine-tuning on given answers"),
     "dpo": Command("rlx.cli.finetune", "direct preference optimisation (DPO, IPO) on pairs of answers"),
     "rm": Command("rlx.cli.finetune", "train a reward model on pairs of answers"),
+    "eval": Command("rlx.cli.eval", "evaluate a model, or the newest checkpoint of a run; train nothing"),
     "check": Command("rlx.cli.check", "validate a configuration and print it resolved; start nothing"),
     "score": Command("rlx.cli.score", "log-probs of given tokens under a model"),
     "report": Command("rlx.cli.report", "an HTML page with plots of one run, or of several together"),

@@ -29,13 +29,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def start(path: str, overrides: Sequence[str], command: str) -> int:
-    """What ``rlx train``, ``sft``, ``dpo`` and ``rm`` have in common: the job of a configuration that is ``command``'s."""
+    """What ``rlx train`` and the other jobs have in common: run the configuration, which must be one for ``command``."""
     try:
         config = load_config(path, overrides)
-        if config.finetune.command != command:
-            raise ConfigError(
-                [f"finetune.objective: {config.finetune.objective} is not for rlx {command}; use rlx {config.finetune.command}"]
-            )
+        if config.command != command:
+            key = f"finetune.objective: {config.finetune.objective}" if config.is_finetuning else "evaluation.only"
+            raise ConfigError([f"{key} is not for rlx {command}; use rlx {config.command}"])
         config = preflight(config)
         if config.cluster.launcher == "torchrun":
             raise ConfigError([f"cluster.launcher: torchrun is not started by rlx {command}; see {_STARTS}"])

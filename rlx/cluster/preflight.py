@@ -21,7 +21,8 @@ from rlx.rewards.registry import make_verifier, needs_label
 
 
 def preflight(config: Config) -> Config:
-    """The configuration to run, with what only the data says filled in (the steps of ``finetune.epochs``).
+    """The configuration to run, with what only the data says filled in (the steps of ``finetune.epochs``), and for an
+    evaluation alone the folder ``eval`` of the run's, so that the run itself may be there and go on.
 
     Raises ConfigError with everything found wrong that the configuration alone does not show.
     """
@@ -42,6 +43,8 @@ def preflight(config: Config) -> Config:
         attempt(lambda: _check_sync_folder(config))
     if problems:
         raise ConfigError(problems)
+    if config.evaluation.only:
+        return replace(config, run=replace(config.run, dir=str(Path(config.run.dir) / "eval")))
     return config if config.finetune.epochs is None or not config.is_finetuning else _in_steps(config, config.finetune.epochs)
 
 
@@ -50,7 +53,9 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def _check_data(config: Config) -> list[str]:
-    return check_prompts(config, _tokenizer(config), lambda source: needs_label(config.reward, source))
+    # Millions of prompts that no evaluation asks need not be read.
+    read = replace(config, data=replace(config.data, train=None, sources={})) if config.evaluation.only else config
+    return check_prompts(read, _tokenizer(config), lambda source: needs_label(config.reward, source))
 
 
 def _check_sync_folder(config: Config) -> None:
@@ -72,7 +77,7 @@ def _check_model(config: Config) -> None:
 def _check_examples(config: Config) -> None:
     tokenizer = _tokenizer(config)
     for key, path in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
-        if path is not None:
+        if path is not None and not (config.evaluation.only and key == "data.train"):
             try:
                 check_examples(path, config, tokenizer)
             except ValueError as error:

@@ -86,6 +86,7 @@ def render(path: str, overrides: Sequence[str], job: SlurmJob, template: Path | 
     values = {
         "title": f"{Path(path).name}: {config.num_trainer_ranks} trainer rank(s) and {len(seats.engines)} engine(s)",
         "job": job,
+        "command": config.command,
         "picture": picture(seats),
         "trainer_nodes": job.nodes - job.rollout_nodes,
         "ranks_per_node": seats.ranks_per_node,

@@ -128,7 +128,7 @@ def _model_fits(config: Config, facts: ModelFacts) -> Iterator[str]:
 
 
 def _data(config: Config) -> Iterator[str]:
-    if config.data.train is None and not config.data.sources:
+    if config.data.train is None and not config.data.sources and not config.evaluation.only:
         yield "data.train: required unless data.sources names some (prompts to train on)"
     if config.data.train is not None and config.data.sources:
         yield "data.sources: they stand in for data.train, so leave one of the two out"
@@ -161,11 +161,12 @@ def _data_file(key: str, path: str) -> Iterator[str]:
 def _rollout(config: Config) -> Iterator[str]:
     rollout = config.rollout
     off = "; anything else makes the engine's log-probs differ from the trainer's"
-    if rollout.top_p != 1.0:
+    trains = not config.evaluation.only
+    if rollout.top_p != 1.0 and trains:
         yield f"rollout.top_p: {rollout.top_p:g} must be 1 in training{off}"
-    if rollout.top_k != -1:
+    if rollout.top_k != -1 and trains:
         yield f"rollout.top_k: {rollout.top_k} must be -1 (off) in training{off}"
-    if rollout.temperature == 0:
+    if rollout.temperature == 0 and trains:
         yield "rollout.temperature: 0 (greedy) cannot train, every answer to a prompt would be the same; use 1"
     if rollout.python is not None and not os.access(rollout.python, os.X_OK):
         yield f"rollout.python: {rollout.python} is no program; name the interpreter of an environment that holds sglang"
@@ -184,6 +185,8 @@ def _replay(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if rollout.replay is None:
         return
+    if config.evaluation.only:
+        yield "rollout.replay: rlx eval asks engines; leave it out"
     if not Path(rollout.replay).is_file():
         yield f"rollout.replay: no such file {rollout.replay}; rollout.record writes one"
     if rollout.endpoints:
@@ -260,8 +263,10 @@ def _finetuning(config: Config) -> Iterator[str]:
 
 
 def _evaluation(config: Config) -> Iterator[str]:
-    if config.evaluation.at_start and not config.evaluation.by_name:
-        yield "evaluation.at_start: there is nothing to evaluate on; name evaluation.data or evaluation.sets"
+    for key in ("only", "at_start"):
+        if getattr(config.evaluation, key) and not config.evaluation.by_name:
+            yield f"evaluation.{key}: there is nothing to evaluate on; name evaluation.data or evaluation.sets"
+            return
     for name, one in config.evaluation.by_name.items():
         if one.temperature == 0 and (one.samples_per_prompt or 1) > 1:
             section = f"evaluation.sets.{name}" if name else "evaluation"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rlx.config.algorithm import AlgorithmConfig as AlgorithmConfig
@@ -221,6 +222,7 @@ class EvaluationConfig:
     sets: Mapping[str, EvaluationSetConfig] = option({}, "further sets: NAME -> set (keys below), reported as eval/NAME/...")
     every: int = option(0, "steps between evaluations; 0: only at the end", minimum=0)
     at_start: bool = option(False, "also before the first step, reported as step 0")
+    only: bool = option(False, "evaluate and train nothing; `rlx eval` sets it")
     max_prompts: int = option(256, "prompts (or examples) used", minimum=1)
     samples_per_prompt: int = option(1, "answers to each; more than one: mean@k and pass@k", minimum=1)
     temperature: float = option(0.0, "0 is greedy; several answers need more", minimum=0)
@@ -305,6 +307,17 @@ class Config:
         return self.parallel.tp * self.parallel.pp * self.parallel.cp
 
     @property
+    def command(self) -> str:
+        """The command of ``rlx`` that runs this."""
+        return "eval" if self.evaluation.only else self.finetune.command
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints are. An evaluation alone has a folder of its own below the run's."""
+        run_dir = Path(self.run.dir)
+        return (run_dir.parent if self.evaluation.only else run_dir) / "checkpoints"
+
+    @property
     def examples_path(self) -> str:
         """``data.train`` of a fine-tuning run, which its checks ask for."""
         assert self.data.train is not None, "checked before anything starts"
@@ -322,8 +335,10 @@ class Config:
     @property
     def trains_critic(self) -> bool:
         """Whether a second model is trained beside the policy."""
-        return not self.is_finetuning and self.algorithm.needs_critic
+        return not self.is_finetuning and not self.evaluation.only and self.algorithm.needs_critic
 
     @property
     def has_reference(self) -> bool:
+        if self.evaluation.only and not self.is_finetuning:
+            return False
         return self.finetune.objective in WITH_REFERENCE if self.is_finetuning else self.algorithm.needs_reference

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 from rlx.config.schema import Config
@@ -38,14 +37,32 @@ class TrainedModel(Protocol):
     def export_hf(self, path: str) -> None: ...
 
 
-class FinetuneTrainer:
-    """Runs steps; ``held_out`` are the examples to validate on, none for no validation."""
+class Batches:
+    """Lays examples out on the ranks and lets the reference score them, where there is one."""
 
-    def __init__(
-        self, config: Config, dims: ParallelDims, model: TrainedModel, source: ExampleSource, held_out: Sequence[Example]
-    ) -> None:
-        self.config, self.dims, self.model, self.source = config, dims, model, source
-        self._held_out = list(held_out)
+    def __init__(self, config: Config, dims: ParallelDims, model: TrainedModel) -> None:
+        self._max_tokens, self._has_reference = config.batching.max_tokens_per_micro_batch, config.has_reference
+        self._dims, self.model = dims, model
+
+    def load(self, examples: Sequence[Example]) -> None:
+        self.model.load_batch(to_train_samples(examples), plan_examples(examples, dims=self._dims, max_tokens=self._max_tokens))
+        if self._has_reference:
+            self.model.score_reference()
+
+    def validate(self, examples: Sequence[Example], step: int) -> dict[str, float]:
+        """The loss on these examples and what belongs to it, ``eval/...``, and how long that took."""
+        timer = StepTimer()
+        with phase("validate", step), timer("validate"):
+            self.load(examples)
+            found = _named(self.model.validate(), {}, "eval")
+        return found | {"perf/validate_s": timer.metrics()["perf/validate_s"]}
+
+
+class FinetuneTrainer:
+    """Runs steps."""
+
+    def __init__(self, config: Config, batches: Batches, source: ExampleSource) -> None:
+        self.config, self.batches, self.source = config, batches, source
         self.num_steps_done = 0
 
     def step(self) -> StepReport:
@@ -53,9 +70,9 @@ class FinetuneTrainer:
         step, timer = self.num_steps_done + 1, StepTimer()
         examples = self.source.next(self.config.finetune.examples_per_step)
         with phase("score", step), timer("score"):
-            self._load(examples)
+            self.batches.load(examples)
         with phase("update", step), timer("update"):
-            stats = self.model.update()
+            stats = self.batches.model.update()
         metrics = _named(stats.means, {"loss": "loss/train", "entropy": "policy/entropy"}, "rewards") | {
             "policy/grad_norm": stats.grad_norm,
             "policy/learning_rate": stats.learning_rate,
@@ -63,16 +80,6 @@ class FinetuneTrainer:
         }
         self.num_steps_done = step
         return StepReport(step=step, metrics=metrics | self._data_metrics(examples, timer))
-
-    def validate(self, row: StepReport) -> StepReport:
-        """The row, with the loss on the held-out examples where it is due, and how long that took."""
-        if not self._held_out or not self.config.evaluation.is_due(row.step, self.config.run.steps):
-            return row
-        timer = StepTimer()
-        with phase("validate", row.step), timer("validate"):
-            self._load(self._held_out)
-            found = _named(self.model.validate(), {}, "eval")
-        return replace(row, metrics={**row.metrics, **found, "perf/validate_s": timer.metrics()["perf/validate_s"]})
 
     def state(self) -> dict[str, object]:
         return {"step": self.num_steps_done, "examples": self.source.state(), "seed": self.config.run.seed}
@@ -85,12 +92,6 @@ class FinetuneTrainer:
         examples = state["examples"]
         assert isinstance(examples, Mapping)
         self.source.load_state(examples)
-
-    def _load(self, examples: Sequence[Example]) -> None:
-        plan = plan_examples(examples, dims=self.dims, max_tokens=self.config.batching.max_tokens_per_micro_batch)
-        self.model.load_batch(to_train_samples(examples), plan)
-        if self.config.has_reference:
-            self.model.score_reference()
 
     def _data_metrics(self, examples: Sequence[Example], timer: StepTimer) -> dict[str, float]:
         perf = timer.metrics()

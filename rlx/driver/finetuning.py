@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
 from rlx.config.schema import Config
 from rlx.data.examples import Example, ExampleSource
 from rlx.data.tokenizer import load_tokenizer
-from rlx.driver.finetune import FinetuneTrainer
-from rlx.driver.keeping import train
+from rlx.driver.finetune import Batches, FinetuneTrainer
+from rlx.driver.keeping import evaluate_alone, train
 from rlx.driver.ranks import Ranks
 from rlx.obs.log import logger, phase
 from rlx.types.layout import BatchPlan
-from rlx.types.rollout import TrainSample, UpdateStats
+from rlx.types.rollout import StepReport, TrainSample, UpdateStats
 
 
 class RankedModel:
@@ -48,18 +49,26 @@ class RankedModel:
 
 
 def drive_finetuning(config: Config, ranks: Ranks, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
-    """Train to the end: resume, step, save, export. Runs on rank 0 while the other ranks serve.
+    """Train to the end: resume, step, save, export; or only evaluate. Runs on rank 0 while the other ranks serve.
 
     False when ``stop_asked`` ended it early; what was done is saved.
     """
-    model = RankedModel(ranks)
+    batches = Batches(config, ranks.worker.context.dims, RankedModel(ranks))
     with phase("read examples"):
         tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
-        source = ExampleSource(config.examples_path, config, tokenizer)
         held_out = _held_out(config, tokenizer)
+    if config.evaluation.only:
+        evaluate_alone(config, batches.model, lambda step: batches.validate(held_out, step))
+        return True
+    with phase("read examples"):
+        source = ExampleSource(config.examples_path, config, tokenizer)
     logger.info("%d examples, %d cut, dropped %s", len(source), source.num_truncated, dict(source.drops))
-    trainer = FinetuneTrainer(config, ranks.worker.context.dims, model, source, held_out)
-    return train(config, trainer, model, stop_asked, complete=trainer.validate)
+
+    def complete(row: StepReport) -> StepReport:
+        is_due = held_out and config.evaluation.is_due(row.step, config.run.steps)
+        return replace(row, metrics={**row.metrics, **batches.validate(held_out, row.step)}) if is_due else row
+
+    return train(config, FinetuneTrainer(config, batches, source), batches.model, stop_asked, complete=complete)
 
 
 def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Protocol
 from rlx.config.schema import Config
 from rlx.driver.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
 from rlx.driver.loop import Trainer, iterate
-from rlx.obs.log import logger, phase
+from rlx.obs.log import logger, notice, phase
 from rlx.obs.metrics import MetricsWriter
 from rlx.obs.timers import StepTimer
 from rlx.obs.trackers import make_trackers
@@ -58,8 +58,8 @@ def train(
         def save() -> None:
             timer = StepTimer()
             with phase("save", trainer.num_steps_done), timer("save"):
-                root, keep = _folder(config), config.checkpoint.keep
-                write_checkpoint(root, trainer.num_steps_done, trainer.state(), models.save, keep)
+                keep = config.checkpoint.keep
+                write_checkpoint(config.checkpoints, trainer.num_steps_done, trainer.state(), models.save, keep)
             since_last_row["perf/save_s"] = timer.metrics()["perf/save_s"]
 
         begin()
@@ -81,9 +81,9 @@ def train(
 
 def _resume(config: Config, trainer: Trainer, models: KeptModels, writer: MetricsWriter) -> None:
     """Go on from the newest whole checkpoint where ``run.resume`` asks for it; metrics after it are dropped."""
-    found = whole_checkpoints(_folder(config)) if config.run.resume == "auto" else []
-    if found:
-        step, folder = found[-1]
+    found = _newest(config)
+    if found is not None:
+        step, folder = found
         with phase("resume", step):
             models.load(str(folder))
             trainer.load_state(read_driver_state(folder))
@@ -92,5 +92,19 @@ def _resume(config: Config, trainer: Trainer, models: KeptModels, writer: Metric
     writer.truncate_after(trainer.num_steps_done or -1)
 
 
-def _folder(config: Config) -> Path:
-    return Path(config.run.dir) / "checkpoints"
+def evaluate_alone(config: Config, models: KeptModels, measure: Callable[[int], Mapping[str, float]]) -> None:
+    """Append one row to metrics.jsonl: ``measure(step)`` of the newest checkpoint where ``run.resume`` asks for it, else of
+    the model that training would start from (step 0)."""
+    step, folder = _newest(config) or (0, None)
+    if folder is not None:
+        with phase("load checkpoint", step):
+            models.load(str(folder))
+    notice(f"evaluating {folder or config.model.path}")
+    with closing(MetricsWriter(Path(config.run.dir) / "metrics.jsonl", in_order=False)) as writer:
+        writer.write(StepReport(step=step, metrics=measure(step)))
+
+
+def _newest(config: Config) -> tuple[int, Path] | None:
+    """Step and folder of the newest whole checkpoint, where ``run.resume`` asks for it and there is one."""
+    found = whole_checkpoints(config.checkpoints) if config.run.resume == "auto" else []
+    return found[-1] if found else None

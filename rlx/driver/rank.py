@@ -10,7 +10,7 @@ from rlx.config.schema import Config
 from rlx.driver.colocation import clear_devices
 from rlx.driver.finetuning import drive_finetuning
 from rlx.driver.ranks import Ranks
-from rlx.driver.training import drive
+from rlx.driver.training import drive, drive_evaluation
 from rlx.engines.fleet import Fleet, read_fleet
 from rlx.obs.log import logger, phase
 from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
@@ -34,6 +34,8 @@ def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path, stop_
     if where.rank == 0:
         if config.is_finetuning:
             done = drive_finetuning(config, ranks, stop_asked=stop_asked)
+        elif config.evaluation.only:
+            drive_evaluation(config, ranks, endpoints_file)
         else:
             done = drive(config, ranks, endpoints_file, stop_asked=stop_asked)
         ranks.stop()

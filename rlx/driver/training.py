@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from rlx.config.schema import Config
 from rlx.data.prompts import PromptSource
 from rlx.data.tokenizer import load_tokenizer
 from rlx.driver.evaluate import Evaluation
-from rlx.driver.keeping import train
+from rlx.driver.keeping import evaluate_alone, train
 from rlx.driver.ppo import PPOTrainer
 from rlx.driver.publishing import EnginePublisher
 from rlx.driver.ranks import (
@@ -24,9 +24,9 @@ from rlx.driver.ranks import (
     RankedReference,
     Ranks,
 )
-from rlx.driver.roles import Roles, RolloutService
+from rlx.driver.roles import RewardService, Roles, RolloutService
 from rlx.engines.fleet import read_fleet
-from rlx.obs.log import logger
+from rlx.obs.log import logger, phase
 from rlx.rewards.pool.pools import make_reward_service
 from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
@@ -53,20 +53,33 @@ def drive(config: Config, ranks: Ranks, engines: Path, *, stop_asked: Callable[[
         return train(config, trainer, roles.policy, stop_asked, begin=trainer.publish_start, complete=complete)
 
 
+def drive_evaluation(config: Config, ranks: Ranks, engines: Path) -> None:
+    """Publish the weights to the engines and evaluate them there. Runs on rank 0 while the other ranks serve."""
+    with ExitStack() as stack:
+        tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
+        publisher, rollout, reward = _make_services(config, ranks, engines, tokenizer, stack)
+        policy = RankedPolicy(ranks, publisher)
+        evaluation = Evaluation(config, rollout, reward, sampling_of(config, tokenizer), tokenizer)
+
+        def measure(step: int) -> Mapping[str, float]:
+            with phase("first sync", step):
+                policy.publish(step)
+            return {**evaluation.measure(step), **rollout.counts()}
+
+        evaluate_alone(config, policy, measure)
+
+
 def _make_trainer(
     config: Config, ranks: Ranks, engines: Path, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
 ) -> PPOTrainer:
     algorithm = make_algorithm(config.algorithm)
-    publisher, rollout = _make_rollout(config, ranks, engines, stack)
-    stack.callback(rollout.close)
-    pool = make_reward_service(config.reward, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
-    stack.callback(pool.close)
+    publisher, rollout, reward = _make_services(config, ranks, engines, tokenizer, stack)
     roles = Roles(
         policy=RankedPolicy(ranks, publisher),
         critic=RankedCritic(ranks) if algorithm.needs_critic else None,
         reference=RankedReference(ranks) if config.algorithm.needs_reference else None,
         rollout=rollout,
-        reward=pool,
+        reward=reward,
         prompts=PromptSource(config.data, tokenizer, config.run.seed),
     )
     logger.info("prompts: %d; over the length limit: %s", len(roles.prompts), dict(roles.prompts.drops))
@@ -74,11 +87,21 @@ def _make_trainer(
     return PPOTrainer(config, ranks.worker.context.dims, roles, algorithm, controller, sampling_of(config, tokenizer))
 
 
+def _make_services(
+    config: Config, ranks: Ranks, engines: Path, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
+) -> tuple[EnginePublisher | None, RolloutService, RewardService]:
+    publisher, rollout = _make_rollout(config, ranks, engines, stack)
+    stack.callback(rollout.close)
+    pool = make_reward_service(config.reward, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
+    stack.callback(pool.close)
+    return publisher, rollout, pool
+
+
 def _make_rollout(config: Config, ranks: Ranks, engines: Path, stack: ExitStack) -> tuple[EnginePublisher | None, RolloutService]:
     if config.rollout.replay is not None:
         return None, RolloutReplay(config.rollout.replay)
     recorder = None
-    if config.rollout.record is not None:
+    if config.rollout.record is not None and not config.evaluation.only:
         recorder = RolloutRecorder(config.rollout.record)
         stack.callback(recorder.close)
     publisher = EnginePublisher(

@@ -28,12 +28,13 @@ def load_weights(chunks: Sequence[nn.Module], arch: Architecture, folder: str | 
         load_hf(chunks, arch, folder, context)
 
 
-def load_megatron(chunks: Sequence[nn.Module], folder: Path, context: ParallelContext) -> None:
-    """Fill the chunks from a checkpoint written under any layout; a value head keeps its start values. Collective.
+def load_megatron(chunks: Sequence[nn.Module], folder: Path, context: ParallelContext, *, with_head: bool = False) -> None:
+    """Fill the chunks from a checkpoint written under any layout. Collective. A value head keeps its start values, unless the
+    checkpoint is of a model that has one (``with_head``).
 
     ValueError on missing or misshapen tensors and on files that are not as long as the converter left them, on every rank.
     """
-    states = [_weights_of(chunk) for chunk in chunks]
+    states = [_weights_of(chunk, with_head) for chunk in chunks]
     context.raise_together(_problem(folder, states))
     wanted = {f"chunk{index}": state for index, state in enumerate(states)}
     loaded = dist_checkpointing.load(wanted, str(folder))
@@ -41,14 +42,14 @@ def load_megatron(chunks: Sequence[nn.Module], folder: Path, context: ParallelCo
         _fill(chunk, loaded[f"chunk{index}"])
 
 
-def _weights_of(chunk: nn.Module) -> dict[str, Any]:
+def _weights_of(chunk: nn.Module, with_head: bool) -> dict[str, Any]:
     """The chunk's sharded tensors. Objects (Transformer Engine's scaling state) stay as built, and so does a value head."""
     sharded: Mapping[str, Any] = chunk.sharded_state_dict(metadata=content_metadata())  # type: ignore[operator]
     state = chunk.state_dict(keep_vars=True)
     return {
         name: entry
         for name, entry in sharded.items()
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and not _is_value_head(name, state)
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and (with_head or not _is_value_head(name, state))
     }
 
 

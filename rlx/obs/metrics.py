@@ -17,13 +17,13 @@ from rlx.types.rollout import StepReport
 
 
 class MetricsWriter:
-    """Appends rows to ``path`` (made with its folder if missing); steps must increase. Use one writer a file.
+    """Appends rows to ``path`` (made with its folder if missing); steps must increase (``in_order``). Use one writer a file.
 
     A context manager that closes the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, in_order: bool = True) -> None:
+        self._path, self._in_order = Path(path), in_order
         self._path.parent.mkdir(parents=True, exist_ok=True)
         rows = read_metrics(self._path) if self._path.exists() else []
         _replace(self._path, rows)
@@ -33,7 +33,7 @@ class MetricsWriter:
     def write(self, report: StepReport) -> None:
         """Append one row and flush it. Raises ValueError naming the key of a value that is not a finite number,
         and for a step that is not after the last one (``truncate_after`` first when resuming)."""
-        if self._last_step is not None and report.step <= self._last_step:
+        if self._in_order and self._last_step is not None and report.step <= self._last_step:
             raise ValueError(f"metrics of step {report.step} come after those of step {self._last_step} in {self._path}")
         self._file.write(_line(report))
         self._file.flush()

@@ -16,7 +16,7 @@ from rlx.config.schema import Config
 
 ENDPOINTS = "engines.json"
 _SHARED_S = 60.0
-_OURS = ("metrics.jsonl", "checkpoints", "hf", "tensorboard", "logs", "config.yaml", "sync", "engines", "report.html", ENDPOINTS)
+_OURS = ("metrics.jsonl", "checkpoints", "hf", "tensorboard", "logs", "config.yaml", "sync", "engines", "report.html", "eval")
 
 
 def log_path(run_dir: Path, role: str, rank: int, node: int = 0) -> Path:
@@ -31,7 +31,8 @@ def check_run_dir(config: Config) -> None:
         raise ConfigError([f"run.dir: {run_dir} is a file; name a folder"])
     if config.run.overwrite and config.run.resume == "auto":
         raise ConfigError(["run.overwrite=true removes what run.resume=auto would go on from; choose one"])
-    if config.run.resume == "never" and not config.run.overwrite and (run_dir / "metrics.jsonl").exists():
+    begins_anew = config.run.resume == "never" and not config.run.overwrite and not config.evaluation.only
+    if begins_anew and (run_dir / "metrics.jsonl").exists():
         raise ConfigError(
             [
                 f"run.dir: {run_dir} already holds a run (metrics.jsonl); take another run.dir,"

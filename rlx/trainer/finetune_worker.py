@@ -21,7 +21,6 @@ from rlx.models.heads import value_head
 from rlx.models.megatron_io import load_weights
 from rlx.obs.log import phase
 from rlx.parallel.context import ParallelContext
-from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import forward_only
 from rlx.trainer.batch import RankBatch, position_mask
@@ -50,7 +49,7 @@ class FinetuneWorker(RankWorker):
             load_weights(chunks, self.arch, folder, self.context)
             if self.is_reward_model:
                 load_score(chunks, folder)
-            model = Trainable(chunks, self.config.optimizer, self.context, self.config.run.steps)
+            model = self._to_train(chunks, self.config.optimizer, self.config.run.steps)
         head = value_head if self.is_reward_model else self._token_head
         aggregation = "seq-mean-token-mean" if self.config.finetune.is_paired else "token-mean"
         return Trained(model=model, head=head, loss=self._loss, aggregation=aggregation)

@@ -7,7 +7,7 @@ columns never leave it. Numbers that only the last pipeline stage knows are retu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlx.arch.families.registry import read_architecture
-from rlx.config.schema import Config
+from rlx.config.schema import Config, OptimizerConfig
 from rlx.models.build import BuildOptions, build_model, freeze
 from rlx.models.heads import token_head
 from rlx.models.hf.io import export_hf
-from rlx.models.megatron_io import load_weights
+from rlx.models.megatron_io import load_megatron, load_weights
 from rlx.obs.log import phase
 from rlx.parallel.checkpoint import load_trainable, save_trainable
 from rlx.parallel.context import ParallelContext
@@ -36,11 +36,20 @@ from rlx.types.rollout import UpdateStats
 Means = dict[str, float]
 
 
+class ReadOnly:
+    """Chunks of a model that is run and never updated: what ``Trainable`` is, without gradients and optimizer."""
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        freeze(chunks)
+        self.chunks = self.wrapped = list(chunks)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trained:
-    """A trained model, the head it is run with, the loss it is updated by and how that loss is aggregated."""
+    """A trained model (in an evaluation alone it is only read), the head it is run with, the loss it is updated by and how
+    that loss is aggregated."""
 
-    model: Trainable
+    model: Trainable | ReadOnly
     head: Head
     loss: Callable[[Tensor, LocalBatch], LossOutput]
     aggregation: str
@@ -75,6 +84,10 @@ class RankWorker(ABC):
         assert self._batch is not None, "load_batch comes first"
         return self._batch
 
+    def _to_train(self, chunks: Sequence[nn.Module], optimizer: OptimizerConfig, total_steps: int) -> Trainable | ReadOnly:
+        """The chunks with an optimizer, unless this run only evaluates."""
+        return ReadOnly(chunks) if self.config.evaluation.only else Trainable(chunks, optimizer, self.context, total_steps)
+
     def _build_reference(self) -> list[nn.Module]:
         with phase("load reference"):
             folder = self.config.model.reference_path or self.config.model.path
@@ -96,6 +109,7 @@ class RankWorker(ABC):
         return {} if self.context.is_last_stage else None
 
     def _update(self, trained: Trained, mini_batch: int) -> UpdateStats | None:
+        assert isinstance(trained.model, Trainable), "this run only evaluates"
         trained.model.zero_grad()
         totals = forward_backward(
             trained.model.wrapped,
@@ -136,11 +150,16 @@ class RankWorker(ABC):
             if self.context.rank == 0:
                 place.mkdir(parents=True)
             self.context.barrier()
+            assert isinstance(trained.model, Trainable), "this run only evaluates"
             save_trainable(trained.model, place)
 
     def load(self, folder: str) -> None:
+        """Restore what ``save`` wrote; of a model that is only read, its weights."""
         for name, trained in self._trained():
-            load_trainable(trained.model, Path(folder) / name)
+            if isinstance(trained.model, Trainable):
+                load_trainable(trained.model, Path(folder) / name)
+            else:
+                load_megatron(trained.model.chunks, Path(folder) / name, self.context, with_head=True)
 
     def export(self, folder: str) -> None:
         with phase("export"):

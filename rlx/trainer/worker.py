@@ -33,7 +33,7 @@ from rlx.sync.group import Endpoint
 from rlx.trainer.advantages import add_advantages
 from rlx.trainer.batch import RankBatch, position_mask
 from rlx.trainer.link import EngineLink
-from rlx.trainer.rank_worker import Means, RankWorker, Trained
+from rlx.trainer.rank_worker import Means, RankWorker, ReadOnly, Trained
 from rlx.trainer.scoring import score_sequences
 from rlx.trainer.weighting import add_importance, add_weights
 from rlx.types.batch import LossInputs, LossOutput
@@ -49,7 +49,7 @@ class Worker(RankWorker):
         super().__init__(config, context, config.rollout.temperature)
         self.algorithm = make_algorithm(config.algorithm)
         self.policy = self._build_policy()
-        self.critic = self._build_critic() if self.algorithm.needs_critic else None
+        self.critic = self._build_critic() if config.trains_critic else None
         self.reference = self._build_reference() if config.has_reference else None
         self.memory = self._make_memory()
         self.engines = self._link()
@@ -64,7 +64,7 @@ class Worker(RankWorker):
         with phase("load policy"):
             chunks = build_model(self.arch, self.context, self._options)
             load_weights(chunks, self.arch, self.config.model.path, self.context)
-            model = Trainable(chunks, self.config.optimizer, self.context, self._total_steps())
+            model = self._to_train(chunks, self.config.optimizer, self._total_steps())
         aggregation = self.config.algorithm.loss_aggregation
         return Trained(model=model, head=self._token_head, loss=self._policy_loss, aggregation=aggregation)
 
@@ -75,15 +75,17 @@ class Worker(RankWorker):
             judges_tokens = self.algorithm.kind == "process"
             chunks = build_model(arch, self.context, self._options, head="token" if judges_tokens else "value")
             load_weights(chunks, arch, folder, self.context)
-            model = Trainable(chunks, self.config.critic_optimizer, self.context, self._total_steps())
+            model = self._to_train(chunks, self.config.critic_optimizer, self._total_steps())
         if judges_tokens:
             return Trained(model=model, head=self._token_head, loss=self._process_loss, aggregation="seq-mean-token-mean")
         return Trained(model=model, head=value_head, loss=self._value_loss, aggregation="token-mean")
 
     def _make_memory(self) -> TrainerMemory:
         away_level = LEVELS[offload_level(self.config, self.context.device.type)]
-        trained = [trained.model for _, trained in self._trained()]
-        found = TrainerMemory(trained, self.reference or (), away_level)
+        models = [trained.model for _, trained in self._trained()]
+        read_only = [chunk for model in models if isinstance(model, ReadOnly) for chunk in model.chunks]
+        trained = [model for model in models if isinstance(model, Trainable)]
+        found = TrainerMemory(trained, [*read_only, *(self.reference or ())], away_level)
         shares = self.config.cluster.colocated
         away = f"; in host memory while engines generate: {', '.join(found.away) or 'nothing'}" if shares else ""
         notice(f"memory of trainer rank {self.context.rank}: {describe(found.sizes())}{away}")
