@@ -38,10 +38,17 @@ def test_run_folder_is_complete(whole: Path) -> None:
 
 
 def test_resume_gives_the_same_numbers(demo: Path, whole: Path, tmp_path: Path) -> None:
+    """And an evaluation of its last checkpoint those of the training's own."""
     run_dir = tmp_path / "run"
+    evaluation = [f"evaluation.data={demo / 'eval.jsonl'}", "evaluation.max_prompts=20"]
     rlx("train", *demo_overrides(demo, run_dir, 3), "run.resume=auto", "checkpoint.every=2")
-    rlx("train", *demo_overrides(demo, run_dir, 6), "run.resume=auto", "checkpoint.every=2")
-    assert numbers(run_dir) == numbers(whole)
+    rlx("train", *demo_overrides(demo, run_dir, 6), *evaluation, "run.resume=auto", "checkpoint.every=2", "run.export_hf=false")
+    rows = numbers(run_dir)
+    evaluated = {key: rows[-1].pop(key) for key in list(rows[-1]) if key.startswith("eval/")}
+    assert rows == numbers(whole)
+    done = rlx("eval", *demo_overrides(demo, run_dir, 6), *evaluation, "run.resume=auto", "data.train=null")
+    assert numbers(run_dir / "eval") == [{"step": 6, **evaluated}]
+    assert f"cut_off_share  {evaluated['eval/cut_off_share']:.4f}" in done.stdout
 
 
 def test_replay_needs_no_engine_and_gives_the_same_losses(demo: Path, whole: Path, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Which run folders a launch accepts, and what it leaves of an old run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlx.config.load import ConfigError
-from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RunConfig
+from rlx.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig, RewardConfig, RunConfig
 from rlx.processes.rundir import check_run_dir, open_run_dir
 
 
@@ -68,3 +69,16 @@ def test_two_launchers_do_not_share_a_folder(tmp_path: Path) -> None:
         pass
     with open_run_dir(config):
         pass
+
+
+def test_an_evaluation_has_a_folder_of_its_own_which_goes_with_the_run(tmp_path: Path) -> None:
+    run_dir = old_run(tmp_path / "run")
+    own = config_for(run_dir / "eval")
+    only = replace(own, evaluation=EvaluationConfig(only=True))
+    assert only.checkpoints == run_dir / "checkpoints" and own.checkpoints == run_dir / "eval" / "checkpoints"
+    for _ in range(2):
+        with open_run_dir(config_for(run_dir, resume="auto")), open_run_dir(only) as opened:
+            (opened / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert (run_dir / "metrics.jsonl").read_text() == "old"
+    with open_run_dir(config_for(run_dir, overwrite=True)):
+        assert not (run_dir / "eval").exists()

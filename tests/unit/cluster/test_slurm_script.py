@@ -101,3 +101,8 @@ def test_without_sbatch_it_says_where_the_script_is(
     assert main(["launch", "slurm", str(config), *options]) == 1
     assert f"there is no sbatch here; the script is {logs / 'rlx.sbatch'}" in capsys.readouterr().err
     assert (ROOT / "launch" / "torchrun.sh").stat().st_mode & 0o111
+
+
+def test_ray_flavour_runs_the_command_of_the_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = rendered(capsys, config, "finetune.objective=ipo", "--flavour", "ray")
+    assert '-m rlx.cli.main dpo "${config[@]}"' in script

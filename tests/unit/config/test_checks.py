@@ -225,6 +225,9 @@ def test_reinforcement_learning_needs_a_reward(problems: Problems) -> None:
         (["evaluation.sets.a.tempreature=1", "evaluation.sets.a.path=reasoning-gym:t"], ["evaluation.sets.a.temperature"]),
         (["evaluation.sets.a={}"], ["evaluation.sets.a.path: required but missing"]),
         (["evaluation.sets.a=x.jsonl"], ["evaluation.sets.a", "section of keys"]),
+        (["evaluation.at_start=true"], ["evaluation.at_start", "evaluation.data or evaluation.sets"]),
+        (["evaluation.at_start=true", "finetune.objective=sft"], ["evaluation.at_start", "evaluation.data"]),
+        (["evaluation.only=true"], ["evaluation.only", "evaluation.data or evaluation.sets"]),
         (["data.train=null", "data.sources.a={path: 'reasoning-gym:t', weight: 0}"], ["data.sources.a.weight", "above 0"]),
     ],
 )

@@ -14,6 +14,7 @@ import yaml
 from rlx.cli.main import COMMANDS, Command, main
 from rlx.config.convert import to_tree
 from rlx.config.load import ConfigError, load_config
+from rlx.config.schema import Config
 
 
 def test_check_prints_a_configuration_that_loads_back(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +80,22 @@ def test_outcome_becomes_the_exit_status(
     monkeypatch.setitem(COMMANDS, "probe", Command("probe_command", "a probe"))
     assert main(["probe", "0"]) == status
     assert capsys.readouterr().err.endswith(words)
+
+
+def test_eval_is_a_job_of_its_own(run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It needs evaluation sets and nothing to train on; other commands refuse such a configuration."""
+    started: list[Config] = []
+    monkeypatch.setattr("rlx.cli.train.preflight", lambda config: config)
+    monkeypatch.setattr("rlx.cli.train.run_local", lambda config: started.append(config) or 0)
+    held_out = f"evaluation.data={run_yaml.parent / 'train.jsonl'}"
+    assert main(["eval", str(run_yaml), held_out, "data.train=null", "rollout.top_p=0.9"]) == 0
+    assert main(["eval", str(run_yaml), held_out, "data.train=null", "finetune.objective=dpo"]) == 0
+    assert [(config.command, config.evaluation.only) for config in started] == [("eval", True)] * 2
+    assert not started[0].trains_critic and not started[0].has_reference and started[1].has_reference
+    assert main(["eval", str(run_yaml)]) == 2 and "evaluation.data" in capsys.readouterr().err
+    assert main(["train", str(run_yaml), held_out, "evaluation.only=true"]) == 2
+    assert "evaluation.only is not for rlx train; use rlx eval" in capsys.readouterr().err
+    assert len(started) == 2
 
 
 def test_every_command_has_its_module() -> None:

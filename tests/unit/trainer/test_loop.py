@@ -24,7 +24,7 @@ from rlx.config.schema import (
 )
 from rlx.config.sources import SourceConfig
 from rlx.driver.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
-from rlx.driver.keeping import train
+from rlx.driver.keeping import evaluate_alone, train
 from rlx.driver.loop import iterate
 from rlx.driver.ppo import PPOTrainer
 from rlx.driver.roles import Roles
@@ -333,3 +333,20 @@ def test_evaluation_before_the_first_step_is_step_0_and_seconds_of_saving_are_to
     assert [row.step for row in rows if "perf/save_s" in row.metrics] == [3]
     due = [step for step in range(6) if config.evaluation.is_due(step, 5)]
     assert due == [0, 2, 4, 5] and not EvaluationConfig().is_due(0, 5)
+
+
+def test_an_evaluation_alone_is_of_the_newest_checkpoint_where_asked(tmp_path: Path) -> None:
+    """Each appends its row, also of a step that was measured before."""
+    base = make_trainer(Calls()).config
+    loaded: list[str] = []
+    policy = FakePolicy(Calls())
+    policy.load = loaded.append  # type: ignore[method-assign]
+    for step in (3, 12):
+        write_checkpoint(tmp_path / "checkpoints", step, {}, lambda folder: None, keep=9)
+    for resume in ("never", "auto", "never"):
+        run = RunConfig(dir=str(tmp_path / "eval"), resume=resume)
+        config = replace(base, run=run, evaluation=EvaluationConfig(only=True))
+        evaluate_alone(config, policy, lambda step: {"eval/reward_mean": float(step)})
+    rows = [(row.step, row.metrics["eval/reward_mean"]) for row in read_metrics(tmp_path / "eval" / "metrics.jsonl")]
+    assert rows == [(0, 0.0), (12, 12.0), (0, 0.0)]
+    assert loaded == [str(tmp_path / "checkpoints" / "step-00000012")]
