@@ -104,5 +104,5 @@ def test_without_sbatch_it_says_where_the_script_is(
 
 
 def test_ray_flavour_runs_the_command_of_the_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = rendered(capsys, config, "finetune.objective=ipo", "--flavour", "ray")
+    script = rendered(capsys, config, "finetune.objective=ipo", "cluster.num_trainer_ranks=6", "--flavour", "ray")
     assert '-m rlx.cli.main dpo "${config[@]}"' in script
