@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 from converters.books import Books
 from converters.cli import layout_of, parser
 from converters.plan import DTYPES
-from converters.source import CONVERTIBLE, Companions, find_companions, read_config, resolve
+from converters.source import CONVERTIBLE, Companions, find_companions, resolve
+from rlx.arch.architecture import parse_config_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +91,7 @@ def _prepare_estimate(args: argparse.Namespace) -> Callable[[], int]:
     if not file.is_file():
         raise ValueError(f"{file} is missing; name the model's configuration with --config FILE")
     arch = Companions(folder=file.parent, config=file, tokenizer=None).architecture()
-    config = read_config(file)
+    config = parse_config_json(file)
     own = str(config.get("dtype") or config.get("torch_dtype"))
     dtype = DTYPES[args.dtype] if args.dtype else own if own in CONVERTIBLE else "bfloat16"
     lines = list(importlib.import_module("converters.estimate").estimate(arch, layout_of(args), dtype, args.out))

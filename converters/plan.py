@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.experts import layers_of
 from rlx.arch.families.registry import weight_table
+from rlx.arch.layout import layout_problems as model_problems
 from rlx.arch.weights import (
     QKV,
     Row,
@@ -18,6 +19,7 @@ from rlx.arch.weights import (
     Vocab,
 )
 from rlx.models.pipeline import layers_per_chunk
+from rlx.types.layout import ParallelDims
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 PART_BYTES = 16 * 2**20
@@ -111,20 +113,15 @@ def layout_problems(arch: Architecture, layout: Layout) -> Iterator[str]:
         if size < 1:
             yield f"--{name} must be at least 1, got {size}"
             return
-    if arch.num_heads % layout.tp:
-        yield f"--tp {layout.tp} does not divide the {arch.num_heads} attention heads of config.json (num_attention_heads)"
-    if arch.num_kv_heads % layout.tp and layout.tp % arch.num_kv_heads:
-        yield (
-            f"--tp {layout.tp} must divide, or be a multiple of, the {arch.num_kv_heads} key-value heads of config.json"
-            " (num_key_value_heads)"
-        )
-    if layout.pp > arch.num_layers:
-        yield f"--pp {layout.pp} is more than the {arch.num_layers} layers of config.json (num_hidden_layers)"
-    experts = num_experts(arch)
-    if layout.ep > 1 and not experts:
-        yield f"--ep {layout.ep} needs a mixture-of-experts model, but config.json describes a dense one; use --ep 1"
-    elif experts % layout.ep:
-        yield f"--ep {layout.ep} does not divide the {experts} experts of config.json"
+    dims = ParallelDims(
+        world_size=layout.ranks_per_stage * layout.pp,
+        tp=layout.tp,
+        pp=layout.pp,
+        ep=layout.ep,
+        etp=layout.etp,
+        sequence_parallel=layout.tp > 1,
+    )
+    yield from (f"--{dimension}: {problem}" for dimension, problem in model_problems(arch, dims))
 
 
 def exported_rows(parameter: Parameter, arch: Architecture) -> list[list[tuple[int, int]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.plan import Parameter
-from rlx.arch.architecture import Architecture, ConfigJson
-from rlx.arch.families.registry import family_of
+from rlx.arch.architecture import Architecture, parse_config_json
+from rlx.arch.families.registry import architecture_of
 from rlx.models.hf.companions import copy_companions
 from rlx.models.hf.files import HfFiles
 
@@ -33,9 +32,9 @@ class Companions:
     tokenizer: Path | None
 
     def architecture(self) -> Architecture:
-        config = read_config(self.config)
+        config = parse_config_json(self.config)
         try:
-            return family_of(config).architecture(config)
+            return architecture_of(config)
         except ValueError as error:
             names = config.get("architectures")
             raise ValueError(f"{self.config}: {error}{f' (architectures: {names})' if names else ''}") from error
@@ -76,16 +75,6 @@ def find_companions(folder: Path, config: str | None, tokenizer: str | None) -> 
             f" --tokenizer DIR, or go without by --tokenizer {NO_TOKENIZER}"
         )
     return Companions(folder=folder, config=config_file, tokenizer=tokenizer_folder)
-
-
-def read_config(file: Path) -> ConfigJson:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} does not hold an object")
-    return content
 
 
 def check_tensors(source: HfFiles, wanted: list[Parameter], arch: Architecture) -> list[str]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlx.arch.fields import ConfigJson, is_number, refuse, require
 from rlx.arch.latent import Latent
 from rlx.arch.longrope import LongRope
 
-ConfigJson = Mapping[str, Any]
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -98,6 +98,13 @@ class Architecture:
     experts: Experts | None = None
     latent: Latent | None = None
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What weights and layouts depend on; equal for models that can play different roles in one run."""
+        experts = None if self.experts is None else (self.experts.num_experts, self.experts.hidden_size, self.experts.layers)
+        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        return (self.model_type, self.vocab_size, self.num_layers, self.hidden_size, heads, self.ffn_hidden_size, experts)
+
     def softmax_scale(self) -> float | None:
         """What attention scores are multiplied by, a rotary embedding's own factor included; None for 1 / sqrt(head_dim)."""
         if not isinstance(self.rope, LongRope):
@@ -110,46 +117,70 @@ class Architecture:
         return self.experts is not None and self.experts.layers[layer]
 
 
+def check_numbers(arch: Architecture) -> Architecture:
+    """The architecture, if its numbers can be those of a model; ValueError says what cannot."""
+    if arch.num_heads % arch.num_kv_heads:
+        raise ValueError(f"config.json has {arch.num_heads} attention heads, no multiple of {arch.num_kv_heads} key-value heads")
+    if arch.head_dim % 2:
+        raise ValueError(f"config.json has heads of {arch.head_dim}, which rotary embeddings cannot pair up")
+    experts = arch.experts
+    if experts is not None and experts.num_experts % experts.num_groups:
+        raise ValueError(f"config.json has {experts.num_experts} experts, no multiple of {experts.num_groups} groups")
+    if experts is not None and experts.top_k > experts.top_groups * experts.num_experts // experts.num_groups:
+        raise ValueError(f"config.json chooses {experts.top_k} experts a token, more than {experts.num_experts} experts allow")
+    return arch
+
+
 def read_config_json(folder: str | Path) -> ConfigJson:
-    """The folder's ``config.json``. Raises ValueError naming what is missing."""
+    """The ``config.json`` of a folder. Raises ValueError naming what is missing or wrong."""
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(f"model folder {path} does not exist")
+        raise ValueError(f"no such folder {path}; expected a Hugging Face folder with config.json")
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: a model folder needs its Hugging Face configuration")
+    return parse_config_json(file)
+
+
+def parse_config_json(file: Path) -> ConfigJson:
+    """The object that a file holds; ValueError when it holds none."""
     try:
-        content = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} does not hold an object")
+        raise ValueError(f"{file} must hold a JSON object")
     return content
 
 
-def require(config: ConfigJson, name: str) -> Any:
-    """A field that must be there."""
-    if config.get(name) is None:
-        raise ValueError(f"config.json lacks {name!r}")
-    return config[name]
+def is_megatron_checkpoint(folder: str | Path) -> bool:
+    """Whether a model folder holds a Megatron distributed checkpoint rather than Hugging Face weights."""
+    return (Path(folder) / "metadata.json").is_file()
 
 
-def refuse(config: ConfigJson, name: str, *allowed: Any) -> None:
-    """Refuse a field whose value changes the computation in a way that is not built; absent counts as None."""
-    value = config.get(name)
-    if value not in allowed:
-        wanted = " or ".join(repr(choice) for choice in allowed)
-        raise ValueError(f"config.json has {name}={value!r}; supported: {wanted}")
+def rope_parameters(config: ConfigJson) -> dict[str, Any]:
+    """Rotary embedding as transformers takes it from either spelling: ``rope_parameters`` (transformers 5), or ``rope_theta``
+    with ``rope_scaling``. Always with ``rope_type`` and ``rope_theta``; the original context where the type has one."""
+    found = dict(config["rope_scaling"] or config["rope_parameters"] or {})
+    older = found.pop("type", None)
+    kind = found["rope_type"] = str(found.get("rope_type") or older or "default")
+    found.setdefault("rope_theta", config["rope_theta"])
+    if config["partial_rotary_factor"] is not None:
+        found.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    if found.pop("partial_rotary_factor", None) not in (None, 1):
+        raise ValueError("config.json has a partial_rotary_factor other than 1, which is not supported")
+    if kind in _FROM_A_SHORTER_CONTEXT and found.get("original_max_position_embeddings") is None:
+        found["original_max_position_embeddings"] = config["max_position_embeddings"]
+    for name, value in found.items():
+        if name != "rope_type" and not isinstance(value, list) and value is not None and not is_number(value):
+            raise ValueError(f"config.json has {name}={value!r} in its rope parameters; expected a number")
+    return found
 
 
 def rope_fields(config: ConfigJson) -> dict[str, Any]:
-    """``rope_theta``, ``rope`` and ``rope_factor`` from either spelling: ``rope_parameters`` (transformers 5), or
-    ``rope_theta`` with ``rope_scaling``."""
-    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    kind = str(parameters.get("rope_type", parameters.get("type", "default")))
-    if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("config.json has a partial_rotary_factor other than 1, which is not supported")
+    """``rope_theta``, ``rope`` and ``rope_factor`` of the types that every family may have."""
+    parameters = rope_parameters(config)
+    kind, theta = parameters["rope_type"], float(require(parameters, "rope_theta"))
     if kind not in _ROPE_FIELDS:
         raise ValueError(f"config.json has rope type {kind!r}; supported: {', '.join(map(repr, _ROPE_FIELDS))}")
     _refuse_unknown_rope_fields(parameters, kind)
@@ -160,18 +191,19 @@ def rope_fields(config: ConfigJson) -> dict[str, Any]:
             factor=float(require(parameters, "factor")),
             low_freq_factor=float(require(parameters, "low_freq_factor")),
             high_freq_factor=float(require(parameters, "high_freq_factor")),
-            original_max_positions=int(require(parameters, "original_max_position_embeddings")),
+            original_max_positions=int(parameters["original_max_position_embeddings"]),
         )
         return {"rope_theta": theta, "rope": rope}
     return {"rope_theta": theta}
 
 
+_FROM_A_SHORTER_CONTEXT = ("llama3", "yarn", "longrope")
 _ROPE_FIELDS: Mapping[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
 }
-_ANY_ROPE = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_ANY_ROPE = frozenset({"rope_type", "rope_theta"})
 
 
 def _refuse_unknown_rope_fields(parameters: Mapping[str, Any], kind: str) -> None:
@@ -200,20 +232,22 @@ def window_fields(window: int | None, layer_types: Sequence[str], num_layers: in
 def common_fields(config: ConfigJson, *, activation: str = "hidden_act") -> dict[str, Any]:
     """The fields that every decoder of the Llama lineage spells alike; ``activation`` names the MLP's one."""
     refuse(config, activation, *ACTIVATIONS)
-    refuse(config, "attention_dropout", 0, 0.0, None)
-    hidden_size, num_heads = int(require(config, "hidden_size")), int(require(config, "num_attention_heads"))
+    refuse(config, "attention_dropout", 0, None)
+    hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
+    if config["head_dim"] is None and hidden_size % num_heads:
+        raise ValueError(f"config.json has hidden_size={hidden_size}, no multiple of num_attention_heads={num_heads}")
     return {
-        "model_type": require(config, "model_type"),
+        "model_type": config["model_type"],
         "hidden_size": hidden_size,
-        "num_layers": int(require(config, "num_hidden_layers")),
+        "num_layers": config["num_hidden_layers"],
         "num_heads": num_heads,
-        "num_kv_heads": int(config.get("num_key_value_heads") or num_heads),
-        "head_dim": int(config.get("head_dim") or hidden_size // num_heads),
-        "ffn_hidden_size": int(require(config, "intermediate_size")),
-        "vocab_size": int(require(config, "vocab_size")),
-        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "max_positions": int(config.get("max_position_embeddings", 2048)),
-        "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "num_kv_heads": config["num_key_value_heads"] or num_heads,
+        "head_dim": config["head_dim"] or hidden_size // num_heads,
+        "ffn_hidden_size": config["intermediate_size"],
+        "vocab_size": config["vocab_size"],
+        "norm_eps": float(config["rms_norm_eps"]),
+        "max_positions": config["max_position_embeddings"],
+        "tied_embeddings": config["tie_word_embeddings"],
         "activation": ACTIVATIONS[config[activation]],
         **rope_fields(config),
     }

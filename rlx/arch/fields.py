@@ -1,13 +1,71 @@
-"""Which fields of a ``config.json`` are known: every other one is refused by name, since it may change the computation.
+"""The fields of a ``config.json``: what each may hold, and what one that is left out stands for.
 
-A family lists what it reads beyond the common fields, and what it knows to be harmless. ``null``, ``false`` and
-zero are taken for "not in use" in any field.
+A family's table has a row for every field that it reads, with transformers' default (a test sweeps them against transformers'
+own classes). Every other field in use is refused by name, since it may change the computation; ``null``, ``false`` and zero
+are taken for "not in use".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
+
+ConfigJson = Mapping[str, Any]
+Fields = Mapping[str, "Field"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """One field: its default, what it may hold (``fits`` and, in words, ``kind``), whether null is a value of it, and the other
+    name that transformers reads it under."""
+
+    default: Any
+    kind: str
+    fits: Callable[[Any], bool]
+    null: bool = False
+    alias: str | None = None
+
+
+def whole(default: int | None, *, minimum: int = 1, null: bool = False, alias: str | None = None) -> Field:
+    """A whole number; a default of None also means that null may be written."""
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+    kind = f"a whole number of at least {minimum}"
+    return Field(default=default, kind=kind, fits=fits, null=null or default is None, alias=alias)
+
+
+def number(default: float | None, *, null: bool = False) -> Field:
+    return Field(default=default, kind="a finite number", fits=is_number, null=null or default is None)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def flag(default: bool | None, *, null: bool = False) -> Field:
+    return Field(default=default, kind="true or false", fits=_is_a(bool), null=null or default is None)
+
+
+def text(default: str | None, *, null: bool = False) -> Field:
+    return Field(default=default, kind="a text", fits=_is_a(str), null=null or default is None)
+
+
+def listed(kind: type) -> Field:
+    """A list of values of ``kind``, or null."""
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, list) and all(type(item) is kind for item in value)
+
+    return Field(default=None, kind=f"a list, each item of type {kind.__name__}", fits=fits, null=True)
+
+
+def _is_a(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
 
 
 def words(text: str) -> frozenset[str]:
@@ -15,14 +73,27 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Read by ``rlx.arch.architecture.common_fields``.
-COMMON = words(
-    """
-    model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size
-    rms_norm_eps max_position_embeddings tie_word_embeddings hidden_act attention_dropout
-    rope_theta rope_scaling rope_parameters partial_rotary_factor
-    """
-)
+_OBJECT = Field(default=None, kind="an object", fits=_is_a(dict), null=True)
+# What every decoder of the Llama lineage reads, with the defaults of transformers' LlamaConfig.
+_DECODER: Fields = {
+    "model_type": text(""),
+    "vocab_size": whole(32000),
+    "hidden_size": whole(4096),
+    "intermediate_size": whole(11008),
+    "num_hidden_layers": whole(32),
+    "num_attention_heads": whole(32),
+    "num_key_value_heads": whole(None),
+    "head_dim": whole(None),
+    "hidden_act": text("silu"),
+    "max_position_embeddings": whole(2048),
+    "rms_norm_eps": number(1e-6),
+    "tie_word_embeddings": flag(False),
+    "attention_dropout": number(0.0, null=True),
+    "rope_theta": number(10_000.0),
+    "rope_scaling": _OBJECT,
+    "rope_parameters": _OBJECT,
+    "partial_rotary_factor": number(1.0, null=True),
+}
 # Say nothing about log-probs: where the model came from, how to start training one, how to generate, how to store.
 HARMLESS = words(
     """
@@ -40,10 +111,32 @@ HARMLESS = words(
 )
 
 
-def refuse_unknown_fields(config: Mapping[str, Any], known: Iterable[str]) -> None:
-    """ValueError names the fields in use that neither the common list nor ``known`` has."""
+def decoder(more: Fields, **defaults: Any) -> Fields:
+    """The table of a family: the decoder's fields with these ``defaults`` where they differ from Llama's, and ``more``."""
+    changed = {name: replace(_DECODER[name], default=value) for name, value in defaults.items()}
+    return {**_DECODER, **changed, **more}
+
+
+def complete(config: ConfigJson, fields: Fields, ignored: Iterable[str]) -> dict[str, Any]:
+    """Every field of the table with its value. ValueError names fields in use that neither the table nor ``ignored`` has, and
+    values of the wrong kind."""
+    _refuse_unknown(config, fields, ignored)
+    found = {}
+    for name, field in fields.items():
+        given = next((key for key in (name, field.alias) if key in config), None)
+        value = field.default if given is None else config[given]
+        if value is None and not field.null:
+            raise ValueError(f"config.json has {given}: null; leave it out for {field.default!r}, or give {field.kind}")
+        if value is not None and not field.fits(value):
+            raise ValueError(f"config.json has {given}={value!r}; expected {field.kind}")
+        found[name] = value
+    return found
+
+
+def _refuse_unknown(config: ConfigJson, fields: Fields, ignored: Iterable[str]) -> None:
     unused: tuple[object, ...] = (None, False)
-    known = COMMON | HARMLESS | frozenset(known)
+    aliases = {field.alias for field in fields.values()}
+    known = {*fields, *aliases, *HARMLESS, *ignored}
     unknown = sorted(
         name for name, value in config.items() if name not in known and not name.startswith("_") and value not in unused
     )
@@ -52,3 +145,18 @@ def refuse_unknown_fields(config: Mapping[str, Any], known: Iterable[str]) -> No
             f"config.json has {', '.join(unknown)}, which rlx does not know for model_type {config.get('model_type')!r}; set"
             " to null what does not change the computation"
         )
+
+
+def require(config: ConfigJson, name: str) -> Any:
+    """A field that must be there."""
+    if config.get(name) is None:
+        raise ValueError(f"config.json lacks {name!r}")
+    return config[name]
+
+
+def refuse(config: ConfigJson, name: str, *allowed: Any) -> None:
+    """Refuse a field whose value changes the computation in a way that is not built; absent counts as None."""
+    value = config.get(name)
+    if value not in allowed:
+        wanted = " or ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"config.json has {name}={value!r}; supported: {wanted}")

@@ -34,7 +34,7 @@ class Latent:
 
 
 _YARN_FIELDS = {
-    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+    "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
     "mscale_all_dim",
 }  # fmt: skip
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rlx.arch.families.registry import read_architecture
+from rlx.arch.sizes import sizes_of
 from rlx.config.load import ConfigError, dump_config, load_config, on_paper
-from rlx.config.memory import describe, estimate, memory_problems, sizes_of
+from rlx.config.memory import describe, estimate, memory_problems
 from rlx.config.packaged import packaged
 from rlx.config.schema import Config
 from rlx.config.sharing import describe_phases, shared_phases, sharing_problems
@@ -60,10 +62,7 @@ def plan(config: Config) -> list[str]:
         check_spanning(config, seats)
     except PlacementError as error:
         raise ConfigError([str(error)]) from error
-    try:
-        sizes = sizes_of(config.model.path)
-    except KeyError as error:
-        return [*picture(seats), f"memory: not estimated, config.json lacks {error}"]
+    sizes = sizes_of(read_architecture(config.model.path))
     found = estimate(config, sizes)
     phases = shared_phases(config, found, sizes)
     problems = [*memory_problems(found, config), *sharing_problems(phases, found, config)]

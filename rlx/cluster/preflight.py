@@ -10,8 +10,8 @@ from tempfile import TemporaryFile
 
 from transformers import PreTrainedTokenizerBase
 
+from rlx.arch.families.registry import read_architecture
 from rlx.config.load import ConfigError
-from rlx.config.model_facts import ModelFacts, read_model_facts
 from rlx.config.schema import Config
 from rlx.data.examples import ExampleSource, check_examples
 from rlx.data.prompts import check_prompts
@@ -69,9 +69,9 @@ def _check_sync_folder(config: Config) -> None:
 
 
 def _check_model(config: Config) -> None:
-    facts = read_model_facts("model.path", config.model.path)
-    if config.finetune.objective == "rm" and isinstance(facts, ModelFacts) and classifier_class(facts.model_type) is None:
-        raise ValueError(f"model.path: transformers has no sequence classification for {facts.model_type!r} to export to")
+    arch = read_architecture(config.model.path)
+    if config.finetune.objective == "rm" and classifier_class(arch.model_type) is None:
+        raise ValueError(f"model.path: transformers has no sequence classification for {arch.model_type!r} to export to")
 
 
 def _check_examples(config: Config) -> None:

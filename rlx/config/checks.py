@@ -7,28 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 
+from rlx.arch.architecture import Architecture
+from rlx.arch.families.registry import read_architecture
+from rlx.arch.layout import layout_problems
 from rlx.config.algorithm import KL_IN_REWARD, NEEDS_GROUPS
 from rlx.config.finetune import WITH_REFERENCE
-from rlx.config.model_facts import ModelFacts, read_model_facts
 from rlx.config.schema import Config, OptimizerConfig
 from rlx.config.sources import FILE_ENDINGS, SOURCE_NAME, task_name
-
-SUPPORTED_MODEL_TYPES = (
-    "deepseek",
-    "deepseek_v2",
-    "deepseek_v3",
-    "gemma2",
-    "llama",
-    "mixtral",
-    "phi3",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-)
 
 
 def check(config: Config, *, on_paper: bool = False) -> list[str]:
@@ -43,27 +31,10 @@ def check(config: Config, *, on_paper: bool = False) -> list[str]:
 
 
 def _layout(config: Config) -> Iterator[str]:
-    """The arithmetic of ``rlx.types.ParallelDims``, which cannot be used here because that file imports torch."""
-    parallel, ranks = config.parallel, config.num_trainer_ranks
-    block = parallel.tp * parallel.pp * parallel.cp
-    if ranks % block:
-        yield (
-            f"cluster.num_trainer_ranks: {ranks} is not a multiple of parallel.tp x parallel.pp x parallel.cp"
-            f" = {parallel.tp} x {parallel.pp} x {parallel.cp} = {block}"
-        )
-    if parallel.vpp > 1 and parallel.pp == 1:
-        yield f"parallel.vpp: {parallel.vpp} needs parallel.pp > 1, got 1"
-    if parallel.sequence_parallel and parallel.tp == 1:
-        yield "parallel.sequence_parallel: true needs parallel.tp > 1, got 1"
-    if parallel.etp is None and parallel.ep == 1:
-        return  # the same block without cp: it fits where the one above does
-    expert_tp = parallel.tp if parallel.etp is None else parallel.etp
-    expert_block = expert_tp * parallel.ep * parallel.pp
-    if ranks % expert_block:
-        yield (
-            f"cluster.num_trainer_ranks: {ranks} is not a multiple of parallel.etp x parallel.ep x parallel.pp"
-            f" = {expert_tp} x {parallel.ep} x {parallel.pp} = {expert_block}"
-        )
+    try:
+        config.parallel.dims(config.num_trainer_ranks)
+    except ValueError as error:
+        yield from str(error).split("; ")
 
 
 def _models(config: Config) -> Iterator[str]:
@@ -72,58 +43,39 @@ def _models(config: Config) -> Iterator[str]:
         "model.reference_path": config.model.reference_path,
         "model.critic_path": config.model.critic_path,
     }
-    read = {key: read_model_facts(key, folder) for key, folder in named.items() if folder is not None}
-    policy = read["model.path"]
-    for key, facts in read.items():
-        if isinstance(facts, str):
-            yield facts
-        elif facts.model_type not in SUPPORTED_MODEL_TYPES:
-            yield f"{key}: model_type {facts.model_type!r} is not supported; use one of {', '.join(SUPPORTED_MODEL_TYPES)}"
-        elif isinstance(policy, ModelFacts) and replace(facts, max_positions=policy.max_positions) != policy:
-            yield f"{key}: its config.json differs in shape from that of model.path; all roles share one architecture"
-    if isinstance(policy, ModelFacts):
+    read: dict[str, Architecture] = {}
+    for key, folder in named.items():
+        if folder is not None:
+            try:
+                read[key] = read_architecture(folder)
+            except ValueError as error:
+                yield f"{key}: {error}"
+    policy = read.pop("model.path", None)
+    if policy is not None:
+        for key, other in read.items():
+            if other.shape != policy.shape:
+                yield f"{key}: its config.json differs in shape from that of model.path; all roles share one architecture"
         yield from _model_fits(config, policy)
     if config.model.tokenizer_path is not None and not Path(config.model.tokenizer_path).is_dir():
         yield f"model.tokenizer_path: no such folder {config.model.tokenizer_path}"
 
 
-def _model_fits(config: Config, facts: ModelFacts) -> Iterator[str]:
-    parallel = config.parallel
-    if facts.num_heads % parallel.tp:
-        yield f"parallel.tp: {parallel.tp} does not divide the {facts.num_heads} attention heads of model.path"
-    if facts.num_kv_heads % parallel.tp and parallel.tp % facts.num_kv_heads:
-        yield (
-            f"parallel.tp: {parallel.tp} must divide, or be a multiple of, the {facts.num_kv_heads} key-value heads of model.path"
-        )
-    if facts.num_layers < parallel.pp * parallel.vpp:
-        yield (
-            f"parallel.pp x parallel.vpp: {parallel.pp} x {parallel.vpp} leaves some of its parts without any of"
-            f" the {facts.num_layers} layers of model.path"
-        )
-    if parallel.ep > 1 and not facts.num_experts:
-        yield f"parallel.ep: {parallel.ep} needs a mixture-of-experts model, but model.path is dense; set it to 1"
-    elif facts.num_experts % parallel.ep:
-        yield f"parallel.ep: {parallel.ep} does not divide the {facts.num_experts} experts of model.path"
-    if facts.num_experts and parallel.tp > 1 and not parallel.sequence_parallel:
-        yield "parallel.sequence_parallel: must be true for a mixture of experts with parallel.tp > 1 (Megatron's dispatcher)"
-    expert_tp = parallel.tp if parallel.etp is None else parallel.etp
-    if facts.num_experts and facts.expert_size % expert_tp:
-        yield (
-            f"parallel.etp: {expert_tp} (parallel.tp unless set) does not divide the experts' {facts.expert_size} hidden"
-            " units of model.path"
-        )
+def _model_fits(config: Config, arch: Architecture) -> Iterator[str]:
+    with suppress(ValueError):  # a layout that is wrong in itself has its own messages
+        dims = config.parallel.dims(config.num_trainer_ranks)
+        yield from (f"parallel.{dimension}: {problem}" for dimension, problem in layout_problems(arch, dims))
     if config.is_finetuning:
-        if facts.max_positions is not None and config.finetune.max_tokens > facts.max_positions:
+        if config.finetune.max_tokens > arch.max_positions:
             yield (
-                f"finetune.max_tokens: {config.finetune.max_tokens} exceeds the {facts.max_positions} positions"
+                f"finetune.max_tokens: {config.finetune.max_tokens} exceeds the {arch.max_positions} positions"
                 " (max_position_embeddings) of model.path"
             )
         return
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if facts.max_positions is not None and longest > facts.max_positions:
+    if longest > arch.max_positions:
         yield (
             f"data.max_prompt_tokens + rollout.max_new_tokens: {config.data.max_prompt_tokens} + {config.rollout.max_new_tokens}"
-            f" = {longest} exceeds the {facts.max_positions} positions (max_position_embeddings) of model.path"
+            f" = {longest} exceeds the {arch.max_positions} positions (max_position_embeddings) of model.path"
         )
 
 

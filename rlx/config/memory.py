@@ -1,4 +1,4 @@
-"""How much memory a trainer rank and an engine need, from config.json and the layout alone. Pure arithmetic, no torch.
+"""How much memory a trainer rank and an engine need, from a model's sizes and the layout alone. Pure arithmetic, no torch.
 
 Counted: weights, gradients and optimizer state of the fullest pipeline stage, the reference's and critic's share, the
 activations of the micro-batches in flight and the logits of one. Not counted: fragmentation and what libraries keep,
@@ -7,87 +7,15 @@ for which ``RESERVE_BYTES`` stands. An estimate: meant to tell a layout that fit
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from rlx.arch.sizes import Sizes
 from rlx.config.schema import Config
 
 GIB = 2**30
 RESERVE_BYTES = 4 * GIB
 # Of an engine's GPU, the part that weights may take; the rest holds keys and values.
 ENGINE_WEIGHT_SHARE = 0.75
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Parameters of a model by where they live. ``dense_layer`` counts everything of a layer but its routed experts
-    (those of an MoE layer, or the whole of a dense one, whichever is larger), ``expert_layer`` the routed experts."""
-
-    num_layers: int
-    hidden: int
-    vocab: int
-    embedding: int
-    output: int
-    attention: int
-    dense_mlp: int
-    moe_mlp: int
-    expert_layer: int
-    num_moe_layers: int
-    attention_width: int
-    mlp_width: int
-
-    @property
-    def total(self) -> int:
-        """All parameters (norms and biases, under a thousandth, left out)."""
-        dense = self.num_layers - self.num_moe_layers
-        layers = self.num_layers * self.attention + dense * self.dense_mlp
-        return self.embedding + self.output + layers + self.num_moe_layers * (self.moe_mlp + self.expert_layer)
-
-
-def sizes_of(folder: str) -> Sizes:
-    """Read ``folder/config.json``, which ``read_model_facts`` has found in order."""
-    return sizes_of_tree(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
-
-
-def sizes_of_tree(tree: Mapping[str, Any]) -> Sizes:
-    """The sizes that a parsed config.json says."""
-    hidden, layers, vocab = tree["hidden_size"], tree["num_hidden_layers"], tree.get("vocab_size", 0)
-    experts = next((tree[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if tree.get(key)), 0)
-    inner = tree.get("intermediate_size", 4 * hidden)
-    expert_inner = (tree.get("moe_intermediate_size") or inner) if experts else 0
-    shared = (tree.get("n_shared_experts") or 0) * expert_inner or tree.get("shared_expert_intermediate_size") or 0
-    attention, width = _attention(tree)
-    active = (tree.get("num_experts_per_tok") or 0) * expert_inner + shared
-    return Sizes(
-        num_layers=layers,
-        hidden=hidden,
-        vocab=vocab,
-        embedding=vocab * hidden,
-        output=0 if tree.get("tie_word_embeddings") else vocab * hidden,
-        attention=attention,
-        dense_mlp=3 * hidden * inner,
-        moe_mlp=hidden * experts + 3 * hidden * shared,
-        expert_layer=3 * hidden * expert_inner * experts,
-        num_moe_layers=max(0, layers - tree.get("first_k_dense_replace", 0)) if experts else 0,
-        attention_width=width,
-        mlp_width=3 * (active if experts else inner) + (2 * hidden * tree.get("num_experts_per_tok", 0) if experts else 0),
-    )
-
-
-def _attention(tree: Mapping[str, Any]) -> tuple[int, int]:
-    """(parameters of a layer's attention, width of what it keeps of a token)."""
-    hidden, heads = tree["hidden_size"], tree["num_attention_heads"]
-    if tree.get("kv_lora_rank"):
-        nope, rope, value = tree["qk_nope_head_dim"], tree["qk_rope_head_dim"], tree["v_head_dim"]
-        low, rank = tree["kv_lora_rank"], tree.get("q_lora_rank")
-        query = hidden * rank + rank * heads * (nope + rope) if rank else hidden * heads * (nope + rope)
-        return query + hidden * (low + rope) + low * heads * (nope + value) + heads * value * hidden, 4 * heads * (nope + rope)
-    size = tree.get("head_dim") or hidden // heads
-    kv_heads = tree.get("num_key_value_heads") or heads
-    return hidden * size * (2 * heads + 2 * kv_heads), 2 * size * (heads + kv_heads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +58,7 @@ def estimate(config: Config, sizes: Sizes) -> Estimate:
         optimizer=int(optimizer),
         other_models=int(others),
         activations=int(_activations(config, sizes, tokens, width)),
-        logits=0 if config.finetune.objective == "rm" else int(tokens * sizes.vocab / layout.tp * (width + 2 * 4)),
+        logits=0 if config.finetune.objective == "rm" else int(tokens * sizes.arch.vocab_size / layout.tp * (width + 2 * 4)),
         engine_weights=int(engine_width * sizes.total / config.rollout.tp),
     )
 
@@ -138,23 +66,23 @@ def estimate(config: Config, sizes: Sizes) -> Estimate:
 def _stage(config: Config, sizes: Sizes, etp: int) -> tuple[float, float]:
     """(dense, expert) parameters on a rank of the fullest stage: as many layers as any has, and the larger end."""
     layout = config.parallel
-    layers = -(-sizes.num_layers // layout.pp)
+    layers = -(-sizes.arch.num_layers // layout.pp)
     moe_layers = min(layers, sizes.num_moe_layers)
     ends = sizes.embedding + sizes.output if layout.pp == 1 else max(sizes.embedding, sizes.output or sizes.embedding)
     dense = layers * sizes.attention + (layers - moe_layers) * sizes.dense_mlp + moe_layers * sizes.moe_mlp + ends
-    return dense / layout.tp, moe_layers * sizes.expert_layer / (layout.ep * etp)
+    return dense / layout.tp, moe_layers * sizes.experts / (layout.ep * etp)
 
 
 def _activations(config: Config, sizes: Sizes, tokens: float, width: int) -> float:
     """What the backward pass needs; the first pipeline stage holds as many micro-batches as there are stages."""
     layout = config.parallel
     split = layout.tp if layout.sequence_parallel else 1
-    layer = width * tokens * (10 * sizes.hidden / split + (sizes.attention_width + sizes.mlp_width) / layout.tp)
-    layers_in_flight = -(-sizes.num_layers // layout.pp) * layout.pp
+    layer = width * tokens * (10 * sizes.arch.hidden_size / split + (sizes.attention_width + sizes.mlp_width) / layout.tp)
+    layers_in_flight = -(-sizes.arch.num_layers // layout.pp) * layout.pp
     if layout.vpp > 1:
         layers_in_flight = int(layers_in_flight * (1 + (layout.pp - 1) / (layout.pp * layout.vpp)))
     if config.model.recompute == "full":
-        return layer + width * tokens * sizes.hidden / split * layers_in_flight
+        return layer + width * tokens * sizes.arch.hidden_size / split * layers_in_flight
     return layer * layers_in_flight
 
 

@@ -15,6 +15,7 @@ from rlx.config.finetune import WITH_REFERENCE
 from rlx.config.finetune import FinetuneConfig as FinetuneConfig
 from rlx.config.options import option, required
 from rlx.config.sources import EvaluationSetConfig, SourceConfig
+from rlx.types.layout import ParallelDims
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,19 @@ class ParallelConfig:
     ep: int = option(1, "expert parallel size", minimum=1)
     etp: int | None = option(None, "tensor parallel size inside experts; none: tp", minimum=1)
     sequence_parallel: bool = option(False, "split norms and dropout over tp along the sequence")
+
+    def dims(self, world_size: int) -> ParallelDims:
+        """The layout of so many ranks; ValueError when they do not fit it."""
+        return ParallelDims(
+            world_size=world_size,
+            tp=self.tp,
+            pp=self.pp,
+            vpp=self.vpp,
+            cp=self.cp,
+            ep=self.ep,
+            etp=self.etp,
+            sequence_parallel=self.sequence_parallel,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

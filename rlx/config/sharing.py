@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlx.config.memory import GIB, RESERVE_BYTES, Estimate, Sizes
+from rlx.arch.sizes import Sizes
+from rlx.config.memory import GIB, RESERVE_BYTES, Estimate
 from rlx.config.schema import Config
 
 # Of a GPU that is free when the server starts, the part that its weights and key-value cache take.

@@ -18,7 +18,6 @@ from rlx.processes.environment import RankEnvironment, leave_launcher_store
 from rlx.sync.engine_memory import EngineMemory
 from rlx.trainer.finetune_worker import FinetuneWorker
 from rlx.trainer.worker import Worker
-from rlx.types.layout import ParallelDims
 
 
 def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path, stop_asked: Callable[[], bool]) -> bool:
@@ -58,17 +57,7 @@ def _with_engines(config: Config, context: ParallelContext, endpoints_file: Path
 
 
 def _join(config: Config, where: RankEnvironment) -> ParallelContext:
-    layout = config.parallel
-    dims = ParallelDims(
-        world_size=where.world_size,
-        tp=layout.tp,
-        pp=layout.pp,
-        vpp=layout.vpp,
-        cp=layout.cp,
-        ep=layout.ep,
-        etp=layout.etp,
-        sequence_parallel=layout.sequence_parallel,
-    )
+    dims = config.parallel.dims(where.world_size)
     device = choose_device(config.cluster.device, where.local_rank)
     limit_s = config.run.failure_timeout_s
     connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=limit_s)

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import nn
 
 from rlx.arch.architecture import Architecture
+from rlx.arch.layout import layout_problems
 from rlx.arch.longrope import LongRope
 from rlx.arch.weights import padded_vocab_size
 from rlx.models.frequencies import LongRotary, inverse_frequencies
@@ -73,7 +74,8 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
     ``rlx.parallel.schedule``."""
     dims, dtype = context.dims, DTYPES[options.dtype]
     on_gpu = context.device.type == "cuda"
-    _check_heads(arch, dims.tp)
+    for dimension, problem in layout_problems(arch, dims):
+        raise ValueError(f"parallel.{dimension}: {problem}")
     with_engine = resolve_layer_spec(options.layer_spec, context.device, dtype) == "transformer_engine"
     config_class = TransformerConfig if arch.latent is None else MLATransformerConfig
     return config_class(
@@ -140,18 +142,6 @@ def _window(arch: Architecture) -> dict[str, Any]:
         return {}
     in_layers = [int(windowed) for windowed in arch.windowed_layers] or None
     return {"window_size": (arch.window - 1, 0), "window_attn_skip_freq": in_layers}
-
-
-def _check_heads(arch: Architecture, tp: int) -> None:
-    """With fewer key-value heads than ranks, Megatron cuts the fused projection's rows evenly and lets several ranks share
-    a head; with more, every rank gets whole heads."""
-    if arch.num_heads % tp:
-        raise ValueError(f"parallel.tp: {tp} does not divide the {arch.num_heads} attention heads of the model")
-    if arch.num_kv_heads % tp and tp % arch.num_kv_heads:
-        raise ValueError(f"parallel.tp: {tp} must divide, or be a multiple of, the model's {arch.num_kv_heads} key-value heads")
-    rows = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
-    if rows % tp:
-        raise ValueError(f"parallel.tp: {tp} does not divide the {rows} rows of the model's fused query-key-value projection")
 
 
 def _layer_spec(arch: Architecture, config: TransformerConfig, options: BuildOptions, spec_name: str, sparse: bool) -> ModuleSpec:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlx.arch.architecture import Architecture
+from rlx.arch.architecture import Architecture, is_megatron_checkpoint
 from rlx.arch.families.registry import weight_table
-from rlx.config.model_facts import is_megatron_checkpoint
+from rlx.arch.sizes import expected_shapes
 from rlx.models.hf.auto_classes import classifier_class
 from rlx.models.hf.folder import HfFolder
-from rlx.models.hf.io import expected_shapes, stage_weights, write_hf
+from rlx.models.hf.io import stage_weights, write_hf
 from rlx.models.layers import ValueHead
 from rlx.parallel.context import ParallelContext
 

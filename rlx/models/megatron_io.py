@@ -12,8 +12,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import nn
 
-from rlx.arch.architecture import Architecture
-from rlx.config.model_facts import is_megatron_checkpoint
+from rlx.arch.architecture import Architecture, is_megatron_checkpoint
 from rlx.models.hf.companions import MANIFEST
 from rlx.models.hf.io import load_hf
 from rlx.parallel.context import ParallelContext

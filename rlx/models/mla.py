@@ -64,8 +64,6 @@ class LatentAttention(MLASelfAttention):
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
-            raise ValueError("parallel.sequence_parallel: must be true for latent attention with parallel.tp > 1")
         super().__init__(config, *args, **kwargs)
         for name, size in (("linear_q_down_proj", config.q_lora_rank), ("linear_kv_down_proj", self._kv_size())):
             if isinstance(getattr(self, name, None), ColumnParallelLinear):

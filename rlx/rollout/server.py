@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
-from rlx.config.model_facts import is_megatron_checkpoint
+from rlx.arch.architecture import is_megatron_checkpoint
 from rlx.config.schema import Config
 from rlx.rollout.flags import flags
 from rlx.rollout.sglang.client import EngineError

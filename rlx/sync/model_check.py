@@ -3,10 +3,10 @@ and a token id beyond its vocabulary ends it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
+from rlx.arch.architecture import read_config_json
+from rlx.arch.fields import ConfigJson
 from rlx.rollout.sglang.control import EngineControl
 from rlx.sync.errors import SyncError
 
@@ -29,9 +29,8 @@ def check_model(control: EngineControl, expected: Mapping[str, tuple[int, ...]])
             )
 
 
-def _config_json(folder: object) -> Mapping[str, object]:
-    path = Path(str(folder)) / "config.json"
-    if not path.is_file():
-        return {}
-    content = json.loads(path.read_text())
-    return content if isinstance(content, dict) else {}
+def _config_json(folder: object) -> ConfigJson:
+    try:
+        return read_config_json(str(folder))
+    except ValueError:
+        return {}  # it is on another machine

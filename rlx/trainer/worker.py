@@ -15,11 +15,12 @@ from rlx.algos.registry import make_algorithm
 from rlx.algos.stats import sum_and_count
 from rlx.algos.value_loss import FIT, explained_variance, fit
 from rlx.arch.families.registry import read_architecture
+from rlx.arch.sizes import expected_shapes
 from rlx.config.schema import Config
 from rlx.config.sharing import offload_level
 from rlx.models.build import build_model
 from rlx.models.heads import token_head, value_head
-from rlx.models.hf.io import expected_shapes, stage_weights
+from rlx.models.hf.io import stage_weights
 from rlx.models.megatron_io import load_weights
 from rlx.obs.log import notice, phase
 from rlx.parallel.context import ParallelContext

@@ -35,18 +35,20 @@ class ParallelDims:
         block = self.tp * self.pp * self.cp
         if self.world_size % block:
             found.append(
-                f"tp x pp x cp = {self.tp} x {self.pp} x {self.cp} = {block} does not divide the {self.world_size} trainer ranks"
+                f"cluster.num_trainer_ranks: {self.world_size} is not a multiple of parallel.tp x parallel.pp x parallel.cp"
+                f" = {self.tp} x {self.pp} x {self.cp} = {block}"
             )
         expert_block = self.expert_tp * self.ep * self.pp
-        if self.world_size % expert_block:
+        # Of dense models it is the same block without cp, which fits where the one above does.
+        if self.world_size % expert_block and (self.etp is not None or self.ep > 1):
             found.append(
-                f"etp x ep x pp = {self.expert_tp} x {self.ep} x {self.pp} = {expert_block}"
-                f" does not divide the {self.world_size} trainer ranks"
+                f"cluster.num_trainer_ranks: {self.world_size} is not a multiple of parallel.etp x parallel.ep x parallel.pp"
+                f" = {self.expert_tp} x {self.ep} x {self.pp} = {expert_block}"
             )
         if self.vpp > 1 and self.pp == 1:
-            found.append("parallel.vpp > 1 needs parallel.pp > 1")
+            found.append(f"parallel.vpp: {self.vpp} needs parallel.pp > 1, got 1")
         if self.sequence_parallel and self.tp == 1:
-            found.append("parallel.sequence_parallel needs parallel.tp > 1")
+            found.append("parallel.sequence_parallel: true needs parallel.tp > 1, got 1")
         return found
 
     @property

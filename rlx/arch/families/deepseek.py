@@ -4,45 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlx.arch.architecture import (
-    Architecture,
-    ConfigJson,
-    Experts,
-    common_fields,
-    refuse,
-    require,
-)
+from rlx.arch.architecture import Architecture, Experts, common_fields
 from rlx.arch.families import llama
-from rlx.arch.families.experts import (
-    ROUTING_FIELDS,
-    ExpertNames,
-    expert_rows,
-    num_experts,
-)
-from rlx.arch.fields import words
+from rlx.arch.families.experts import ROUTING_NAMES, ExpertNames, expert_rows
+from rlx.arch.family import Family
+from rlx.arch.fields import ConfigJson, Fields, decoder, flag, refuse, require, text, whole, words
 from rlx.arch.weights import Row
 
-DEEPSEEK_FIELDS = ROUTING_FIELDS | words(
-    """
-    n_routed_experts num_local_experts moe_intermediate_size
-    n_shared_experts first_k_dense_replace moe_layer_freq scoring_func norm_topk_prob
-    attention_bias pretraining_tp ep_size
-    """
-)
-FIELDS = DEEPSEEK_FIELDS | words("mlp_bias")
+# What the generations of DeepSeek share, with the defaults of the first one's own code: transformers has no class for it.
+DEEPSEEK: Fields = {
+    "n_routed_experts": whole(None, alias="num_local_experts"),
+    "num_experts_per_tok": whole(None),
+    "moe_intermediate_size": whole(1407),
+    "n_shared_experts": whole(None, minimum=0),
+    "first_k_dense_replace": whole(0, minimum=0, null=True),
+    "moe_layer_freq": whole(1, null=True),
+    "norm_topk_prob": flag(False, null=True),
+    "scoring_func": text(None),
+    "attention_bias": flag(False),
+    "pretraining_tp": whole(1, null=True),
+}
+IGNORED = ROUTING_NAMES | words("ep_size")
+FIELDS = decoder({**DEEPSEEK, "mlp_bias": flag(False)}, vocab_size=102400, num_hidden_layers=30, num_key_value_heads=32)
 
 
 def architecture(config: ConfigJson) -> Architecture:
-    refuse(config, "attention_bias", False, None)
-    refuse(config, "mlp_bias", False, None)
+    refuse(config, "attention_bias", False)
+    refuse(config, "mlp_bias", False)
     refuse(config, "scoring_func", "softmax", None)
     refuse(config, "pretraining_tp", 1, None)
     experts = Experts(
-        num_experts=num_experts(config),
-        top_k=int(require(config, "num_experts_per_tok")),
-        hidden_size=int(require(config, "moe_intermediate_size")),
+        num_experts=require(config, "n_routed_experts"),
+        top_k=require(config, "num_experts_per_tok"),
+        hidden_size=config["moe_intermediate_size"],
         layers=replaced_layers(config),
-        normalise=bool(config.get("norm_topk_prob", False)),
+        normalise=bool(config["norm_topk_prob"]),
         shared_hidden_size=shared_size(config),
     )
     return Architecture(**common_fields(config), experts=experts)
@@ -55,10 +51,13 @@ def table(arch: Architecture) -> Mapping[str, Row]:
 
 def shared_size(config: ConfigJson) -> int:
     """Shared experts stand side by side in one MLP."""
-    return int(config.get("n_shared_experts") or 0) * int(require(config, "moe_intermediate_size"))
+    return int((config["n_shared_experts"] or 0) * config["moe_intermediate_size"])
 
 
 def replaced_layers(config: ConfigJson) -> tuple[bool, ...]:
     """Layers with experts as DeepSeek says it: every ``moe_layer_freq``-th one from ``first_k_dense_replace`` on."""
-    first, every = int(config.get("first_k_dense_replace") or 0), int(config.get("moe_layer_freq") or 1)
-    return tuple(layer >= first and layer % every == 0 for layer in range(int(require(config, "num_hidden_layers"))))
+    first, every = config["first_k_dense_replace"] or 0, config["moe_layer_freq"] or 1
+    return tuple(layer >= first and layer % every == 0 for layer in range(config["num_hidden_layers"]))
+
+
+FAMILY = Family(fields=FIELDS, architecture=architecture, table=table, ignored=IGNORED)

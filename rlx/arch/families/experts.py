@@ -8,18 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlx.arch.architecture import (
-    Architecture,
-    ConfigJson,
-    Experts,
-    require,
-)
-from rlx.arch.fields import words
+from rlx.arch.architecture import Architecture, Experts
+from rlx.arch.fields import ConfigJson, Fields, flag, listed, whole, words
 from rlx.arch.weights import Copy, Gated, Row
 
 _MLP = "decoder.layers.{layer}.mlp."
-# Beside the number of chosen experts: how pretraining balanced them, which says nothing about log-probs.
-ROUTING_FIELDS = words("num_experts_per_tok router_aux_loss_coef output_router_logits aux_loss_alpha seq_aux router_z_loss_coef")
+# How pretraining balanced the experts, which says nothing about log-probs.
+ROUTING_NAMES = words("router_aux_loss_coef output_router_logits aux_loss_alpha seq_aux router_z_loss_coef")
+# How the Qwen families say which layers have experts.
+SPARSE_STEPS: Fields = {"decoder_sparse_step": whole(1), "mlp_only_layers": listed(int), "norm_topk_prob": flag(False)}
 DENSE_ROWS = (_MLP + "linear_fc1.", _MLP + "linear_fc2.")
 
 
@@ -70,16 +67,10 @@ def expert_rows(experts: Experts, names: ExpertNames) -> Mapping[str, Row]:
     return rows
 
 
-def num_experts(config: ConfigJson) -> int:
-    """Routed experts, by any of their names: transformers 5 may write ``num_local_experts`` where a family says otherwise."""
-    return int(config.get("num_experts") or config.get("n_routed_experts") or require(config, "num_local_experts"))
-
-
 def sparse_step_layers(config: ConfigJson) -> tuple[bool, ...]:
-    """Layers with experts as the Qwen families say it: every ``decoder_sparse_step``-th, but for ``mlp_only_layers``."""
-    step = int(config.get("decoder_sparse_step") or 1)
-    dense = set(config.get("mlp_only_layers") or ())
-    return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(int(require(config, "num_hidden_layers"))))
+    """Layers with experts: every ``decoder_sparse_step``-th, but for ``mlp_only_layers``."""
+    step, dense = config["decoder_sparse_step"], set(config["mlp_only_layers"] or ())
+    return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(config["num_hidden_layers"]))
 
 
 def _experts(arch: Architecture) -> Experts:

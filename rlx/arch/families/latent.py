@@ -5,53 +5,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlx.arch.architecture import (
-    Architecture,
-    ConfigJson,
-    common_fields,
-    refuse,
-    require,
-)
+from rlx.arch.architecture import Architecture, common_fields, rope_parameters
 from rlx.arch.families import llama
-from rlx.arch.families.deepseek import DEEPSEEK_FIELDS
+from rlx.arch.families.deepseek import DEEPSEEK
 from rlx.arch.families.experts import ExpertNames, expert_rows
-from rlx.arch.fields import words
+from rlx.arch.fields import ConfigJson, Fields, flag, refuse, whole
 from rlx.arch.latent import Latent, read_yarn
 from rlx.arch.weights import Copy, Row
 
-LATENT_FIELDS = DEEPSEEK_FIELDS | words(
-    """
-    q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim qk_head_dim n_group topk_group topk_method
-    routed_scaling_factor rope_interleave
-    """
-)
+LATENT: Fields = {
+    **DEEPSEEK,
+    "q_lora_rank": whole(1536, null=True),
+    "kv_lora_rank": whole(512),
+    "qk_nope_head_dim": whole(128),
+    "qk_rope_head_dim": whole(64),
+    "qk_head_dim": whole(None),
+    "v_head_dim": whole(128),
+    "rope_interleave": flag(True, null=True),
+}
 _ATTENTION = "decoder.layers.{layer}.self_attention."
 _HF = "model.layers.{layer}.self_attn."
 
 
 def latent_fields(config: ConfigJson) -> dict[str, Any]:
     """Fields of an architecture with latent attention."""
-    refuse(config, "attention_bias", False, None)
+    refuse(config, "attention_bias", False)
     refuse(config, "rope_interleave", True, None)
     refuse(config, "pretraining_tp", 1, None)
     # Both generations norm the compressed query and key-value with this value, whatever the other norms have.
     refuse(config, "rms_norm_eps", 1e-6)
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise ValueError(f"config.json has rope type {kind!r}; supported for latent attention: 'default', 'yarn'")
-    is_yarn = kind == "yarn"
-    theta = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
+    rope = rope_parameters(config)
+    if rope["rope_type"] not in ("default", "yarn"):
+        raise ValueError(f"config.json has rope type {rope['rope_type']!r}; supported for latent attention: 'default', 'yarn'")
+    is_yarn = rope["rope_type"] == "yarn"
     latent = Latent(
-        query_rank=config.get("q_lora_rank"),
-        kv_rank=int(require(config, "kv_lora_rank")),
-        plain_dim=int(require(config, "qk_nope_head_dim")),
-        rope_dim=int(require(config, "qk_rope_head_dim")),
-        value_dim=int(require(config, "v_head_dim")),
+        query_rank=config["q_lora_rank"],
+        kv_rank=config["kv_lora_rank"],
+        plain_dim=config["qk_nope_head_dim"],
+        rope_dim=config["qk_rope_head_dim"],
+        value_dim=config["v_head_dim"],
         yarn=read_yarn(rope) if is_yarn else None,
     )
-    plain_rope = {"rope_scaling": None, "rope_parameters": {"rope_theta": theta}} if is_yarn else {}
-    heads = {"num_key_value_heads": require(config, "num_attention_heads"), "head_dim": latent.rope_dim}
+    refuse(config, "qk_head_dim", latent.plain_dim + latent.rope_dim, None)
+    plain_rope = {"rope_scaling": None, "rope_parameters": {"rope_theta": rope["rope_theta"]}} if is_yarn else {}
+    heads = {"num_key_value_heads": config["num_attention_heads"], "head_dim": latent.rope_dim}
     return {**common_fields({**config, **plain_rope, **heads}), "latent": latent}
 
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlx.arch.architecture import (
-    Architecture,
-    ConfigJson,
-    common_fields,
-    refuse,
-)
-from rlx.arch.fields import words
+from rlx.arch.architecture import Architecture, common_fields
+from rlx.arch.family import Family
+from rlx.arch.fields import ConfigJson, decoder, flag, refuse, whole
 from rlx.arch.weights import (
     QKV,
     Copy,
@@ -19,19 +15,17 @@ from rlx.arch.weights import (
     Vocab,
 )
 
-FIELDS = words("attention_bias mlp_bias pretraining_tp")
+FIELDS = decoder({"attention_bias": flag(False), "mlp_bias": flag(False), "pretraining_tp": whole(1, null=True)})
 
 _LAYER = "decoder.layers.{layer}."
 _HF = "model.layers.{layer}."
 
 
 def architecture(config: ConfigJson) -> Architecture:
-    refuse(config, "attention_bias", True, False, None)
-    refuse(config, "mlp_bias", True, False, None)
     # Splits matrix products to repeat the rounding of a training run; transformers computes without it as well.
     refuse(config, "pretraining_tp", 1, None)
-    bias = bool(config.get("attention_bias"))
-    return Architecture(**common_fields(config), qkv_bias=bias, projection_bias=bias, mlp_bias=bool(config.get("mlp_bias")))
+    bias = config["attention_bias"]
+    return Architecture(**common_fields(config), qkv_bias=bias, projection_bias=bias, mlp_bias=config["mlp_bias"])
 
 
 def table(arch: Architecture) -> Mapping[str, Row]:
@@ -78,3 +72,6 @@ def _projection(arch: Architecture) -> tuple[int, ...]:
 
 def _down(arch: Architecture) -> tuple[int, ...]:
     return arch.hidden_size, arch.ffn_hidden_size
+
+
+FAMILY = Family(fields=FIELDS, architecture=architecture, table=table)

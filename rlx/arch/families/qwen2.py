@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from rlx.arch.architecture import (
-    Architecture,
-    ConfigJson,
-    common_fields,
-    refuse,
-    require,
-    window_fields,
-)
+from rlx.arch.architecture import Architecture, common_fields, window_fields
 from rlx.arch.families import llama
-from rlx.arch.fields import words
-from rlx.arch.weights import Row
+from rlx.arch.family import Family
+from rlx.arch.fields import ConfigJson, Fields, decoder, flag, listed, whole
 
-FIELDS = words("use_sliding_window sliding_window max_window_layers layer_types")
+QWEN: Fields = {
+    "use_sliding_window": flag(False),
+    "sliding_window": whole(4096, null=True),
+    "max_window_layers": whole(28, minimum=0),
+}
+"""How the Qwen lineage says which layers have a window."""
+SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
+FIELDS = decoder({**QWEN, "layer_types": listed(str)}, **SIZES)
 
 
 def architecture(config: ConfigJson) -> Architecture:
@@ -25,16 +24,13 @@ def architecture(config: ConfigJson) -> Architecture:
 
 
 def windows(config: ConfigJson) -> dict[str, Any]:
-    """The windows of the Qwen lineage: the layers from ``max_window_layers`` on, or what ``layer_types`` says."""
-    refuse(config, "use_sliding_window", True, False, None)
-    num_layers = int(require(config, "num_hidden_layers"))
-    layer_types = config.get("layer_types")
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    """The layers from ``max_window_layers`` on, or what ``layer_types`` says."""
+    num_layers, layer_types = config["num_hidden_layers"], config["layer_types"]
+    window = config["sliding_window"] if config["use_sliding_window"] else None
     if layer_types is None:
-        first = config.get("max_window_layers", 28) if window is not None else num_layers
+        first = config["max_window_layers"] if window is not None else num_layers
         layer_types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
     return window_fields(window, layer_types, num_layers)
 
 
-def table(arch: Architecture) -> Mapping[str, Row]:
-    return llama.table(arch)
+FAMILY = Family(fields=FIELDS, architecture=architecture, table=llama.table)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from rlx.arch.architecture import (
-    Architecture,
-    ConfigJson,
-    common_fields,
-    refuse,
-)
+from rlx.arch.architecture import Architecture, common_fields
 from rlx.arch.families import llama, qwen2
-from rlx.arch.weights import Row
+from rlx.arch.family import Family
+from rlx.arch.fields import ConfigJson, decoder, flag, listed, whole
 
-FIELDS = qwen2.FIELDS | {"attention_bias"}
-_DEFAULTS = {"head_dim": 128}  # transformers' own, where config.json says nothing
+OWN = {"head_dim": whole(128), "attention_bias": flag(False)}
+FIELDS = decoder({**qwen2.QWEN, **OWN, "layer_types": listed(str)}, **qwen2.SIZES)
 
 
 def architecture(config: ConfigJson) -> Architecture:
-    refuse(config, "attention_bias", True, False, None)
-    bias = bool(config.get("attention_bias"))
-    fields = common_fields({**_DEFAULTS, **config}) | qwen2.windows(config)
+    bias = config["attention_bias"]
+    fields = common_fields(config) | qwen2.windows(config)
     return Architecture(**fields, qk_norm=True, qkv_bias=bias, projection_bias=bias)
 
 
-def table(arch: Architecture) -> Mapping[str, Row]:
-    return llama.table(arch)
+FAMILY = Family(fields=FIELDS, architecture=architecture, table=llama.table)

@@ -1,17 +1,11 @@
-"""One file a model family: its table of weight names and how its configuration is read."""
+"""The table of model families. A new one is a file beside this one and a row here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
-from rlx.arch.architecture import (
-    Architecture,
-    ConfigJson,
-    read_config_json,
-    require,
-)
+from rlx.arch.architecture import Architecture, check_numbers, read_config_json
 from rlx.arch.families import (
     deepseek,
     deepseek_v2,
@@ -25,49 +19,41 @@ from rlx.arch.families import (
     qwen3,
     qwen3_moe,
 )
-from rlx.arch.fields import refuse_unknown_fields
+from rlx.arch.family import Family
+from rlx.arch.fields import ConfigJson, complete, require
 from rlx.arch.weights import Row
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """``architecture`` reads a config.json; ``table`` gives the rows of one architecture by Megatron name; ``fields`` are
-    the names in config.json that the family knows beyond the common ones."""
-
-    architecture: Callable[[ConfigJson], Architecture]
-    table: Callable[[Architecture], Mapping[str, Row]]
-    fields: frozenset[str]
-
-
 FAMILIES: Mapping[str, Family] = {
-    "deepseek": Family(architecture=deepseek.architecture, table=deepseek.table, fields=deepseek.FIELDS),
-    "deepseek_v2": Family(architecture=deepseek_v2.architecture, table=deepseek_v2.table, fields=deepseek_v2.FIELDS),
-    "deepseek_v3": Family(architecture=deepseek_v3.architecture, table=deepseek_v3.table, fields=deepseek_v3.FIELDS),
-    "gemma2": Family(architecture=gemma2.architecture, table=gemma2.table, fields=gemma2.FIELDS),
-    "llama": Family(architecture=llama.architecture, table=llama.table, fields=llama.FIELDS),
-    "mixtral": Family(architecture=mixtral.architecture, table=mixtral.table, fields=mixtral.FIELDS),
-    "phi3": Family(architecture=phi3.architecture, table=phi3.table, fields=phi3.FIELDS),
-    "qwen2": Family(architecture=qwen2.architecture, table=qwen2.table, fields=qwen2.FIELDS),
-    "qwen2_moe": Family(architecture=qwen2_moe.architecture, table=qwen2_moe.table, fields=qwen2_moe.FIELDS),
-    "qwen3": Family(architecture=qwen3.architecture, table=qwen3.table, fields=qwen3.FIELDS),
-    "qwen3_moe": Family(architecture=qwen3_moe.architecture, table=qwen3_moe.table, fields=qwen3_moe.FIELDS),
+    "deepseek": deepseek.FAMILY,
+    "deepseek_v2": deepseek_v2.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "llama": llama.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "phi3": phi3.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
 }
-
-
-def family_of(config: ConfigJson) -> Family:
-    """The family of a config.json, by its ``model_type``. ValueError names the supported ones."""
-    model_type = require(config, "model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"config.json has model_type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]
 
 
 def read_architecture(folder: str | Path) -> Architecture:
     """The architecture of a Hugging Face folder. ValueError names a field that is missing, unknown or not supported."""
     config = read_config_json(folder)
-    family = family_of(config)
-    refuse_unknown_fields(config, family.fields)
-    return family.architecture(config)
+    try:
+        return architecture_of(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def architecture_of(config: ConfigJson) -> Architecture:
+    """The architecture that a config.json describes; ValueError as ``read_architecture``."""
+    model_type = require(config, "model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"config.json has model_type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[model_type]
+    return check_numbers(family.architecture(complete(config, family.fields, family.ignored)))
 
 
 def weight_table(arch: Architecture) -> Mapping[str, Row]:

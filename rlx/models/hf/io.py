@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
@@ -17,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlx.arch.architecture import Architecture
-from rlx.arch.families.experts import layers_of
 from rlx.arch.families.registry import weight_table
+from rlx.arch.sizes import expected_shapes
 from rlx.arch.weights import Row, Shard
 from rlx.models.hf.companions import copy_companions
 from rlx.models.hf.files import INDEX, SINGLE
@@ -183,17 +182,6 @@ def _collect_experts(
             received = torch.empty_like(like, memory_format=torch.contiguous_format)
             dist.recv(received, group=group, group_src=rank)
             yield name, received
-
-
-def expected_shapes(arch: Architecture) -> Mapping[str, tuple[int, ...]]:
-    """Name and shape of every Hugging Face tensor of the model."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, row in weight_table(arch).items():
-        experts = range(arch.experts.num_experts) if arch.experts is not None and "{expert}" in name else range(1)
-        for layer, expert in itertools.product(layers_of(name, arch), experts):
-            for hf_name, shape in zip(row.hf_names, row.hf_shapes(arch), strict=True):
-                shapes[hf_name.format(layer=layer, expert=expert)] = shape
-    return shapes
 
 
 def export_hf(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlx.arch.families.registry import read_architecture
-from rlx.models.hf.io import expected_shapes
+from rlx.arch.sizes import expected_shapes
 
 _QWEN = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from rlx.arch.families.registry import read_architecture
+from rlx.arch.sizes import expected_shapes
 from rlx.config.schema import SyncConfig
 from rlx.models.heads import token_head
-from rlx.models.hf.io import expected_shapes, stage_weights
+from rlx.models.hf.io import stage_weights
 from rlx.parallel.context import shut_down
 from rlx.sync.canary import CanarySpec
 from rlx.sync.collective_phase import PublisherPlace

@@ -14,15 +14,11 @@ import torch
 from torch import nn
 
 from rlx.arch.families.registry import read_architecture
+from rlx.arch.sizes import expected_shapes
 from rlx.config.schema import SyncConfig
 from rlx.models.build import BuildOptions, build_model
 from rlx.models.heads import token_head
-from rlx.models.hf.io import (
-    expected_shapes,
-    export_hf,
-    load_hf,
-    stage_weights,
-)
+from rlx.models.hf.io import export_hf, load_hf, stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.rollout.keys import EngineKeys
 from rlx.sync.canary import CanarySpec

@@ -16,6 +16,9 @@ SHAPE = {
     "num_attention_heads": 12,
     "num_key_value_heads": 4,
     "hidden_size": 96,
+    "head_dim": 12,
+    "intermediate_size": 240,
+    "vocab_size": 131,
     "max_position_embeddings": 4096,
 }
 

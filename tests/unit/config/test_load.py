@@ -143,7 +143,7 @@ def test_nearest_key_prefers_the_right_name_in_the_wrong_section() -> None:
 def test_configuration_and_check_command_import_no_torch() -> None:
     code = (
         "import sys, rlx.config.document, rlx.config.load, rlx.cli.main, rlx.cli.check;"
-        "print([m for m in ('torch', 'transformers', 'rlx.types') if m in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'rlx.types.batch') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 

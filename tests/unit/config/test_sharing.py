@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from megatron.core.parallel_state import RankGenerator
 
+from rlx.arch.families.registry import read_architecture
+from rlx.arch.sizes import Sizes, sizes_of
 from rlx.cli.check import plan
 from rlx.cli.main import main
 from rlx.config.load import ConfigError, load_config, on_paper
-from rlx.config.memory import GIB, RESERVE_BYTES, Estimate, Sizes, estimate, sizes_of
+from rlx.config.memory import GIB, RESERVE_BYTES, Estimate, estimate
 from rlx.config.schema import Config
 from rlx.config.sharing import (
     CONTEXT_BYTES,
@@ -38,7 +40,7 @@ def recipe(*overrides: str, name: str = "llama-3.1-8b") -> Config:
 
 
 def phases_of(config: Config) -> tuple[dict[str, tuple[int, int]], Estimate, Sizes]:
-    sizes = sizes_of(config.model.path)
+    sizes = sizes_of(read_architecture(config.model.path))
     found = estimate(config, sizes)
     return {phase.name: (phase.engine, phase.trainer) for phase in shared_phases(config, found, sizes)}, found, sizes
 

@@ -25,7 +25,7 @@ from converters.places import check_agreement, places
 from converters.plan import exported_rows, parameters
 from converters.work import Advance, run_all
 from rlx.arch.architecture import Architecture
-from rlx.arch.families.registry import family_of
+from rlx.arch.families.registry import architecture_of
 from rlx.arch.weights import Shard
 from rlx.models.hf.row_tensors import load
 from tests.dist.launch import ROOT
@@ -38,7 +38,7 @@ CONFIG: dict[str, Any] = {
 
 def arch_of(model_type: str) -> Architecture:
     config = CONFIG | {"model_type": model_type}
-    return family_of(config).architecture(config)
+    return architecture_of(config)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from converters.__main__ import main
 from converters.journal import Output
 from converters.plan import Layout, Part, bytes_by_rank, file_plans, layout_problems, parameters
 from rlx.arch.architecture import Architecture
-from rlx.arch.families.registry import family_of
+from rlx.arch.families.registry import architecture_of
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "hidden_act": "silu", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
@@ -23,7 +23,7 @@ CONFIG: dict[str, Any] = {
 
 def arch_of(**changes: Any) -> Architecture:
     config = CONFIG | changes
-    return family_of(config).architecture(config)
+    return architecture_of(config)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=8, pp=4, etp=8), Layout(tp=2, pp=3, etp=2), Layout(tp=16, etp=16)])
@@ -56,7 +56,9 @@ def test_ranks_get_their_layers_and_equal_shares() -> None:
 def test_layouts_that_do_not_fit() -> None:
     arch = arch_of()
     assert "64 attention heads" in next(layout_problems(arch, Layout(tp=3)))
-    assert "6 key-value heads" in next(layout_problems(arch_of(num_attention_heads=48, num_key_value_heads=6), Layout(tp=4)))
+    assert "6 key-value heads" in next(
+        layout_problems(arch_of(num_attention_heads=48, num_key_value_heads=6, head_dim=128), Layout(tp=4))
+    )
     assert "80 layers" in next(layout_problems(arch, Layout(pp=81)))
     assert "dense" in next(layout_problems(arch, Layout(ep=2)))
     assert "--pp must be at least 1" in next(layout_problems(arch, Layout(pp=0)))

@@ -1,0 +1,92 @@
+"""How large a model is: the shape of every Hugging Face tensor, and parameters by where they live."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rlx.arch.architecture import Architecture
+from rlx.arch.families.experts import DENSE_ROWS, layers_of
+from rlx.arch.families.registry import weight_table
+
+_MLP, _EXPERT = "decoder.layers.{layer}.mlp.", "{expert}"
+
+
+def expected_shapes(arch: Architecture) -> Mapping[str, tuple[int, ...]]:
+    """Name and shape of every Hugging Face tensor of the model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, row in weight_table(arch).items():
+        experts = range(arch.experts.num_experts) if arch.experts is not None and _EXPERT in name else range(1)
+        for layer, expert in itertools.product(layers_of(name, arch), experts):
+            for hf_name, shape in zip(row.hf_names, row.hf_shapes(arch), strict=True):
+                shapes[hf_name.format(layer=layer, expert=expert)] = shape
+    return shapes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Parameters of ``arch`` by where they live: ``embedding`` and ``output`` (the output layer, 0 where it is tied), and of one
+    layer ``attention`` (with the norms), ``dense_mlp``, ``moe_mlp`` (all of an MoE layer's but its routed experts) and
+    ``experts`` (its routed experts)."""
+
+    arch: Architecture
+    embedding: int
+    output: int
+    attention: int
+    dense_mlp: int
+    moe_mlp: int
+    experts: int
+
+    @property
+    def num_moe_layers(self) -> int:
+        return 0 if self.arch.experts is None else sum(self.arch.experts.layers)
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        layers, sparse = self.arch.num_layers, self.num_moe_layers
+        body = layers * self.attention + (layers - sparse) * self.dense_mlp + sparse * (self.moe_mlp + self.experts)
+        return self.embedding + self.output + body + self.arch.hidden_size
+
+    @property
+    def attention_width(self) -> int:
+        """Numbers that a layer's attention keeps of a token for the backward pass."""
+        arch, latent = self.arch, self.arch.latent
+        if latent is not None:
+            return 4 * arch.num_heads * (latent.plain_dim + latent.rope_dim)
+        return 2 * arch.head_dim * (arch.num_heads + arch.num_kv_heads)
+
+    @property
+    def mlp_width(self) -> int:
+        """The same of its MLP."""
+        experts = self.arch.experts
+        if experts is None:
+            return 3 * self.arch.ffn_hidden_size
+        active = experts.top_k * experts.hidden_size + experts.shared_hidden_size
+        return 3 * active + 2 * self.arch.hidden_size * experts.top_k
+
+
+def sizes_of(arch: Architecture) -> Sizes:
+    """Counted from the weight table."""
+    count = dict.fromkeys(("embedding", "output", "attention", "dense_mlp", "moe_mlp", "experts"), 0)
+    for name, row in weight_table(arch).items():
+        if "{layer}" not in name and not name.startswith(("embedding.", "output_layer.")):
+            continue  # the last norm, which ``total`` adds
+        count[_place(name)] += sum(math.prod(shape) for shape in row.hf_shapes(arch))
+    if arch.experts is not None:
+        count["experts"] *= arch.experts.num_experts
+    return Sizes(arch=arch, **count)
+
+
+def _place(name: str) -> str:
+    if name.startswith("embedding."):
+        return "embedding"
+    if name.startswith("output_layer."):
+        return "output"
+    if name.startswith(DENSE_ROWS):
+        return "dense_mlp"
+    if name.startswith(_MLP):
+        return "experts" if _EXPERT in name else "moe_mlp"
+    return "attention"
