@@ -17,7 +17,7 @@ from rlx.data.examples import ExampleSource, check_examples
 from rlx.data.prompts import check_prompts
 from rlx.data.tokenizer import load_tokenizer
 from rlx.models.hf.auto_classes import classifier_class
-from rlx.rewards.registry import make_verifier, needs_label
+from rlx.rewards.registry import label_use, make_verifier
 
 
 def preflight(config: Config) -> Config:
@@ -55,7 +55,7 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
 def _check_data(config: Config) -> list[str]:
     # Millions of prompts that no evaluation asks need not be read.
     read = replace(config, data=replace(config.data, train=None, sources={})) if config.evaluation.only else config
-    return check_prompts(read, _tokenizer(config), lambda source: needs_label(config.reward, source))
+    return check_prompts(read, _tokenizer(config), lambda source: label_use(config.reward, source))
 
 
 def _check_sync_folder(config: Config) -> None:

@@ -23,6 +23,7 @@ class PromptsConfig:
     args: Mapping[str, Any] = option({}, "arguments of a reasoning-gym task: its own, seed and size")
     prompt_key: str | None = option(None, "column of a text prompt")
     messages_key: str | None = option(None, "column of a chat")
+    tools_key: str | None = option(None, "column of the tools of a chat")
     label_key: str | None = option(None, "column of the ground truth")
     system_prompt: str | None = option(None, "system message of chats that have none; makes a text prompt a chat")
 

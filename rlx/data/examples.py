@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from rlx.config.schema import Config
-from rlx.data.chat_mask import MaskedTokens, Message, checked_chat, continuation, encode_chat, masked_tokens
+from rlx.config.schema import Config, FinetuneConfig
+from rlx.data.chat import Chat, Message, read_messages, says_something
+from rlx.data.chat_mask import MaskedTokens, encode_chat, encode_text_pair
 from rlx.data.order import EpochOrder
 from rlx.data.plan import plan_batch, round_up
-from rlx.data.rows import Row, read_rows
+from rlx.data.questions import tools_of
+from rlx.data.rows import Row, column, placed, read_rows
+from rlx.data.tokenizer import Limit
 from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
 from rlx.types.rollout import TrainSample
 
@@ -31,12 +33,7 @@ class _Text:
     answer: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Chat:
-    messages: Sequence[Message]
-
-
-_Dialogue = _Text | _Chat
+_Dialogue = _Text | Chat
 
 
 class _UnusableError(Exception):
@@ -86,11 +83,10 @@ class ExampleSource:
     def _load(self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
         for where, row in read_rows(path):
             try:
-                example, was_cut = _to_example(row, config, tokenizer)
+                with placed(where):
+                    example, was_cut = _to_example(row, config, tokenizer)
             except _UnusableError as reason:
                 self.drops[str(reason)] += 1
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
             else:
                 self.num_truncated += was_cut
                 yield example
@@ -105,15 +101,14 @@ def check_examples(path: str, config: Config, tokenizer: PreTrainedTokenizerBase
     drops: Counter[str] = Counter()
     for num_rows, (where, row) in enumerate(read_rows(path), start=1):
         try:
-            if num_rows <= num_encoded:
-                _to_example(row, config, tokenizer)
-            else:
-                _dialogues(row, config)
+            with placed(where):
+                if num_rows <= num_encoded:
+                    _to_example(row, config, tokenizer)
+                else:
+                    _dialogues(row, config)
             num_usable += 1
         except _UnusableError as reason:
             drops[str(reason)] += 1
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
     if not num_usable:
         raise ValueError(_nothing_left(path, drops, config))
 
@@ -161,9 +156,8 @@ def _nothing_left(path: str, drops: Counter[str], config: Config) -> str:
 def _to_example(row: Row, config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
     """The example and whether a sequence of it was cut."""
     finetune = config.finetune
-    last_only = finetune.is_paired or finetune.turns == "last"
-    whole = tuple(_encode(dialogue, tokenizer, last_only) for dialogue in _dialogues(row, config))
-    is_long = any(len(side.token_ids) > finetune.max_tokens for side in whole)
+    whole = tuple(_encode(dialogue, tokenizer, finetune) for dialogue in _dialogues(row, config))
+    is_long = any(side.is_cut or len(side.token_ids) > finetune.max_tokens for side in whole)
     if is_long and finetune.overlong == "drop":
         raise _UnusableError("too_long")
     example = tuple(side.cut(finetune.max_tokens) for side in whole) if is_long else whole
@@ -174,17 +168,11 @@ def _to_example(row: Row, config: Config, tokenizer: PreTrainedTokenizerBase) ->
     return example, is_long
 
 
-def _encode(dialogue: _Dialogue, tokenizer: PreTrainedTokenizerBase, last_only: bool) -> MaskedTokens:
-    if isinstance(dialogue, _Chat):
-        return encode_chat(dialogue.messages, tokenizer, last_only=last_only)
-    prompt = list(tokenizer.encode(dialogue.prompt))
-    if not prompt:
-        raise ValueError("the prompt has no tokens")
-    answer = continuation(prompt, dialogue.prompt, dialogue.answer, tokenizer, add_special_tokens=True)
-    end = tokenizer.eos_token_id
-    if end is not None and answer[-1:] != [end]:
-        answer.append(end)
-    return masked_tokens([*prompt, *answer], [0] * len(prompt) + [1] * len(answer))
+def _encode(dialogue: _Dialogue, tokenizer: PreTrainedTokenizerBase, finetune: FinetuneConfig) -> MaskedTokens:
+    limit = Limit(num_tokens=finetune.max_tokens, may_cut=finetune.overlong == "truncate")
+    if isinstance(dialogue, Chat):
+        return encode_chat(dialogue, tokenizer, limit, last_only=finetune.is_paired or finetune.turns == "last")
+    return encode_text_pair(dialogue.prompt, dialogue.answer, tokenizer, limit)
 
 
 def _dialogues(row: Row, config: Config) -> tuple[_Dialogue, ...]:
@@ -192,36 +180,36 @@ def _dialogues(row: Row, config: Config) -> tuple[_Dialogue, ...]:
     finetune = config.finetune
     if finetune.is_paired:
         keys = (finetune.chosen_key, finetune.rejected_key)
-        missing = [key for key in keys if row.get(key) is None]
+        missing = [key for key in keys if column(row, key) is None]
         if missing:
             raise ValueError(f"no column {missing[0]!r} (finetune.chosen_key, finetune.rejected_key); {_columns(row)}")
         return tuple(_with_answer(row, key, config) for key in keys)
-    if row.get(finetune.response_key) is not None:
+    if column(row, finetune.response_key) is not None:
         return (_with_answer(row, finetune.response_key, config),)
-    prompt, column = _prompt(row, config)
+    prompt, key = _prompt(row, config)
     if prompt is None or isinstance(prompt, str):
         raise ValueError(
             f"neither a chat in {config.data.messages_key!r} nor an answer in {finetune.response_key!r}"
             f" (data.messages_key, finetune.response_key); {_columns(row)}"
         )
-    return (_chat(checked_chat(prompt, column)),)
+    return (_chat(row, read_messages(prompt, key), config),)
 
 
 def _with_answer(row: Row, key: str, config: Config) -> _Dialogue:
     """The answer in column ``key``, text or messages, to the row's prompt."""
-    answer = row[key]
-    prompt, column = _prompt(row, config)
+    answer = column(row, key)
+    prompt, prompt_key = _prompt(row, config)
     if not isinstance(answer, str):
-        chat = checked_chat(answer, key)
-        if chat[0]["role"] != "assistant":
-            return _chat(chat)
+        messages = read_messages(answer, key)
+        if messages[0]["role"] != "assistant":
+            return _chat(row, messages, config)
         if prompt is None or isinstance(prompt, str):
             raise ValueError(f"column {key!r} holds the assistant's messages alone; give the prompt as messages too")
-        return _chat([*checked_chat(prompt, column), *chat])
+        return _chat(row, [*read_messages(prompt, prompt_key), *messages], config)
     if prompt is None:
         raise ValueError(f"column {key!r} is the answer to no prompt (data.messages_key, data.prompt_key); {_columns(row)}")
     if not isinstance(prompt, str):
-        return _chat([*checked_chat(prompt, column), {"role": "assistant", "content": answer}])
+        return _chat(row, [*read_messages(prompt, prompt_key), {"role": "assistant", "content": answer}], config)
     if not answer.strip():
         raise _UnusableError("empty_answer")
     return _Text(prompt=prompt, answer=answer)
@@ -229,15 +217,15 @@ def _with_answer(row: Row, key: str, config: Config) -> _Dialogue:
 
 def _prompt(row: Row, config: Config) -> tuple[object, str]:
     """The prompt, text or messages or None, and the column it stands in."""
-    keys = (config.data.messages_key, config.data.prompt_key)
-    return next(((row[key], key) for key in keys if row.get(key) is not None), (None, ""))
+    named = ((column(row, key), key) for key in (config.data.messages_key, config.data.prompt_key))
+    return next(((found, key) for found, key in named if found is not None), (None, ""))
 
 
-def _chat(messages: Sequence[Message]) -> _Chat:
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not any(answer.strip() if isinstance(answer, str) else answer for answer in islice(reversed(answers), 1)):
+def _chat(row: Row, messages: Sequence[Message], config: Config) -> Chat:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers or not says_something(answers[-1]):
         raise _UnusableError("empty_answer")
-    return _Chat(messages=messages)
+    return Chat(messages=messages, tools=tools_of(row, config.data))
 
 
 def _columns(row: Row) -> str:

@@ -18,7 +18,8 @@ from rlx.data.mixture import next_source, shares_of
 from rlx.data.order import Curriculum, EpochOrder
 from rlx.data.questions import Question, check_questions, columns_of, fingerprint, read_questions
 from rlx.data.tasks import EVALUATION_SEEDS
-from rlx.types.rollout import Prompt
+from rlx.obs.log import logger
+from rlx.types.rollout import LabelUse, Prompt
 
 
 class PromptSource:
@@ -123,19 +124,30 @@ def evaluation_prompts(
     return [question.ask(index, source) for index, question in enumerate(questions[: one.max_prompts])], drops
 
 
-def check_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, needs_label: Callable[[str], bool]) -> list[str]:
-    """What is wrong with the prompts of a run, a line for each source and evaluation set. ``needs_label`` says of a source's
-    name whether its reward compares with labels: then some of its first rows must have one."""
+def check_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, use_of: Callable[[str], LabelUse]) -> list[str]:
+    """What is wrong with the prompts of a run, a line for each source and evaluation set. ``use_of`` says of a source's name
+    what its reward does with labels: where it needs them, some rows must have one."""
     found = []
     seeds = ((config.data.by_name, config.run.seed), (config.evaluation.by_name, EVALUATION_SEEDS + config.run.seed))
     for sources, seed in seeds:
         for name, one in sources.items():
+            use = use_of(name or one.path)
             try:
-                is_labelled = check_questions(one, config.data, tokenizer, seed)
+                is_labelled = check_questions(one, config.data, tokenizer, use, seed)
             except ValueError as error:
                 found.append(str(error))
                 continue
-            if not is_labelled and needs_label(name or one.path):
-                column = columns_of(one, config.data).label_key
-                found.append(f"{one.path}: the reward compares with labels, but the rows have no {column!r} (data.label_key)")
+            if not is_labelled:
+                found += _without_labels(one.path, columns_of(one, config.data).label_key, use)
     return found
+
+
+def _without_labels(path: str, key: str, use: LabelUse) -> list[str]:
+    """What to say of rows that have no label at all. A key that was named and is nowhere is wrong; the default one may be."""
+    if use.is_needed:
+        return [f"{path}: the reward compares with labels, but the rows have no {key!r} (data.label_key)"]
+    if use.is_handed_on and key != DataConfig().label_key:
+        return [f"{path}: no row has a {key!r} (data.label_key), so the reward function would get None as every label"]
+    if use.is_handed_on:
+        logger.warning("rlx: warning: %s: no row has a %r (data.label_key); the reward function gets None as label", path, key)
+    return []

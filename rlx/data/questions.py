@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.config.schema import DataConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig, task_name
-from rlx.data.rows import Row, read_rows
+from rlx.data.chat import Chat, for_template, read_messages, read_tools, render
+from rlx.data.rows import Row, column, label_in, placed, read_rows
 from rlx.data.tasks import read_task
-from rlx.data.tokenizer import encode_prompt
-from rlx.types.rollout import Prompt
+from rlx.data.tokenizer import encode_part, encode_text, is_surely_longer, most_bytes
+from rlx.types.rollout import LabelUse, Prompt
 
 Source = SourceConfig | EvaluationSetConfig
+NUM_ENCODED = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +32,7 @@ class Question:
 
     token_ids: tuple[int, ...]
     text: str
-    label: str | None
+    label: object
     level: float
     extra: Mapping[str, object]
 
@@ -54,17 +56,12 @@ def read_questions(
     counts: Counter[str] = Counter()
     questions = []
     for where, row in _rows(source, data, default_seed):
-        try:
-            question = _to_question(row, source, data, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        if len(question.token_ids) <= data.max_prompt_tokens:
+        with placed(where):
+            question, fate = _to_question(row, source, data, tokenizer)
+        if question is not None:
             questions.append(question)
-        elif data.overlong == "truncate":
-            questions.append(_truncated(question, data.max_prompt_tokens, tokenizer))
-            counts["prompt_truncated"] += 1
-        else:
-            counts["prompt_too_long"] += 1
+        if fate is not None:
+            counts[fate] += 1
     if not questions and counts:
         raise ValueError(
             f"{source.path}: all {counts.total()} prompts are longer than data.max_prompt_tokens = {data.max_prompt_tokens}"
@@ -75,26 +72,25 @@ def read_questions(
 
 
 def check_questions(
-    source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, default_seed: int = 0, num_encoded: int = 64
+    source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, use: LabelUse, default_seed: int = 0
 ) -> bool:
-    """Look for faults before a run: every row of a file is read and the first ``num_encoded`` are tokenised too; of a task
-    only so many questions are made. Returns whether any of those has a label.
+    """Look for faults before a run: every row of a file is read and the first NUM_ENCODED are tokenised too; of a task
+    only so many questions are made. Returns whether any of them has a label.
 
-    Raises ValueError with file and line, as ``read_questions`` would.
+    Raises ValueError with file and line, as ``read_questions`` would, and for a label that ``use`` has no use for.
     """
     data = columns_of(source, data)
     num_rows, is_labelled = 0, False
     for where, row in _rows(source, data, default_seed):
-        try:
-            if num_rows < num_encoded:
-                is_labelled |= _to_question(row, source, data, tokenizer).label is not None
-            elif task_name(source.path) is not None:
-                break
+        if num_rows == NUM_ENCODED and task_name(source.path) is not None:
+            break
+        with placed(where):
+            if num_rows < NUM_ENCODED:
+                _to_question(row, source, data, tokenizer)
             else:
-                _check_columns(row, data)
+                _prompt_of(row, data)
                 _level_of(row, source, data)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            is_labelled |= _checked_label(row, data, use) is not None
         num_rows += 1
     if not num_rows:
         raise ValueError(f"{source.path} holds no rows")
@@ -103,7 +99,8 @@ def check_questions(
 
 def columns_of(source: Source, data: DataConfig) -> DataConfig:
     """``data`` with what ``source`` says about its own columns."""
-    own = {key: getattr(source, key) for key in ("prompt_key", "messages_key", "label_key", "system_prompt")}
+    keys = ("prompt_key", "messages_key", "tools_key", "label_key", "system_prompt")
+    own = {key: getattr(source, key) for key in keys}
     return replace(data, **{key: value for key, value in own.items() if value is not None})
 
 
@@ -124,29 +121,72 @@ def _rows(source: Source, data: DataConfig, default_seed: int) -> Iterator[tuple
     return read_rows(source.path)
 
 
-def _check_columns(row: Row, data: DataConfig) -> None:
-    if row.get(data.messages_key) is None and row.get(data.prompt_key) is None:
-        columns = ", ".join(row) or "none"
+def _prompt_of(row: Row, data: DataConfig) -> str | Chat:
+    """What the row asks: a text, or a chat. ``data.system_prompt`` opens chats that begin with no system message, and makes a
+    chat of a text. ValueError for a row with neither, or of the wrong type."""
+    messages, prompt = column(row, data.messages_key), column(row, data.prompt_key)
+    if messages is None and prompt is None:
         raise ValueError(
-            f"neither a {data.messages_key!r} nor a {data.prompt_key!r} column; the columns are {columns}"
+            f"neither a {data.messages_key!r} nor a {data.prompt_key!r} column; the columns are {', '.join(row) or 'none'}"
             " (data.messages_key and data.prompt_key name them)"
         )
+    if messages is None and not isinstance(prompt, str):
+        raise ValueError(f"column {data.prompt_key!r} must be text, got {type(prompt).__name__}")
+    if messages is None and data.system_prompt is None:
+        return str(prompt)
+    chat = [{"role": "user", "content": prompt}] if messages is None else read_messages(messages, data.messages_key)
+    if data.system_prompt and chat[0]["role"] != "system":
+        chat = [{"role": "system", "content": data.system_prompt}, *chat]
+    return Chat(messages=chat, tools=tools_of(row, data))
 
 
-def _to_question(row: Row, source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Question:
-    _check_columns(row, data)
-    token_ids, text = encode_prompt(row, data, tokenizer)
-    if not token_ids:
+def _to_question(
+    row: Row, source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Question | None, str | None]:
+    """The question of a row, None when it is left out; and what became of it when it was over the length limit."""
+    prompt, limit = _prompt_of(row, data), data.max_prompt_tokens
+    text = prompt if isinstance(prompt, str) else render(for_template(prompt, tokenizer), tokenizer, opens_answer=True)
+    encode = encode_text if isinstance(prompt, str) else encode_part  # a template writes its own special tokens
+    is_long = is_surely_longer(text, limit, tokenizer)
+    if is_long and data.overlong == "truncate":
+        text = _tail(text, limit, tokenizer)
+    token_ids = [] if is_long and data.overlong == "drop" else encode(text, tokenizer)
+    if not token_ids and not (is_long and data.overlong == "drop"):
         raise ValueError("the prompt has no tokens")
-    label = row.get(data.label_key)
     used = {data.messages_key, data.prompt_key, data.label_key}
-    return Question(
+    question = Question(
         token_ids=tuple(token_ids),
         text=text,
-        label=None if label is None else str(label),
+        label=label_in(row, data.label_key),
         level=_level_of(row, source, data),
         extra={key: value for key, value in row.items() if key not in used},
     )
+    if not is_long and len(token_ids) <= limit:
+        return question, None
+    if data.overlong == "drop":
+        return None, "prompt_too_long"
+    return question if len(token_ids) <= limit else _truncated(question, limit, tokenizer), "prompt_truncated"
+
+
+def tools_of(row: Row, data: DataConfig) -> list[Mapping[str, object]] | None:
+    """The tools beside a row's messages."""
+    return None if data.tools_key is None else read_tools(column(row, data.tools_key), data.tools_key)
+
+
+def _checked_label(row: Row, data: DataConfig, use: LabelUse) -> object:
+    label = label_in(row, data.label_key)
+    if use.is_compared and label is not None and not isinstance(label, str):
+        raise ValueError(
+            f"the label in {data.label_key!r} (data.label_key) is {type(label).__name__} {label!r:.200}; the reward compares"
+            " with text or a number (a.b names the field b of column a; a function of your own gets labels as they are)"
+        )
+    return label
+
+
+def _tail(text: str, limit: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The end of a text, far more of it than the limit, behind the opening token that it may begin with."""
+    opening = str(tokenizer.bos_token or "")
+    return (opening if text.startswith(opening) else "") + text[-2 * most_bytes(limit, tokenizer) :]
 
 
 def _truncated(question: Question, limit: int, tokenizer: PreTrainedTokenizerBase) -> Question:
@@ -163,9 +203,7 @@ def _level_of(row: Row, source: Source, data: DataConfig) -> float:
     key = source.curriculum_key or data.curriculum_key
     if key is None:
         return 0.0
-    found: object = row
-    for name in key.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
+    found = column(row, key)
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
         raise ValueError(f"the curriculum's column {key!r} (data.curriculum_key) must hold a finite number, got {found!r}")
     return float(found)

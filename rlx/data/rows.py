@@ -1,9 +1,13 @@
-"""Reading prompt files: JSONL and parquet into rows, with errors that name the file and the line."""
+"""Reading files of rows: JSONL and parquet alike, with errors that name the file and the line; and what a column holds."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import cast
 
@@ -12,44 +16,116 @@ import pyarrow.parquet
 
 Row = dict[str, object]
 
+# Far above what rows hold, and far below where pickling and writing them again would end.
+MAX_DEPTH = 100
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """ValueErrors from here begin with ``where``: a file and line, or a key."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
 
 def read_rows(path: str) -> Iterator[tuple[str, Row]]:
     """Yield (where, row) for each row of ``path``; ``where`` names file and line for errors. Blank lines are skipped.
 
-    Raises ValueError for a missing or unreadable file, an unknown suffix, or a line that is no JSON object.
+    Raises ValueError for a missing or unreadable file, an unknown suffix, and a line that is no JSON object, nests deeper than
+    MAX_DEPTH or holds text that is no Unicode.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"prompt file {path} does not exist")
+    if not os.path.isfile(file):
+        raise ValueError(f"file {path} does not exist")
     if file.suffix == ".jsonl":
-        return _read_jsonl(file)
+        return read_jsonl(file)
     if file.suffix == ".parquet":
         return _read_parquet(file)
-    raise ValueError(f"prompt file {path} must end in .jsonl or .parquet")
+    raise ValueError(f"file {path} must end in .jsonl or .parquet")
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, Row]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
+def read_jsonl(file: Path) -> Iterator[tuple[str, Row]]:
+    """As ``read_rows``, whatever the file's name ends in."""
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{file}:{number}"
+                    with placed(where):
+                        row = _parsed(line)
+                    yield where, row
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def column(row: Row, key: str) -> object:
+    """What the row holds under ``key``: the column of that name, else (``a.b``) the field b of the object in column a."""
+    found: object = row
+    for name in (key,) if key in row else key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def label_in(row: Row, key: str) -> object:
+    """The label as verifiers compare it: numbers as text, whole ones without a fraction (``2.0`` is "2"); NaN is None.
+
+    Other types (true, lists, objects) stay what they are: only some verifiers can say what those mean.
+    """
+    value = column(row, key)
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return value
+    if isinstance(value, int) or not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def without_nulls(value: object) -> object:
+    """``value`` without the keys that are null, at any depth: a parquet file has every key of a struct in every row."""
+    if isinstance(value, Mapping):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _parsed(line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH or b"\\u" in line:
+        _check_values(row)
+    return cast(Row, row)
+
+
+def _check_values(row: Row) -> None:
+    """ValueError for what JSON can spell and nothing after it can handle: deep nesting, halves of surrogate pairs."""
+    left: list[tuple[object, int]] = [(row, 0)]
+    while left:
+        value, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        if isinstance(value, dict):
+            left += [(item, depth + 1) for pair in value.items() for item in pair]
+        elif isinstance(value, list):
+            left += [(item, depth + 1) for item in value]
+        elif isinstance(value, str):
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-            yield where, cast(Row, row)
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"a text holds {value[error.start]!a}, half of a surrogate pair, which is no text") from None
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
+    number = 0
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}: row {number}", cast(Row, row)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: cannot be read as parquet: {error}") from error
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist(maps_as_pydicts="lossy"):
+                    number += 1
+                    yield f"{file}: row {number}", {name: without_nulls(value) for name, value in row.items()}
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as parquet after row {number}: {error}") from error

@@ -1,16 +1,18 @@
-"""The tokenizer of a model folder, and prompts to token ids. Text becomes tokens here and nowhere else in a run."""
+"""The tokenizer of a model folder, and text to token ids. Text becomes tokens here and nowhere else in a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlx.config.schema import DataConfig
-
 # Any one of these is enough for AutoTokenizer to build a tokenizer from a folder.
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# A token stands for no more bytes than the longest one has; small vocabularies may throw away more (spaces, unknown words).
+_BYTES_A_TOKEN = 128
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -19,52 +21,85 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     Raises ValueError naming what is missing: the folder, its vocabulary, or the template file.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"model.tokenizer_path: {path} is not a folder")
     if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
         raise ValueError(f"model.tokenizer_path: {path} holds no tokenizer; expected one of {', '.join(_VOCABULARY_FILES)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and its backends raise whatever a broken file makes them
         raise ValueError(f"model.tokenizer_path: the tokenizer in {path} cannot be loaded: {error}") from error
     if chat_template is not None:
-        if not Path(chat_template).is_file():
-            raise ValueError(f"data.chat_template: no such file: {chat_template}")
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = _read_template(chat_template)
     return tokenizer
 
 
-def encode_prompt(row: Mapping[str, object], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
-    """Token ids and text of a row: its messages through the chat template with the assistant's opening, else its prompt.
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a text that begins a sequence and is to be continued.
 
-    ``config.system_prompt`` goes before messages that do not begin with a system message, and makes a chat of a prompt.
-    Raises ValueError for a row with neither, of the wrong type, or with messages the tokenizer has no template for.
+    The tokens that the tokenizer opens a text with (such as a beginning-of-sequence token) come first, once, whether or not
+    the text spells them out; those that it closes one with are left away, for the sequence goes on.
     """
-    messages, prompt = row.get(config.messages_key), row.get(config.prompt_key)
-    if messages is None and config.system_prompt is not None and isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
-    if messages is not None:
-        text = _render(messages, config, tokenizer)
-        # The template writes its own special tokens.
-        return list(tokenizer.encode(text, add_special_tokens=False)), text
-    if not isinstance(prompt, str):
-        raise ValueError(f"column {config.prompt_key!r} must be text, got {type(prompt).__name__}")
-    return list(tokenizer.encode(prompt)), prompt
+    ids, opening = encode_part(text, tokenizer), list(_opening(tokenizer))
+    return ids if ids[: len(opening)] == opening else opening + ids
 
 
-def _render(messages: object, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"column {config.messages_key!r} holds a chat, but the tokenizer has no chat template:"
-            " set data.chat_template to a Jinja file, or give the prompts as text"
-        )
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"column {config.messages_key!r} must be a list of role/content objects, got {messages!r}")
-    for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"column {config.messages_key!r}: each message needs role and content, got {message!r}")
-    has_system = messages[0]["role"] == "system"
-    opening = [{"role": "system", "content": config.system_prompt}] if config.system_prompt and not has_system else []
-    rendered = tokenizer.apply_chat_template([*opening, *messages], tokenize=False, add_generation_prompt=True)
-    assert isinstance(rendered, str)
-    return rendered
+def encode_part(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a text and nothing else, as a chat template's, which writes its special tokens itself.
+
+    Raises ValueError for what the tokenizer refuses.
+    """
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    except Exception as error:  # a tokenizer's backend raises whatever it likes
+        raise ValueError(f"the tokenizer refuses the text: {type(error).__name__}: {error}") from error
+
+
+def most_bytes(num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Texts of more bytes than this have more than ``num_tokens`` tokens; so tokenising them, which may take minutes, is
+    not needed to know."""
+    return num_tokens * max(_BYTES_A_TOKEN, _longest_token(tokenizer))
+
+
+def is_surely_longer(text: str, num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the text has more tokens than these, by its length alone."""
+    most = most_bytes(num_tokens, tokenizer)
+    return len(text) * 4 > most and len(text.encode(errors="replace")) > most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """Tokens of a sequence, and whether longer ones are cut (to their beginning) rather than left out."""
+
+    num_tokens: int
+    may_cut: bool
+
+    def kept(self, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What there is to tokenise of the text: of one that is surely longer its beginning, or nothing."""
+        if not is_surely_longer(text, self.num_tokens, tokenizer):
+            return text
+        return text[: most_bytes(self.num_tokens, tokenizer)] if self.may_cut else ""
+
+
+def _read_template(path: str) -> str:
+    if not os.path.isfile(path):
+        raise ValueError(f"data.chat_template: no such file: {path}")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.chat_template: {path} cannot be read: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _opening(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that the tokenizer puts before a text."""
+    alone, whole = encode_part("a", tokenizer), list(tokenizer.encode("a"))
+    starts = (start for start in range(len(whole)) if alone and whole[start : start + len(alone)] == alone)
+    bos = tokenizer.bos_token_id
+    return tuple(whole[: next(starts, int(bos is not None and whole[:1] == [bos]))])
+
+
+@lru_cache(maxsize=8)
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Bytes of the longest token, or somewhat more: byte-level vocabularies spell some bytes by two."""
+    return max((len(token.encode(errors="replace")) for token in tokenizer.get_vocab()), default=1)

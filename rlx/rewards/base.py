@@ -37,11 +37,13 @@ class MissingLabelError(ValueError):
 
 
 def label_of(prompt: Prompt) -> str:
-    """The prompt's label; raises MissingLabelError naming the prompt and its file."""
+    """The prompt's label; ValueError (MissingLabelError for none) names the prompt and its file."""
     if prompt.label is None:
         raise MissingLabelError(
             f"prompt {prompt.prompt_id} of {prompt.source or 'the prompt file'} has no label (data.label_key)"
         )
+    if not isinstance(prompt.label, str):
+        raise ValueError(f"the label of prompt {prompt.prompt_id} is {type(prompt.label).__name__}, not text or a number")
     return prompt.label
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rlx.rewards.base import checked_reward, invalid
+from rlx.rewards.base import checked_reward, invalid, label_of
 from rlx.rewards.remote import Poster, RemoteError
 from rlx.types.rollout import Completion, Prompt, Reward
 
@@ -49,7 +49,7 @@ class JudgeModel:
         self._fill("", "", "")
 
     def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        content = self._fill(prompt.text, response_text, prompt.label or "")
+        content = self._fill(prompt.text, response_text, "" if prompt.label is None else label_of(prompt))
         reply = self._text_of(self._poster.post({**self._request, "messages": [{"role": "user", "content": content}]}))
         found = self._pattern.findall(reply)
         if not found:

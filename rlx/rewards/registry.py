@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from rlx.config.schema import RewardConfig
@@ -21,6 +21,7 @@ from rlx.rewards.python_function import PythonFunction
 from rlx.rewards.reasoning_gym import ReasoningGym
 from rlx.rewards.regex import RegexMatch
 from rlx.rewards.weighted import Part, WeightedSum
+from rlx.types.rollout import LabelUse
 
 # What computes here runs in processes, what waits for a server in threads.
 LOCAL: Mapping[str, Callable[..., Verifier]] = {
@@ -37,6 +38,8 @@ REMOTE: Mapping[str, Callable[..., Verifier]] = {"http": HttpScorer, "model": Mo
 VERIFIERS: Mapping[str, Callable[..., Verifier]] = {**LOCAL, **REMOTE}
 # These can say nothing of a prompt without a label.
 COMPARING = ("exact", "numeric", "math")
+# These can do without one, but a label that is no text means nothing to them.
+SHOWING = ("regex", "judge")
 SUM, BY_SOURCE = "sum", "by_source"
 
 
@@ -61,15 +64,27 @@ def make_verifier(config: RewardConfig) -> Verifier:
         raise ValueError(f"reward.args do not fit the verifier {config.name}: {error}") from error
 
 
-def needs_label(config: RewardConfig, source: str) -> bool:
-    """Whether a prompt of ``source`` must have a label for its verdict to be valid."""
+def label_use(config: RewardConfig, source: str) -> LabelUse:
+    """What the verifiers of a prompt of ``source`` do with its label."""
+    names = list(_names_for(config, source))
+    return LabelUse(
+        is_needed=any(name in COMPARING for name in names),
+        is_compared=any(name in (*COMPARING, *SHOWING) for name in names),
+        is_handed_on=any(":" in name for name in names),
+    )
+
+
+def _names_for(config: RewardConfig, source: str) -> Iterator[str]:
+    """The verifiers of a prompt of ``source``, sums taken apart."""
     if config.name == SUM:
-        return any(needs_label(part.config, source) for part in part_configs(config))
-    if config.name == BY_SOURCE:
+        for part in part_configs(config):
+            yield from _names_for(part.config, source)
+    elif config.name == BY_SOURCE:
         named, otherwise = source_configs(config)
         own = named.get(source, otherwise)
-        return own is not None and needs_label(own, source)
-    return config.name in COMPARING
+        yield from () if own is None else _names_for(own, source)
+    else:
+        yield config.name
 
 
 def is_remote(config: RewardConfig) -> bool:

@@ -10,13 +10,26 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LabelUse:
+    """What a reward does with labels: ``is_needed``: no verdict without one; ``is_compared``: as text; ``is_handed_on``: as
+    it is, to a function of the user's."""
+
+    is_needed: bool = False
+    is_compared: bool = False
+    is_handed_on: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One question. ``prompt_id`` numbers the prompts of a run in the order drawn; ``extra`` holds the row's other columns."""
+    """One question. ``prompt_id`` numbers the prompts of a run in the order drawn; ``extra`` holds the row's other columns.
+
+    ``label`` is text where the row holds text or a number, None where it holds nothing, else what the row holds.
+    """
 
     prompt_id: int
     token_ids: tuple[int, ...]
     text: str
-    label: str | None = None
+    label: object = None
     source: str = ""
     extra: Mapping[str, object] = field(default_factory=dict)
 

@@ -129,8 +129,8 @@ def test_tokenizers_that_begin_texts_with_a_space_do_not_put_one_into_the_middle
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     assert tokenizer.encode("a") == [0, 1] and tokenizer.encode(" b") == [0, 3]
-    assert continuation([0, 1], "a", " b", tokenizer, add_special_tokens=False) == [3]
-    assert continuation([0, 1, 0], "a ", "b", tokenizer, add_special_tokens=False) == [3]
+    assert continuation([0, 1], "a", " b", tokenizer, opens=False) == [3]
+    assert continuation([0, 1, 0], "a ", "b", tokenizer, opens=False) == [3]
 
 
 def test_a_template_that_rewrites_turns_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_cut_between_turns_ends_with_an_answer(tmp_path: Path) -> None:
         ([{"chosen": "b", "rejected": "c"}], {"objective": "dpo"}, "is the answer to no prompt"),
         ([{"prompt": "a", "chosen": [GOOD], "rejected": [BAD]}], {"objective": "dpo"}, "give the prompt as messages too"),
         ([{"prompt": "a", "chosen": 1, "rejected": 2}], {"objective": "dpo"}, "'chosen' must be a list of role/content"),
-        ([{"messages": [{"role": "user"}]}], {}, "each message needs role and content"),
+        ([{"messages": [{"role": "user"}]}], {}, "message 0 needs a role and content"),
         ([{"messages": []}], {}, "must be a list of role/content objects"),
         ([{"messages": [GOOD, USER, GOOD]}], {}, "the chat begins with the assistant"),
         ([{"prompt": "a", "response": "b b b b"}], {"max_tokens": 3}, "all 1 rows are dropped (too_long 1); finetune.max_tokens"),

@@ -116,7 +116,7 @@ def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
         ('{"prompt": 5}\n', r"p\.jsonl:1: column 'prompt' must be text, got int"),
         ('{"prompt": ""}\n', r"p\.jsonl:1: the prompt has no tokens"),
         ('{"messages": "hello"}\n', r"p\.jsonl:1: column 'messages' must be a list"),
-        ('{"messages": [{"role": "user"}]}\n', r"p\.jsonl:1: .*needs role and content"),
+        ('{"messages": [{"role": "user"}]}\n', r"p\.jsonl:1: .*message 0 needs a role and content"),
         ("\n", "holds no rows"),
     ],
 )

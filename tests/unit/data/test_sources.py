@@ -18,6 +18,7 @@ from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig
 from rlx.data.mixture import next_source, shares_of
 from rlx.data.prompts import PromptSource, check_prompts, evaluation_prompts
+from rlx.types.rollout import LabelUse
 
 WORDS = ["<s>", "<unk>", "<system>", "<user>", "<assistant>", *"abcdefgh"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
@@ -30,6 +31,7 @@ def tokenizer_of() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = tokenizer_of()
+NEEDS = LabelUse(is_needed=True)
 
 
 def write(path: Path, *rows: dict[str, object]) -> str:
@@ -216,7 +218,7 @@ def test_a_source_that_cannot_be_used_is_found_before_the_run(
     bad = SourceConfig(path=good if path == "FILE" else path, args=args)
     data = DataConfig(sources={"good": SourceConfig(path=good), "bad": bad})
     config = Config(model=ModelConfig(path="m"), data=data, reward=RewardConfig(name="exact"))
-    (problem,) = check_prompts(config, TOKENIZER, lambda source: True)
+    (problem,) = check_prompts(config, TOKENIZER, lambda source: NEEDS)
     with pytest.raises(ValueError, match=message):
         raise ValueError(problem)
 
@@ -225,8 +227,8 @@ def test_a_source_without_labels_is_found_where_the_reward_compares_with_them(tm
     bare = write(tmp_path / "bare.jsonl", {"prompt": "a", "answer": 3}, {"prompt": "b", "answer": 4})
     data = DataConfig(sources={"good": SourceConfig(path=numbered(tmp_path / "p.jsonl", 3)), "bare": SourceConfig(path=bare)})
     config = Config(model=ModelConfig(path="m"), data=data, reward=RewardConfig(name="exact"))
-    (problem,) = check_prompts(config, TOKENIZER, lambda source: True)
+    (problem,) = check_prompts(config, TOKENIZER, lambda source: NEEDS)
     assert problem.endswith("bare.jsonl: the reward compares with labels, but the rows have no 'label' (data.label_key)")
-    assert check_prompts(config, TOKENIZER, lambda source: source == "good") == []
+    assert check_prompts(config, TOKENIZER, lambda source: LabelUse(is_needed=source == "good")) == []
     named = replace(data, sources={**data.sources, "bare": replace(data.sources["bare"], label_key="answer")})
-    assert check_prompts(replace(config, data=named), TOKENIZER, lambda source: True) == []
+    assert check_prompts(replace(config, data=named), TOKENIZER, lambda source: NEEDS) == []

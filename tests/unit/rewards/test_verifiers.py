@@ -10,8 +10,8 @@ import pytest
 from rlx.config.schema import RewardConfig
 from rlx.rewards.base import MissingLabelError
 from rlx.rewards.numeric import last_number
-from rlx.rewards.registry import make_verifier, needs_label
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.registry import label_use, make_verifier
+from rlx.types.rollout import Completion, LabelUse, Prompt, Reward
 
 ANSWER = Completion(token_ids=(1,), rollout_logprobs=(-0.1,), finish_reason="stop", weight_versions=(0,))
 
@@ -171,5 +171,6 @@ def test_which_rewards_need_a_label() -> None:
     parts = RewardConfig(name="sum", args={"parts": [{"name": "format"}, {"name": "math"}]})
     sources = {"a": {"name": "exact"}, "b": {"name": "reasoning-gym"}}
     by_source = RewardConfig(name="by_source", args={"sources": sources, "otherwise": {"name": "numeric"}})
-    assert needs_label(parts, "any") and needs_label(by_source, "a") and needs_label(by_source, "c")
-    assert not needs_label(by_source, "b") and not needs_label(RewardConfig(name="mine.py:f"), "any")
+    assert all(label_use(one, "any").is_needed and label_use(one, "any").is_compared for one in (parts, by_source))
+    assert label_use(by_source, "a").is_needed and not label_use(by_source, "b").is_needed
+    assert label_use(RewardConfig(name="mine.py:f"), "any") == LabelUse(is_handed_on=True)
