@@ -48,9 +48,9 @@ class AlgorithmConfig:
     name: str = option("ppo", "the algorithm", choices=tuple(PRESETS))
     epochs: int = option(1, "passes over a rollout batch", minimum=1)
     num_mini_batches: int = option(1, "optimizer steps a pass", minimum=1)
-    gamma: float = option(1.0, "discount", minimum=0)
-    lam: float = option(1.0, "GAE lambda (Schulman et al. 2016)", minimum=0)
-    clip_low: float = by_algorithm("policy ratio is clipped at 1 - clip_low", minimum=0)
+    gamma: float = option(1.0, "discount", minimum=0, maximum=1)
+    lam: float = option(1.0, "GAE lambda (Schulman et al. 2016)", minimum=0, maximum=1)
+    clip_low: float = by_algorithm("policy ratio is clipped at 1 - clip_low", minimum=0, maximum=1)
     clip_high: float = by_algorithm("policy ratio is clipped at 1 + clip_high", minimum=0)
     dual_clip: float | None = option(None, "loss of a negative advantage is at most this x |advantage|; none: off", minimum=1)
     value_clip: float | None = option(0.2, "value change is clipped to this; none: no clipping", minimum=0)
@@ -70,7 +70,9 @@ class AlgorithmConfig:
         4.0, "dynamic sampling: prompts asked for, at most this x data.prompts_per_step", minimum=1
     )
     overlong_filter: bool = option(False, "leave answers cut off by the length limit out of the loss")
-    overlong_buffer: float = by_algorithm("share of rollout.max_new_tokens over which a length penalty grows; 0: off", minimum=0)
+    overlong_buffer: float = by_algorithm(
+        "share of rollout.max_new_tokens over which a length penalty grows; 0: off", minimum=0, maximum=1
+    )
     overlong_penalty: float = option(1.0, "the penalty at the length limit", minimum=0)
     mismatch_correction: str = option("none", "weight by trainer / engine probability", choices=CORRECTIONS)
     mismatch_high: float = option(2.0, "ratios above are truncated (or masked)", minimum=0)

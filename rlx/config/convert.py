@@ -14,6 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from rlx.config.nearest import nearest_key
+from rlx.config.options import LARGEST, broken_limits
 from rlx.config.schema import Config
 
 UNSET = "???"  # OmegaConf's mark for "to be filled in"
@@ -181,11 +182,12 @@ def _check_free(key: str, value: Any, problems: Problems) -> None:
 
 
 def _check_limits(entry: Entry, value: Any, problems: Problems) -> None:
-    choices, minimum = entry.field.metadata["choices"], entry.field.metadata["minimum"]
+    choices = entry.field.metadata["choices"]
     if choices and value not in choices:
         problems.add(entry.key, f"expected one of {', '.join(choices)}, got {_show(value)}")
-    if minimum is not None and value < minimum:
-        problems.add(entry.key, f"must be at least {minimum:g}, got {value}")
+    if type(value) in LARGEST:
+        for words in broken_limits(value, entry.field.metadata["limits"]):
+            problems.add(entry.key, f"must be {words}, got {value}")
 
 
 def _to_float(value: Any) -> Any:

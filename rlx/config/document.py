@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlx.config.convert import Entry, row_class, section_entries, type_words
+from rlx.config.options import limit_words
 from rlx.config.schema import Config
 
 _HEAD = """# Configuration
@@ -48,9 +49,9 @@ def _row(entry: Entry) -> str:
 
 
 def _type(entry: Entry) -> str:
-    choices, minimum = entry.field.metadata["choices"], entry.field.metadata["minimum"]
+    choices = entry.field.metadata["choices"]
     words = " / ".join(f"`{choice}`" for choice in choices) if choices else type_words(entry.hint)
-    return words if minimum is None else f"{words}, at least {minimum:g}"
+    return ", ".join([words, *limit_words(entry.field.metadata["limits"])])
 
 
 def _yaml(value: Any) -> str:

@@ -21,7 +21,7 @@ class FinetuneConfig:
     objective: str = option(
         "none", "what is trained; none: reinforcement learning, or the command's own", choices=("none", *OBJECTIVES)
     )
-    epochs: float | None = option(None, "passes over data.train; none: run.steps optimizer steps", minimum=0)
+    epochs: float | None = option(None, "passes over data.train; none: run.steps optimizer steps", above=0)
     examples_per_step: int = option(32, "examples (pairs) of one optimizer step", minimum=1)
     max_tokens: int = option(1024, "limit of one sequence, prompt and answer", minimum=2)
     overlong: str = option("drop", "what becomes of longer ones, counted either way", choices=("drop", "truncate"))
@@ -30,7 +30,7 @@ class FinetuneConfig:
     chosen_key: str = option("chosen", "column of a pair's better answer")
     rejected_key: str = option("rejected", "column of a pair's worse answer")
     beta: float = option(0.1, "dpo: scale of the implicit reward; ipo: its tau", minimum=0)
-    label_smoothing: float = option(0.0, "dpo: share of the pairs taken to be the wrong way round, below 0.5", minimum=0)
+    label_smoothing: float = option(0.0, "dpo: share of the pairs taken to be the wrong way round", minimum=0, below=0.5)
     center_coefficient: float = option(0.0, "rm: weight of (chosen + rejected)^2, which keeps scores around 0", minimum=0)
 
     @property

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlx.config.checks import check
+from rlx.config.checks.contradictions import check
 from rlx.config.convert import Problems, to_config, to_tree
 from rlx.config.schema import Config
 

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 
-def option(default: Any, doc: str, *, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
+class Limits(TypedDict, total=False):
+    """What a number must be: at least, above, at most, below. Where a key does not say, it is bounded by its type: a number that
+    overflows, or asks for the impossible, must not be found out about by a process that was started with it."""
+
+    minimum: float
+    above: float
+    maximum: float
+    below: float
+
+
+LARGEST = {int: 2**31 - 1, float: 1e9}
+_HOLDS = {
+    "minimum": ("at least", lambda value, bound: value >= bound),
+    "above": ("above", lambda value, bound: value > bound),
+    "maximum": ("at most", lambda value, bound: value <= bound),
+    "below": ("below", lambda value, bound: value < bound),
+}
+
+
+def option(default: Any, doc: str, *, choices: tuple[str, ...] = (), **limits: Unpack[Limits]) -> Any:
     """A documented field; mutable defaults are copied for each instance."""
-    metadata = {"doc": doc, "choices": choices, "minimum": minimum}
+    metadata = {"doc": doc, "choices": choices, "limits": limits}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -16,9 +35,23 @@ def option(default: Any, doc: str, *, choices: tuple[str, ...] = (), minimum: fl
 
 def required(doc: str) -> Any:
     """A documented field without a default: leaving it out is an error that names it."""
-    return field(metadata={"doc": doc, "choices": (), "minimum": None})
+    return field(metadata={"doc": doc, "choices": (), "limits": Limits()})
 
 
-def by_algorithm(doc: str, *, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
+def by_algorithm(doc: str, *, choices: tuple[str, ...] = (), **limits: Unpack[Limits]) -> Any:
     """A field whose default depends on ``algorithm.name``; it is never None once the section is made."""
-    return option(None, f"{doc} (default: the algorithm's own)", choices=choices, minimum=minimum)
+    return option(None, f"{doc} (default: the algorithm's own)", choices=choices, **limits)
+
+
+def limit_words(limits: Limits) -> list[str]:
+    """The limits in words: ``at least 1``."""
+    return [f"{_HOLDS[name][0]} {bound:g}" for name, bound in limits.items()]
+
+
+def broken_limits(value: float, limits: Limits) -> list[str]:
+    """Which limits a number does not keep, in words; those of its type count where ``limits`` has none."""
+    largest = LARGEST[type(value)]
+    low: Limits = {} if {"minimum", "above"} & limits.keys() else {"minimum": -largest}
+    high: Limits = {} if {"maximum", "below"} & limits.keys() else {"maximum": largest}
+    bounds = {**limits, **low, **high}
+    return [f"{_HOLDS[name][0]} {bound:.10g}" for name, bound in bounds.items() if not _HOLDS[name][1](value, bound)]

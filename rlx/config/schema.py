@@ -17,6 +17,8 @@ from rlx.config.options import option, required
 from rlx.config.sources import EvaluationSetConfig, SourceConfig
 from rlx.types.layout import ParallelDims
 
+MOST = 2**16  # ranks, machines, engines: a plan of more than anybody has must not be what fills the memory
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
@@ -37,12 +39,14 @@ class ClusterConfig:
 
     launcher: str = option("local", "who starts the processes", choices=("local", "torchrun", "ray"))
     device: str = option("auto", "auto: cuda when visible, else cpu", choices=("auto", "cpu", "cuda"))
-    num_trainer_ranks: int | None = option(None, "trainer processes; none: tp x pp x cp", minimum=1)
-    nodes: int | None = option(None, "machines, all alike; none: one, or as many as the launcher has", minimum=1)
-    gpus_per_node: int | None = option(None, "GPUs of each machine; none: not planned", minimum=1)
-    nvlink_gpus: int | None = option(None, "GPUs of a machine that NVLink joins; none: all of them", minimum=1)
+    num_trainer_ranks: int | None = option(None, "trainer processes; none: tp x pp x cp", minimum=1, maximum=MOST)
+    nodes: int | None = option(None, "machines, all alike; none: one, or as many as the launcher has", minimum=1, maximum=MOST)
+    gpus_per_node: int | None = option(None, "GPUs of each machine; none: not planned", minimum=1, maximum=MOST)
+    nvlink_gpus: int | None = option(None, "GPUs of a machine that NVLink joins; none: all of them", minimum=1, maximum=MOST)
     gpu_memory_gib: float = option(80.0, "memory of each GPU, for the estimate of `rlx check`", minimum=1)
-    rollout_nodes: int = option(0, "of the machines, those for engines only; 0: engines sit beside trainers", minimum=0)
+    rollout_nodes: int = option(
+        0, "of the machines, those for engines only; 0: engines sit beside trainers", minimum=0, maximum=MOST
+    )
     colocated: bool = option(False, "engines sit on the trainer ranks' GPUs, and the two take turns; rollout.tp GPUs an engine")
     offload: str = option(
         "auto",
@@ -51,7 +55,9 @@ class ClusterConfig:
     )
     ray_address: str | None = option(None, "Ray cluster HOST:PORT; none: RAY_ADDRESS, else one that runs here, else an own one")
     ray_wait_s: float = option(60.0, "limit for a Ray cluster to have the nodes and room that the job needs", minimum=0)
-    threads_per_rank: int | None = option(None, "CPU threads of a trainer rank or engine; none: cores / processes", minimum=1)
+    threads_per_rank: int | None = option(
+        None, "CPU threads of a trainer rank or engine; none: cores / processes", minimum=1, maximum=MOST
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +86,12 @@ class ModelConfig:
 class ParallelConfig:
     """The layout of every trained model. Data parallelism is what remains of the ranks."""
 
-    tp: int = option(1, "tensor parallel size", minimum=1)
-    pp: int = option(1, "pipeline parallel size", minimum=1)
-    vpp: int = option(1, "virtual pipeline chunks a stage", minimum=1)
-    cp: int = option(1, "context parallel size", minimum=1)
-    ep: int = option(1, "expert parallel size", minimum=1)
-    etp: int | None = option(None, "tensor parallel size inside experts; none: tp", minimum=1)
+    tp: int = option(1, "tensor parallel size", minimum=1, maximum=MOST)
+    pp: int = option(1, "pipeline parallel size", minimum=1, maximum=MOST)
+    vpp: int = option(1, "virtual pipeline chunks a stage", minimum=1, maximum=MOST)
+    cp: int = option(1, "context parallel size", minimum=1, maximum=MOST)
+    ep: int = option(1, "expert parallel size", minimum=1, maximum=MOST)
+    etp: int | None = option(None, "tensor parallel size inside experts; none: tp", minimum=1, maximum=MOST)
     sequence_parallel: bool = option(False, "split norms and dropout over tp along the sequence")
 
     def dims(self, world_size: int) -> ParallelDims:
@@ -139,16 +145,16 @@ class RolloutConfig:
     """Engines and sampling."""
 
     engine: str = option("embedded", "what serves the rollouts", choices=("embedded", "sglang"))
-    num_engines: int = option(1, "engine processes to start", minimum=1)
-    tp: int = option(1, "tensor parallel ranks (GPUs) of each engine", minimum=1)
+    num_engines: int = option(1, "engine processes to start", minimum=1, maximum=MOST)
+    tp: int = option(1, "tensor parallel ranks (GPUs) of each engine", minimum=1, maximum=MOST)
     python: str | None = option(None, "interpreter of the environment that holds sglang; none: rlx's own")
     endpoints: list[str] = option([], "URLs of servers that already run; then none is started")
     dtype: str = option("auto", "engine weights; auto: model.dtype", choices=("auto", "fp32", "bf16"))
     samples_per_prompt: int = option(1, "answers to each prompt", minimum=1)
     max_new_tokens: int = option(256, "response limit", minimum=1)
     temperature: float = option(1.0, "0 is greedy", minimum=0)
-    top_p: float = option(1.0, "nucleus sampling; must be 1 unless algorithm handles it", minimum=0)
-    top_k: int = option(-1, "-1: off")
+    top_p: float = option(1.0, "nucleus sampling; must be 1 unless algorithm handles it", above=0, maximum=1)
+    top_k: int = option(-1, "-1: off", minimum=-1)
     stop_token_ids: list[int] = option([], "further stop tokens beside the tokenizer's end of sequence")
     max_concurrent_requests: int = option(512, "requests in flight over all engines", minimum=1)
     request_timeout_s: float = option(300.0, "limit of one generation request", minimum=0.1)
@@ -171,7 +177,7 @@ class RewardConfig:
 
     name: str = option("", "a verifier of docs/rewards.md, or path/to/file.py:function; required for `rlx train`")
     args: Mapping[str, Any] = option({}, "arguments of the verifier, by name")
-    num_workers: int = option(1, "verifier processes (threads for remote verifiers)", minimum=1)
+    num_workers: int = option(1, "verifier processes (threads for remote verifiers)", minimum=1, maximum=MOST)
     timeout_s: float = option(30.0, "limit of one verdict", minimum=0.01)
     memory_mb: int = option(2048, "memory that one verdict may take beside what its process holds at its start", minimum=16)
 
@@ -186,9 +192,9 @@ class OptimizerConfig:
     decay_steps: int | None = option(None, "optimizer steps to min_lr; none: run.steps x steps an iteration", minimum=1)
     schedule: str = option("constant", "shape after warm-up", choices=("constant", "linear", "cosine"))
     weight_decay: float = option(0.0, "decoupled weight decay", minimum=0)
-    beta1: float = option(0.9, "Adam", minimum=0)
-    beta2: float = option(0.95, "Adam", minimum=0)
-    eps: float = option(1e-8, "Adam", minimum=0)
+    beta1: float = option(0.9, "Adam", minimum=0, below=1)
+    beta2: float = option(0.95, "Adam", minimum=0, below=1)
+    eps: float = option(1e-8, "Adam", above=0)
     clip_grad: float = option(1.0, "global gradient norm limit; 0: off", minimum=0)
     distributed: bool = option(True, "shard optimizer state over data-parallel ranks")
 
@@ -212,8 +218,8 @@ class SyncConfig:
         choices=("auto", "stream", "broadcast", "ipc", "shm", "disk"),
     )
     dir: str | None = option(None, "transport disk: a folder that trainers and engines see under this path; none: RUN_DIR/sync")
-    bucket_bytes: int = option(512 * 2**20, "bytes a request; small tensors are flattened together", minimum=1)
-    flatten_below_bytes: int = option(16 * 2**20, "tensors smaller than this travel flattened", minimum=0)
+    bucket_bytes: int = option(512 * 2**20, "bytes a request; small tensors are flattened together", minimum=1, maximum=2**40)
+    flatten_below_bytes: int = option(16 * 2**20, "tensors smaller than this travel flattened", minimum=0, maximum=2**40)
     timeout_s: float = option(300.0, "limit of one request or broadcast", minimum=1)
     canary_first: int = option(3, "verify after each of the first N syncs", minimum=0)
     canary_every: int = option(10, "then after every N-th; 0: never", minimum=0)

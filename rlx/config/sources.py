@@ -32,7 +32,7 @@ class PromptsConfig:
 class SourceConfig(PromptsConfig):
     """One source of the mixture. What is null takes the value of the key of that name in the section data."""
 
-    weight: float = option(1.0, "share of the prompts, relative to the other sources' weights; above 0", minimum=0)
+    weight: float = option(1.0, "share of the prompts, relative to the other sources' weights", above=0)
     curriculum_key: str | None = option(None, "column of numbers to order epochs by")
 
 

@@ -1,0 +1,80 @@
+"""Keys that are set and change nothing are named, with the reason; what is used is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlx.arch.families.registry import read_architecture
+from rlx.config.checks.unused import unused_keys
+from rlx.config.load import load_config, on_paper
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+
+def unused(run_yaml: Path, *overrides: str) -> list[str]:
+    config = load_config(run_yaml, overrides)
+    return unused_keys(config, read_architecture(config.model.path))
+
+
+SFT = ("finetune.objective=sft", "reward.name=''")
+DPO = ("finetune.objective=dpo", "reward.name=''")
+LOSS = ("algorithm.kl_placement=loss", "algorithm.kl_coefficient=0.1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([*SFT, "data.system_prompt=Be brief"], "data.system_prompt: changes nothing: rlx sft learns rows as they are"),
+        ([*SFT, "data.max_prompt_tokens=7"], "data.max_prompt_tokens: changes nothing: rlx sft limits whole sequences"),
+        ([*SFT, "data.curriculum_key=level"], "data.curriculum_key: "),
+        ([*SFT, "data.overlong=truncate"], "data.overlong: changes nothing: rlx sft takes finetune.overlong"),
+        (
+            [*DPO, "algorithm.name=grpo", "algorithm.gamma=0.9"],
+            "algorithm.name, algorithm.gamma: changes nothing: not used by rlx dpo",
+        ),
+        ([*SFT, "reward.name=exact"], "reward.name: changes nothing: not used by rlx sft"),
+        ([*SFT, "finetune.beta=0.5"], "finetune.beta: "),
+        ([*DPO, "finetune.turns=last"], "finetune.turns: "),
+        (["finetune.max_tokens=7"], "finetune.max_tokens: changes nothing: not used by rlx train"),
+        (["algorithm.kl_coefficient=0.1"], "algorithm.kl_coefficient: changes nothing: kl_placement is none"),
+        (["algorithm.loss_constant=9"], "algorithm.loss_constant: changes nothing: loss_aggregation is not constant"),
+        ([*LOSS, "algorithm.kl_target=2"], "algorithm.kl_target: "),
+        (["algorithm.mismatch_high=3"], "algorithm.mismatch_high: "),
+        (["optimizer.min_lr=1e-7"], "optimizer.min_lr: changes nothing: optimizer.schedule is constant"),
+        (["model.reference_path=MODEL"], "model.reference_path: changes nothing: there is no reference model"),
+        (["model.moe_z_loss_coefficient=1"], "model.moe_z_loss_coefficient: changes nothing: model.path has no experts"),
+        (["evaluation.every=5"], "evaluation.every: changes nothing: there is no evaluation.data"),
+        (["cluster.ray_wait_s=5"], "cluster.ray_wait_s: "),
+        (["rollout.endpoints=['http://a:1']", "rollout.num_engines=2"], "rollout.num_engines: "),
+        (["algorithm.name=reinforce_pp", "critic_optimizer.lr=1"], "critic_optimizer.lr: "),
+    ],
+)
+def test_each_reason(run_yaml: Path, tmp_path: Path, overrides: list[str], line: str) -> None:
+    (found,) = unused(run_yaml, *(word.replace("MODEL", str(tmp_path / "model")) for word in overrides))
+    assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [*SFT, "finetune.turns=last", "data.shuffle=false", "run.steps=3"],
+        [*DPO, "finetune.beta=0.5", "finetune.label_smoothing=0.1"],
+        [*LOSS, "algorithm.kl_estimator=k2"],
+        ["algorithm.loss_aggregation=constant", "algorithm.loss_constant=9"],
+        ["optimizer.schedule=cosine", "optimizer.min_lr=1e-7", "optimizer.decay_steps=9"],
+        ["algorithm.name=grpo", "rollout.samples_per_prompt=2", "algorithm.normalize_by_std=false"],
+        ["evaluation.only=true", "evaluation.data=DATA", "algorithm.kl_coefficient=0.1"],
+    ],
+)
+def test_what_is_used_is_not_named(run_yaml: Path, tmp_path: Path, overrides: list[str]) -> None:
+    assert unused(run_yaml, *(word.replace("DATA", str(tmp_path / "train.jsonl")) for word in overrides)) == []
+
+
+@pytest.mark.parametrize("recipe", sorted((CONFIGS / "recipes").glob("[!b]*.yaml")), ids=lambda path: path.stem)
+def test_recipes_set_nothing_in_vain(recipe: Path) -> None:
+    architectures = CONFIGS / "architectures"
+    config = on_paper(load_config(recipe, [], architectures), architectures)
+    assert unused_keys(config, read_architecture(config.model.path)) == []
