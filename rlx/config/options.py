@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 
 class Limits(TypedDict, total=False):
@@ -16,12 +18,12 @@ class Limits(TypedDict, total=False):
     below: float
 
 
-LARGEST = {int: 2**31 - 1, float: 1e9}
-_HOLDS = {
-    "minimum": ("at least", lambda value, bound: value >= bound),
-    "above": ("above", lambda value, bound: value > bound),
-    "maximum": ("at most", lambda value, bound: value <= bound),
-    "below": ("below", lambda value, bound: value < bound),
+LARGEST: Mapping[type, float] = {int: 2**31 - 1, float: 1e9}
+_HOLDS: Mapping[str, tuple[str, Callable[[float, float], bool]]] = {
+    "minimum": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "maximum": ("at most", operator.le),
+    "below": ("below", operator.lt),
 }
 
 
@@ -45,7 +47,7 @@ def by_algorithm(doc: str, *, choices: tuple[str, ...] = (), **limits: Unpack[Li
 
 def limit_words(limits: Limits) -> list[str]:
     """The limits in words: ``at least 1``."""
-    return [f"{_HOLDS[name][0]} {bound:g}" for name, bound in limits.items()]
+    return [f"{_HOLDS[name][0]} {bound:g}" for name, bound in cast(Mapping[str, float], limits).items()]
 
 
 def broken_limits(value: float, limits: Limits) -> list[str]:
@@ -53,5 +55,5 @@ def broken_limits(value: float, limits: Limits) -> list[str]:
     largest = LARGEST[type(value)]
     low: Limits = {} if {"minimum", "above"} & limits.keys() else {"minimum": -largest}
     high: Limits = {} if {"maximum", "below"} & limits.keys() else {"maximum": largest}
-    bounds = {**limits, **low, **high}
+    bounds = cast(Mapping[str, float], {**limits, **low, **high})
     return [f"{_HOLDS[name][0]} {bound:.10g}" for name, bound in bounds.items() if not _HOLDS[name][1](value, bound)]

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from rlx.config.convert import Entry, row_class, section_entries, to_config, to_tree
 from rlx.config.load import dump_config, load_config, read_tree
+from rlx.config.options import LARGEST
 from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig
 
 _TRICKY = ["", "null", "~", "true", "1e-5", "1_000", "0x1f", "${run.seed}", "\\${x}", "\\\\${x}", "a: b", "- a", "#", "=", "a\\",
@@ -27,7 +28,8 @@ _TREES = st.dictionaries(_NAMES, st.recursive(_PLAIN, lambda inner: st.lists(inn
 
 
 def _values(entry: Entry, hint: Any) -> st.SearchStrategy[Any]:
-    choices, minimum = entry.field.metadata["choices"], entry.field.metadata["minimum"]
+    choices, limits = entry.field.metadata["choices"], entry.field.metadata["limits"]
+    minimum, maximum = limits.get("minimum", limits.get("above")), limits.get("maximum", limits.get("below"))
     if type(None) in get_args(hint):
         (inner,) = (option for option in get_args(hint) if option is not type(None))
         return st.none() | _values(entry, inner)
@@ -39,9 +41,18 @@ def _values(entry: Entry, hint: Any) -> st.SearchStrategy[Any]:
     if choices:
         return st.sampled_from(choices)
     if hint is int:
-        return st.integers(min_value=None if minimum is None else int(minimum))
+        most = int(LARGEST[int])
+        return st.integers(
+            min_value=-most if minimum is None else int(minimum), max_value=most if maximum is None else int(maximum)
+        )
     if hint is float:
-        return st.floats(min_value=minimum, allow_nan=False, allow_infinity=False)
+        most = LARGEST[float]
+        return st.floats(
+            min_value=-most if minimum is None else minimum,
+            max_value=most if maximum is None else maximum,
+            exclude_min="above" in limits,
+            exclude_max="below" in limits,
+        )
     if hint is bool:
         return st.booleans()
     return _TEXT if hint is str else _TREES
