@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from rlx.rollout.sglang.control import EngineControl
 from rlx.sync.canary import DEFAULT_TOLERANCE, CanaryResult, CanarySpec, canary_sequences, compare, judge
-from rlx.sync.collective_phase import Crew, stop
+from rlx.sync.collective_phase import Crew
 from rlx.sync.engine_memory import KEY_VALUES, Sharing
 from rlx.sync.errors import CanaryError
 from rlx.sync.group import Engine
@@ -58,7 +58,7 @@ class CanaryProof:
         return [control.score(tokens) for tokens in self._sequences]
 
     def _stop(self, engine: Engine) -> None:
-        stop(engine)
+        engine.control.stop()
         if self._sharing is not None:  # the trainers' weights need the room for the search
             self._sharing.memory.release(engine, (KEY_VALUES,))
 

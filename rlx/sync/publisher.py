@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,16 +24,10 @@ from rlx.rollout.keys import EngineKeys
 from rlx.rollout.sglang.control import EngineControl
 from rlx.sync.canary import CanarySpec, canary_sequences, is_due
 from rlx.sync.canary_run import CanaryProof
-from rlx.sync.collective_phase import (
-    Crew,
-    PublisherPlace,
-    Share,
-    stop,
-)
+from rlx.sync.collective_phase import Crew, PublisherPlace, Share
 from rlx.sync.engine_memory import KEY_VALUES, WEIGHTS, Sharing
 from rlx.sync.errors import SyncError
-from rlx.sync.fanout import describe, failures, start, unwell
-from rlx.sync.group import GRACE_S, Endpoint, Engine, open_group
+from rlx.sync.group import Endpoint, Engine, open_group
 from rlx.sync.manifest import Ledger
 from rlx.sync.model_check import check_model
 from rlx.sync.sender import StageSender
@@ -89,7 +82,6 @@ class Publisher:
         self._connected = False
         self._failure: str | None = None
         self._num_syncs = 0
-        self._draining: dict[str, Future[None]] = {}
         self._sent: dict[int, tuple[TensorInfo, ...]] = {}  # by stage, in the last publication
 
     def publish(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> WeightManifest:
@@ -142,7 +134,7 @@ class Publisher:
     def _publish(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> tuple[Ledger, CanaryReport | None]:
         what = f"weight sync {version}"
         self._connect(what)
-        self._lead_together(what, "pause", self._stop)
+        self._lead_together(what, "pause", lambda engine: engine.control.stop())
         sharing = self._target.sharing
         if sharing is not None:
             memory = sharing.memory
@@ -154,7 +146,7 @@ class Publisher:
         ledger = Ledger(self._target.expected)
         for stage in range(self._place.num_stages):
             self._send_stage(stage, version, tensors, ledger)
-        self._crew.together(what, "verify", lambda: self._verify(ledger))
+        self._crew.together(what, "verify", ledger.check_complete)
         if self._target.transport != "disk":
             self._lead_together(what, "end", lambda engine: engine.control.end_update())
         self._num_syncs += 1
@@ -232,20 +224,3 @@ class Publisher:
             if rows is not None:
                 self._sent[stage] = tuple(TensorInfo(name=name, shape=tuple(shape), dtype=dtype) for name, shape, dtype in rows)
         ledger.record(self._sent[stage])
-
-    def _stop(self, engine: Engine) -> None:
-        """Pause it. Its caches must be empty before it goes on: other transports flush with their last chunk, which SGLang dares
-        only when nothing runs any more; while a stream comes in there is time to wait for that."""
-        if self._target.transport == "stream" and self._target.sharing is None:
-            engine.control.pause("abort")
-            self._draining[engine.url] = start(engine.control.drain)
-        else:
-            stop(engine)
-
-    def _verify(self, ledger: Ledger) -> None:
-        """The books are complete, and engines that were not idle when they were paused have become so."""
-        ledger.check_complete()
-        draining, self._draining = self._draining, {}
-        found = failures(draining, self._config.timeout_s + GRACE_S)
-        if found:
-            raise SyncError(f"engine side, phase drain: {describe(found)}", unwell(found)) from next(iter(found.values()))

@@ -168,7 +168,7 @@ def test_two_syncs_a_second_under_load(engine: RunningEngine, rounds: int) -> No
     spec = SamplingSpec(max_new_tokens=60, num_samples=2)
     publisher = publisher_of(engine, models[0], canary_first=0, canary_every=0)
     publisher.publish(0, weights(models[0]))
-    done, groups, failures = threading.Event(), [], []
+    done, groups, failures, longest = threading.Event(), [], [], 0.0
 
     def load() -> None:
         try:
@@ -182,7 +182,7 @@ def test_two_syncs_a_second_under_load(engine: RunningEngine, rounds: int) -> No
     try:
         for version in range(1, rounds + 1):
             began = time.monotonic()
-            publisher.publish(version, weights(models[version % 2]))
+            longest = max(longest, publisher.publish(version, weights(models[version % 2])).seconds)
             assert engine.control().weight_version() == str(version)
             time.sleep(max(0.0, 0.5 - (time.monotonic() - began)))
     finally:
@@ -195,11 +195,14 @@ def test_two_syncs_a_second_under_load(engine: RunningEngine, rounds: int) -> No
     samples = [(group.prompt, each) for batch in groups for group in batch for each in group.completions]
     assert all(len(each.token_ids) == 60 for _, each in samples) and service.stats.failures == 0
     mixed = [(prompt, each) for prompt, each in samples if len(set(each.weight_versions)) > 1]
-    assert service.stats.resubmissions > 0 and mixed
+    assert mixed
     difference = 0.0
     for prompt, each in random.sample(mixed, min(len(mixed), 20)) + random.sample(samples, min(len(samples), 10)):
         rows = [scores(model, [*prompt.token_ids, *each.token_ids])[-60:] for model in models]
         for place, version in enumerate(each.weight_versions):
             difference = max(difference, abs(rows[version % 2][place] - each.rollout_logprobs[place]))
-    print(f"{rounds} syncs, {len(samples)} answers, {len(mixed)} over several versions, worst difference {difference:.2g}")
+    print(
+        f"{rounds} syncs, longest {longest:.3g} s, {len(samples)} answers, {len(mixed)} over several versions,"
+        f" {service.stats.resubmissions} resubmissions, worst difference {difference:.2g}"
+    )
     assert difference < 2 * TOLERANCE

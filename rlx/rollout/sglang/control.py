@@ -66,9 +66,24 @@ class EngineControl:
         """Forget cached keys and values; an error while requests run."""
         self._call("POST", "/flush_cache", None)
 
-    def drain(self) -> None:
-        """After ``pause("abort")``: wait until nothing is left to run. SGLang answers its clients a pass before its scheduler
-        is idle, and ends itself when it is asked for memory or a flush with new weights in between."""
+    def stop(self) -> None:
+        """Pause; when this returns nothing runs and nothing is cached.
+
+        Requests go on by themselves after ``resume`` where a paused engine lets go of its cache, as today's SGLang does; others
+        answer them with what they have so far, which takes SGLang a second.
+        """
+        self.pause("retract")
+        try:
+            self.flush_cache()
+        except EngineControlError as error:
+            if not error.refused:
+                raise
+            self.pause("abort")
+            self._drain()
+
+    def _drain(self) -> None:
+        """Wait until nothing is left to run. SGLang answers aborted requests a pass before its scheduler is idle, and ends itself
+        when it is asked for memory or a flush with new weights in between."""
         deadline = time.monotonic() + self.timeout_s
         while True:
             try:

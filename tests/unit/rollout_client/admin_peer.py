@@ -21,14 +21,14 @@ ADMIN_PATHS = (
 
 class AdminPeer:
     """``sessions``: weights are taken inside a session only; ``flushes_paused``: requests held by a pause do not keep the cache
-    from being flushed. ``busy`` requests run until they are aborted."""
+    from being flushed. ``busy`` requests run until they are aborted, ``immortal`` ones go on."""
 
     def __init__(self, *, sessions: bool, flushes_paused: bool, keys: EngineKeys) -> None:
         self.sessions, self.flushes_paused, self.keys = sessions, flushes_paused, keys
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.session_open = False
         self.pause_mode: str | None = None
-        self.busy = 0
+        self.busy = self.immortal = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"peer": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
@@ -68,7 +68,7 @@ class AdminPeer:
             return "must run between begin_weight_update() and end_weight_update()"
         elif path == "/pause_generation":
             self.pause_mode = body["mode"]
-            self.busy = 0 if self.pause_mode == "abort" else self.busy
+            self.busy = self.immortal if self.pause_mode == "abort" else self.busy
         elif path == "/flush_cache" and self.busy and not (self.flushes_paused and self.pause_mode == "retract"):
             return "pending requests"
         return None
