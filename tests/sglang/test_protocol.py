@@ -19,6 +19,7 @@ from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.sglang.client import EngineClient
 from rlx.rollout.sglang.control import EngineControlError
+from rlx.sync.chunks import flatten
 from rlx.sync.errors import CanaryError, SyncError
 from rlx.sync.publisher import Publisher
 from rlx.types.rollout import Prompt, SamplingSpec
@@ -131,6 +132,35 @@ def test_another_model_is_refused_before_anything_is_sent(engine: RunningEngine,
     assert not caught.value.engines
     publisher.close()
     assert engine.control().weight_version() == "default"
+
+
+@pytest.mark.parametrize("transport", ["stream", "broadcast", "shm"])
+def test_a_tensor_that_arrives_as_another_is_named(
+    engine: RunningEngine, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    """Where an engine gives checksums, however small the difference."""
+    model = make("llama", 25)
+    publisher = publisher_of(engine, model, transport)
+    number = publisher.publish(3, weights(model)).canary.num_proved
+    assert number > 0 if engine.kind == "sglang" else number == 0
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def altered(chunk) -> torch.Tensor:
+        for info, tensor in zip(chunk.infos, chunk.tensors, strict=True):
+            if info.name == name:
+                tensor[3, 5] += 1e-6
+        return flatten(chunk)
+
+    for lane in ("stream", "broadcast", "shared_memory"):
+        monkeypatch.setattr(f"rlx.sync.transports.{lane}.flatten", altered)
+    copies = iter([(each, tensor.clone()) for each, tensor in weights(model)])
+    if engine.kind == "embedded":
+        publisher.publish(4, copies)
+    else:
+        with pytest.raises(CanaryError, match=r"phase checksums: .*: model.layers.1.self_attn.qkv_proj.weight$"):
+            publisher.publish(4, copies)
+    publisher.close()
+    engine.control().resume()
 
 
 def test_an_update_that_broke_off_does_not_block_the_next(engine: RunningEngine) -> None:

@@ -210,6 +210,21 @@ class EngineControl:
         except ValueError as error:
             raise EngineControlError(self.url, "GET /get_weights_by_name", f"not JSON: {response.text[:200]}") from error
 
+    def checksums(self) -> list[dict[str, str]] | None:
+        """Of every parameter by the engine's own names, one mapping a rank; None where it gives none."""
+        try:
+            answer = self._post("/weights_checker", {"action": "checksum", **self._target()})
+        except EngineControlError as error:
+            if not error.refused:
+                raise
+            return None
+        ranks = answer.get("ranks")
+        if not isinstance(ranks, list) or not all(
+            isinstance(rank, dict) and isinstance(rank["checksums"], dict) for rank in ranks
+        ):
+            raise EngineControlError(self.url, "POST /weights_checker", f"no checksums in {str(answer)[:200]}")
+        return [rank["checksums"] for rank in ranks]
+
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities (temperature 1) of tokens 1..L-1 given the ones before: L - 1 values.
 

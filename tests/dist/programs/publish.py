@@ -25,9 +25,9 @@ from rlx.models.hf.io import (
 )
 from rlx.parallel.context import ParallelContext
 from rlx.rollout.keys import EngineKeys
-from rlx.sync.canary import CanarySpec
 from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.group import Endpoint
+from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.trainer.scoring import score_sequences
 from tests.dist.programs.layouts import context_of, main
