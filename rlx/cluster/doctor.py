@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 
 from rlx.config.packaged import packaged
+from rlx.engines.nccl import difference, installed_for
+from rlx.rollout.sglang import TESTED
 
 GIB = 2**30
 _REQUIRED = ("torch", "megatron-core", "transformers", "omegaconf", "safetensors", "numpy", "aiohttp", "tokenizers")
 # What each is for; none of them is needed on a CPU machine.
 _OPTIONAL = {
     "transformer-engine": "Megatron's fast layers on GPUs: pip install 'rlx[gpu]'",
-    "sglang": "rollouts at speed (rollout.engine=sglang): pip install 'rlx[gpu]', or name its interpreter",
     "ray": "jobs on a Ray cluster: pip install 'rlx[ray]'",
     "flash-attn": "packed sequences on GPUs without Transformer Engine",
 }
@@ -45,11 +46,12 @@ class Finding:
     advice: str = ""
 
 
-def examine(run_dir: Path) -> list[Finding]:
-    """All findings on this machine, for runs that write below ``run_dir``."""
+def examine(run_dir: Path, engine_python: str | None = None) -> list[Finding]:
+    """All findings on this machine, for runs that write below ``run_dir`` and have SGLang where ``engine_python`` is."""
     parts: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python,
         lambda: _packages(tested_versions()),
+        lambda: _engines(engine_python),
         _apex,
         _gpus,
         _network,
@@ -100,6 +102,35 @@ def _packages(tested: Mapping[str, str]) -> Iterator[Finding]:
         yield compare(name, _version(name), tested, optional=use)
 
 
+def _engines(python: str | None) -> Iterator[Finding]:
+    """SGLang, and whether trainers and engines can be in one group of NCCL's."""
+    oldest, newest = TESTED
+    tests, pin = f"the tests pass with {oldest} to {newest}", f"pip install 'sglang>={oldest},<={newest}'"
+    try:
+        here, there = installed_for(sys.executable), installed_for(python or sys.executable)
+    except ValueError as error:
+        yield Finding(subject="sglang", status="bad", found=str(error), advice=f"{tests}: {pin}")
+        return
+    version = there.get("sglang")
+    if version is None:
+        advice = f"for rollouts at speed (rollout.engine=sglang): pip install 'rlx[gpu]', or name its interpreter; {tests}"
+        yield Finding(subject="sglang", status="bad" if python else "note", found="not installed", advice=advice)
+    else:
+        good = _numbers(oldest) <= _numbers(version) <= _numbers(newest)
+        yield Finding(
+            subject="sglang", status="ok" if good else "note", found=version, advice="" if good else f"{tests}; on trouble: {pin}"
+        )
+    apart = difference(sys.executable, python or sys.executable)
+    if apart is not None:
+        yield Finding(subject="nccl", status="bad" if torch.cuda.is_available() else "note", found=apart[0], advice=apart[1])
+    else:
+        yield Finding(subject="nccl", status="ok", found=here.get("nccl", "none"))
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
 def _apex() -> Iterator[Finding]:
     """NVIDIA's apex is built from source; the package of that name on the index is something else."""
     if _version("apex") is None:
@@ -129,7 +160,7 @@ def _gpus() -> Iterator[Finding]:
     alike = len(names) == 1
     advice = "" if alike else "layouts assume equal GPUs: choose some with CUDA_VISIBLE_DEVICES"
     yield Finding(subject="gpus", status="ok" if alike else "note", found=found, advice=advice)
-    yield Finding(subject="cuda", status="ok", found=f"{built}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    yield Finding(subject="cuda", status="ok", found=str(built))
     pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
     apart = [f"{a}-{b}" for a, b in pairs if a < b and not torch.cuda.can_device_access_peer(a, b)]
     if pairs:

@@ -195,7 +195,9 @@ def _sync_metrics(manifest: WeightManifest | None) -> dict[str, float]:
         return {}
     metrics = {"seconds": manifest.seconds, "bytes": float(manifest.num_bytes), "version": float(manifest.version)}
     if manifest.canary is not None:
-        metrics |= {"canary_difference": manifest.canary.difference, "canary_doubts": float(len(manifest.canary.doubts))}
+        canary = manifest.canary
+        metrics |= {"canary_difference": canary.difference, "canary_doubts": float(len(canary.doubts))}
+        metrics |= {"canary_proved": float(canary.num_proved)}
     return {f"sync/{name}": value for name, value in metrics.items()}
 
 

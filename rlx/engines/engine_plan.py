@@ -14,6 +14,7 @@ from rlx.config.schema import Config, RolloutConfig
 from rlx.config.sharing import release_level
 from rlx.engines.fleet import Fleet, Member
 from rlx.engines.manager import EnginePlan
+from rlx.engines.nccl import check_nccl
 from rlx.processes.environment import attached_keys
 from rlx.processes.ports import free_port
 from rlx.rollout.keys import EngineKeys
@@ -28,6 +29,8 @@ from rlx.rollout.sglang.server import (
     write_modules,
 )
 
+# Over a group of trainers and engines, which is NCCL's on GPUs.
+_GROUP_TRANSPORTS = ("stream", "broadcast")
 # What SGLang calls the memory that it gives back, by rollout.release.
 _TAGS: Mapping[str, tuple[str, ...]] = {"none": (), "kv_cache": ("kv_cache",), "all": ("kv_cache", "weights")}
 
@@ -77,7 +80,9 @@ def _plan_embedded(config: Config, site: EngineSite) -> EnginePlan:
 
 
 def _plan_sglang(config: Config, site: EngineSite) -> EnginePlan:
-    device = _device(config)
+    device, python = _device(config), config.rollout.python or sys.executable
+    if device == "cuda" and config.transport in _GROUP_TRANSPORTS:
+        check_nccl(python)
     port, modules = free_port(site.host, room_above=ROOM_ABOVE_PORT), site.run_dir / "engines" / "modules"
     write_modules(modules, device)
     server = SGLangSite(
@@ -86,7 +91,7 @@ def _plan_sglang(config: Config, site: EngineSite) -> EnginePlan:
         host=site.host,
         port=port,
         key_file=_key_file(site),
-        python=config.rollout.python or sys.executable,
+        python=python,
         releases=device == "cuda" and bool(released_tags(config, device)),
         span=site.span,
     )

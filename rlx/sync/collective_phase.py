@@ -70,9 +70,3 @@ class Crew:
     def lead_calls[T](self, call: Callable[[EngineControl], T]) -> dict[str, T]:
         """The same with the engine's control alone."""
         return self.lead_asks(lambda engine: call(engine.control))
-
-
-def stop(engine: Engine) -> None:
-    """Pause it, and wait until nothing runs and nothing is cached."""
-    engine.control.pause("abort")
-    engine.control.drain()

@@ -25,8 +25,7 @@ class EngineMemory:
         given = self._released.setdefault(engine.endpoint, set())
         wanted = [tag for tag in (self.tags if tags is None else tags) if tag in self.tags and tag not in given]
         if wanted:
-            engine.control.pause("abort")
-            engine.control.drain()
+            engine.control.stop()
             engine.control.release_memory(wanted)
             given.update(wanted)
 

@@ -1,10 +1,10 @@
 """Publishing weights: what every trainer rank does, together, to bring all engines to one new version.
 
 Order: pause all engines, open their update -> stage after stage, the sender sends its chunks -> the books are complete, every
-engine has taken the version and ends its update -> continue -> canary. The canary comes after ``continue`` because SGLang holds
-scoring requests while paused; engines that fail it are paused again at once, and ``publish`` raises, so nothing they wrote
-meanwhile is used. Engines on the trainers' GPUs take their weights' memory back before the chunks, and the rest of it once the
-trainers have made room.
+engine has taken the version, ends its update and proves its tensors where it can -> continue -> canary. The canary comes after
+``continue`` because SGLang holds scoring requests while paused; engines that fail it are paused again at once, and ``publish``
+raises, so nothing they wrote meanwhile is used. Engines on the trainers' GPUs take their weights' memory back before the chunks,
+and the rest of it once the trainers have made room.
 
 Every phase ends with the ranks telling each other how it went. A failure on one rank thus raises on all of them.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,20 +22,15 @@ from torch import Tensor
 from rlx.config.schema import SyncConfig
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.sglang.control import EngineControl
-from rlx.sync.canary import CanarySpec, canary_sequences, is_due
-from rlx.sync.canary_run import CanaryProof
-from rlx.sync.collective_phase import (
-    Crew,
-    PublisherPlace,
-    Share,
-    stop,
-)
+from rlx.sync.collective_phase import Crew, PublisherPlace, Share
 from rlx.sync.engine_memory import KEY_VALUES, WEIGHTS, Sharing
 from rlx.sync.errors import SyncError
-from rlx.sync.fanout import describe, failures, start, unwell
-from rlx.sync.group import GRACE_S, Endpoint, Engine, open_group
+from rlx.sync.group import Endpoint, Engine, open_group
 from rlx.sync.manifest import Ledger
 from rlx.sync.model_check import check_model
+from rlx.sync.proof.by_checksums import ChecksumProof
+from rlx.sync.proof.canary import CanarySpec, canary_sequences, is_due
+from rlx.sync.proof.canary_run import CanaryProof
 from rlx.sync.sender import StageSender
 from rlx.sync.transports.base import Lane
 from rlx.sync.transports.broadcast import BroadcastLane
@@ -86,10 +80,10 @@ class Publisher:
         self._place = place
         self._crew = Crew(place, self._engines, share, config.timeout_s)
         self._lane: Lane | None = None
+        self._proof = None if canary is None else ChecksumProof(self._crew, canary.dtype)
         self._connected = False
         self._failure: str | None = None
         self._num_syncs = 0
-        self._draining: dict[str, Future[None]] = {}
         self._sent: dict[int, tuple[TensorInfo, ...]] = {}  # by stage, in the last publication
 
     def publish(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> WeightManifest:
@@ -142,31 +136,34 @@ class Publisher:
     def _publish(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> tuple[Ledger, CanaryReport | None]:
         what = f"weight sync {version}"
         self._connect(what)
-        self._lead_together(what, "pause", self._stop)
+        self._lead_together(what, "pause", lambda engine: engine.control.stop())
         sharing = self._target.sharing
         if sharing is not None:
             memory = sharing.memory
             self._crew.together(
                 what, "resume weights", lambda: self._crew.lead_asks(lambda engine: memory.resume(engine, (WEIGHTS,)))
             )
+        self._num_syncs += 1
+        due = is_due(self._num_syncs, self._config.canary_first, self._config.canary_every)
+        canary, proof = (self._canary, self._proof) if due else (None, None)
+        if proof is not None:
+            tensors = proof.watch(what, tensors)
         if self._target.transport != "disk":
             self._lead_together(what, "begin", lambda engine: engine.control.begin_update())
         ledger = Ledger(self._target.expected)
         for stage in range(self._place.num_stages):
             self._send_stage(stage, version, tensors, ledger)
-        self._crew.together(what, "verify", lambda: self._verify(ledger))
+        self._crew.together(what, "verify", ledger.check_complete)
         if self._target.transport != "disk":
             self._lead_together(what, "end", lambda engine: engine.control.end_update())
-        self._num_syncs += 1
-        due = is_due(self._num_syncs, self._config.canary_first, self._config.canary_every)
-        canary = self._canary if due else None
+        proved = {} if proof is None else proof.judge(what)
         wanted = self._trainer_scores(what, canary) if canary is not None else []
         if sharing is not None:
             self._crew.together(what, "make room", sharing.make_room)
         self._lead_together(what, "continue", self._continue)
         if canary is None:
             return ledger, None
-        return ledger, CanaryProof(self._crew, canary, self._config.canary_tolerance, sharing).run(what, wanted)
+        return ledger, CanaryProof(self._crew, canary, self._config.canary_tolerance, sharing, proved).run(what, wanted)
 
     def _lead_together(self, what: str, phase: str, call: Callable[[Engine], None]) -> None:
         self._crew.together(what, phase, lambda: self._crew.lead_asks(call))
@@ -232,20 +229,3 @@ class Publisher:
             if rows is not None:
                 self._sent[stage] = tuple(TensorInfo(name=name, shape=tuple(shape), dtype=dtype) for name, shape, dtype in rows)
         ledger.record(self._sent[stage])
-
-    def _stop(self, engine: Engine) -> None:
-        """Pause it. Its caches must be empty before it goes on: other transports flush with their last chunk, which SGLang dares
-        only when nothing runs any more; while a stream comes in there is time to wait for that."""
-        if self._target.transport == "stream" and self._target.sharing is None:
-            engine.control.pause("abort")
-            self._draining[engine.url] = start(engine.control.drain)
-        else:
-            stop(engine)
-
-    def _verify(self, ledger: Ledger) -> None:
-        """The books are complete, and engines that were not idle when they were paused have become so."""
-        ledger.check_complete()
-        draining, self._draining = self._draining, {}
-        found = failures(draining, self._config.timeout_s + GRACE_S)
-        if found:
-            raise SyncError(f"engine side, phase drain: {describe(found)}", unwell(found)) from next(iter(found.values()))

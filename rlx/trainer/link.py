@@ -17,11 +17,11 @@ from rlx.obs.log import notice
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.memory import GIB, TrainerMemory, device_used
 from rlx.rollout.keys import EngineKeys
-from rlx.sync.canary import CanarySpec
 from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.engine_memory import KEY_VALUES, EngineMemory, Sharing
 from rlx.sync.errors import CanaryError, SyncError, SyncFailure
 from rlx.sync.group import Endpoint
+from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
 from rlx.types.weights import CanaryReport, WeightManifest

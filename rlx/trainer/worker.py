@@ -28,9 +28,9 @@ from rlx.parallel.memory import LEVELS, TrainerMemory, describe, usage
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import forward_only
-from rlx.sync.canary import CanarySpec
 from rlx.sync.errors import SyncFailure
 from rlx.sync.group import Endpoint
+from rlx.sync.proof.canary import CanarySpec
 from rlx.trainer.advantages import add_advantages
 from rlx.trainer.batch import RankBatch, position_mask
 from rlx.trainer.link import EngineLink

@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlx.config.schema import SyncConfig
-from rlx.sync.canary import CanarySpec
 from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.group import Endpoint
+from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
 from rlx.types.weights import WeightManifest

@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlx.config.schema import SyncConfig
 from rlx.rollout.sglang.control import EngineControl
-from rlx.sync.canary import CanarySpec
 from rlx.sync.collective_phase import PublisherPlace, Share
 from rlx.sync.group import Endpoint
+from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from rlx.config.schema import SyncConfig
-from rlx.sync.canary import CanarySpec
 from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.engine_memory import Sharing
 from rlx.sync.group import Endpoint
+from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
 from tests.sglang.engines import RunningEngine

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import closing
 from pathlib import Path
 
-import httpx
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from rlx.sync.proof.checksums import Checksums
 from tests.dist.launch import ROOT, run_ranks
-from tests.sglang.checksums import folder_checksums
 from tests.sglang.conftest import needs_sglang
 from tests.sglang.engines import RunningEngine
 from tests.sglang.models import save
@@ -25,11 +27,18 @@ TOLERANCE = 1e-5
 
 
 def checksums(engine: RunningEngine) -> list[dict[str, str]]:
-    headers = {"Authorization": f"Bearer {engine.keys.admin_key}"}
-    body = {"action": "checksum"}
-    answer = httpx.post(engine.url + "/weights_checker", json=body, headers=headers, timeout=60, trust_env=False)
-    assert answer.status_code == 200, answer.text
-    return [rank["checksums"] for rank in answer.json()["ranks"]]
+    with closing(engine.control()) as control:
+        found = control.checksums()
+    assert found is not None, "the engine gives no checksums"
+    return found
+
+
+def calculated(folder: Path, names: Collection[str], tp: int) -> dict[str, list[str]]:
+    book = Checksums(names, tp, torch.float32)
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            book.add(name, tensor)
+    return book.found()
 
 
 def compare(engine: RunningEngine, folder: Path) -> dict[str, float]:
@@ -58,9 +67,9 @@ def check(cases: list[tuple[str, dict, int]], start: Callable[..., RunningEngine
         export = tmp_path / f"export-{number}"
         ranks = checksums(engine)
         assert len(ranks) == tp
-        if tp == 1:
-            ours = folder_checksums(export)
-            assert ranks[0] == {name: ours[name] for name in ranks[0]} and set(ours) - set(ranks[0]) <= {"lm_head.weight"}
+        ours = calculated(export, ranks[0].keys(), tp)
+        assert {name: [rank[name] for rank in ranks] for name in ranks[0]} == {name: ours[name] for name in ranks[0]}
+        assert set(ours) - set(ranks[0]) <= {"lm_head.weight"}
         found = compare(engine, export)
         print(f"{family} tp={tp}: {len(ranks[0])} checksums, {found}")
         assert found["scores"] < TOLERANCE and found["greedy_logprobs"] < TOLERANCE and found["greedy_tokens"] == 0

@@ -38,6 +38,7 @@ class Api:
         self._max_running = max_running
         self._live_rids: set[str] = set()
         self._released: set[str] = set()
+        self._updating = False
         self.app = Starlette(routes=self._routes())
 
     def _routes(self) -> list[Route]:
@@ -48,7 +49,6 @@ class Api:
             "/model_info": self.model_info,
             "/server_info": self.server_info,
             "/get_server_info": self.server_info,
-            "/get_weight_version": self.get_weight_version,
         }
         writes: dict[str, Handler] = {
             "/generate": self.generate,
@@ -56,6 +56,8 @@ class Api:
             "/continue_generation": self.resume,
             "/abort_request": self.abort,
             "/slow_down": self.slow_down,
+            "/begin_weight_update": self.begin_update,
+            "/end_weight_update": self.end_update,
             "/init_weights_update_group": self.init_group,
             "/destroy_weights_update_group": self.destroy_group,
             "/update_weights_from_distributed": self.update_from_group,
@@ -130,7 +132,7 @@ class Api:
 
     async def flush(self, request: Request) -> Response:
         # No key or value outlives its request here, so that only SGLang's refusal while requests run is left to do.
-        return PlainTextResponse(_FLUSHED, 200 if self._engine.num_unfinished == 0 else 400)
+        return PlainTextResponse(_FLUSHED, 200 if self._engine.is_idle else 400)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -183,9 +185,6 @@ class Api:
             }
         )
 
-    async def get_weight_version(self, request: Request) -> Response:
-        return JSONResponse({"weight_version": self._engine.weight_version})
-
     async def weights_by_name(self, request: Request) -> Response:
         fields = Fields({**request.query_params, **(await _body(request))})
         count = int(str(fields.optional("truncate_size") or 100))
@@ -193,6 +192,21 @@ class Api:
         return JSONResponse(await asyncio.wrap_future(self._engine.call(lambda: self._weights.rows(name, count))))
 
     # -- new weights -----------------------------------------------------------------------------------------------
+
+    async def begin_update(self, request: Request) -> Response:
+        if self._updating:
+            raise ValueError("a weight-update session is already open; end it first")
+        self._updating = True
+        return JSONResponse({"success": True, "message": "Success"})
+
+    async def end_update(self, request: Request) -> Response:
+        self._check_session("/end_weight_update")
+        self._updating = False
+        return JSONResponse({"success": True, "message": "Success"})
+
+    def _check_session(self, path: str) -> None:
+        if not self._updating:
+            raise ValueError(f"no weight-update session is open; {path} needs /begin_weight_update before it")
 
     async def init_group(self, request: Request) -> Response:
         fields = Fields(await _body(request))
@@ -205,6 +219,7 @@ class Api:
 
     async def update_from_group(self, request: Request) -> Response:
         fields = Fields(await _body(request))
+        self._check_session("/update_weights_from_distributed")
         try:
             plan: UpdatePlan = self._weights.plan(fields)
         except ValueError as error:
@@ -213,6 +228,7 @@ class Api:
 
     async def update_from_tensor(self, request: Request) -> Response:
         fields = Fields(await _body(request))
+        self._check_session("/update_weights_from_tensor")
 
         def load() -> None:
             self._weights.load_shared(fields)
@@ -235,7 +251,7 @@ class Api:
         def update() -> None:
             load()
             if version:
-                self._engine.weight_version = version
+                self._engine.relabel(version)
 
         future = self._engine.call_exclusive(update, fields.flag("abort_all_requests", False))
         return await _success(future, f"{message} Weight version updated to {version}." if version else message, **more)
@@ -245,14 +261,14 @@ class Api:
         version = fields.text("new_version")
         if fields.flag("abort_all_requests", True):
             await asyncio.wrap_future(self._engine.abort(None))
-        self._engine.weight_version = version
+        await asyncio.wrap_future(self._engine.call(lambda: self._engine.relabel(version)))
         message = f"Weight version updated to {version}"
         return JSONResponse({"success": True, "message": message, "new_version": version})
 
     async def release(self, request: Request) -> Response:
         tags = _tags(Fields(await _body(request)))
-        if self._engine.num_unfinished:
-            raise ValueError("requests are in flight; pause with mode abort first")
+        if not self._engine.is_idle:
+            raise ValueError("requests are in flight; pause with mode retract or abort first")
         self._released |= tags
         if "weights" in tags:
             self._engine.released = self._engine.model.device.type == "cuda"

@@ -78,9 +78,9 @@ class Engine:
         return len(self._tickets)
 
     @property
-    def num_unfinished(self) -> int:
-        """Sequences that generate or are about to; those that a pause holds back are not."""
-        return len(self._tickets) - len(self._held)
+    def is_idle(self) -> bool:
+        """Nothing has key/values, and nothing will before the next request or ``resume``."""
+        return not len(self._batch) and (self.paused or len(self._tickets) == len(self._held))
 
     def submit(self, sequences: list[Sequence]) -> Future[None]:
         """Queue the sequences of one request; the future is set when all of them are done, aborted or in error."""
@@ -133,6 +133,13 @@ class Engine:
             self.paused = False
 
         return self.call(accept)
+
+    def relabel(self, version: str) -> None:
+        """On the worker: give the weights another name. What is written so far keeps the old one."""
+        for sequence in self._tickets:
+            if sequence.output_ids:
+                sequence.label(self.weight_version)
+        self.weight_version = version
 
     def abort(self, rid: str | None) -> Future[None]:
         """Answer the sequences of this request id (exactly), or all of them, with what they have so far."""
@@ -227,7 +234,7 @@ class Engine:
     def _settle(self, done: list[Sequence]) -> None:
         """Stamp finished sequences and answer the requests that are complete by them."""
         for sequence in done:
-            sequence.weight_version = self.weight_version
+            sequence.label(self.weight_version)
             ticket = self._tickets.pop(sequence)
             ticket.left -= 1
             if ticket.left == 0:

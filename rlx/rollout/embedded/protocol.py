@@ -197,7 +197,8 @@ def answer(sequence: Sequence, tokenizer: PreTrainedTokenizerBase | None) -> dic
         "id": sequence.rid,
         "finish_reason": sequence.finish,
         "prompt_tokens": len(sequence.prompt),
-        "weight_version": sequence.weight_version,
+        "weight_version": sequence.weight_versions[-1][0],
+        "weight_versions": _stretches(sequence),
         "num_retractions": sequence.num_retractions,
         "reasoning_tokens": 0,
         "completion_tokens": len(sequence.output_ids),
@@ -217,6 +218,14 @@ def answer(sequence: Sequence, tokenizer: PreTrainedTokenizerBase | None) -> dic
     if tokenizer is not None:
         result["text"] = tokenizer.decode(_spoken(sequence), skip_special_tokens=True)
     return result
+
+
+def _stretches(sequence: Sequence) -> list[dict[str, object]]:
+    starts = [0, *(end for _, end in sequence.weight_versions)]
+    return [
+        {"version": version, "start": start, "end": end}
+        for start, (version, end) in zip(starts, sequence.weight_versions, strict=False)
+    ]
 
 
 def _spoken(sequence: Sequence) -> list[int]:

@@ -30,6 +30,7 @@ class Sequence:
     output_ids, output_logprobs   the tokens made so far, stop token included, and log_softmax(logits / temperature) of each
     logprob_start                 None, or the first prompt token to report in ``input_logprobs``
     input_logprobs                [len(prompt) - 1 - logprob_start] raw log-probs of the prompt's tokens after that one
+    weight_versions               (version, end) of each stretch of the output that one version of the weights wrote
     """
 
     rid: str
@@ -43,7 +44,7 @@ class Sequence:
     num_retractions: int = 0
     finish: FinishReason | None = None
     error: str | None = None
-    weight_version: str = ""
+    weight_versions: list[tuple[str, int]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -66,6 +67,15 @@ class Sequence:
             self.end_by_length()
         elif token in self.params.stop_ids:
             self.finish = {"type": "stop", "matched": token}
+
+    def label(self, version: str) -> None:
+        """Say which weights wrote the tokens since the last call."""
+        end = len(self.output_ids)
+        if self.weight_versions and self.weight_versions[-1][1] == end:
+            return
+        if self.weight_versions and self.weight_versions[-1][0] == version:
+            self.weight_versions.pop()
+        self.weight_versions.append((version, end))
 
     def end_by_length(self) -> None:
         self.finish = {"type": "length", "length": len(self.output_ids)}

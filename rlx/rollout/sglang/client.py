@@ -286,10 +286,8 @@ def parse_completion(answer: object, url: str, vocab_size: int, max_new_tokens: 
         if type(token) is not int or not 0 <= token < vocab_size:
             raise EngineError(url, f"output_ids holds {token!r}, expected an int in 0..{vocab_size - 1}")
     logprobs = _logprobs(meta.get("output_token_logprobs", [] if not ids else None), "output_token_logprobs", url, ids)
-    version = _weight_version(meta.get("weight_version"), url) if ids else 0
-    return Completion(
-        token_ids=tuple(ids), rollout_logprobs=logprobs, finish_reason=reason, weight_versions=(version,) * len(ids)
-    )
+    versions = _weight_versions(meta, url, len(ids))
+    return Completion(token_ids=tuple(ids), rollout_logprobs=logprobs, finish_reason=reason, weight_versions=versions)
 
 
 def parse_scores(answer: object, url: str, token_ids: Sequence[int], vocab_size: int) -> list[float]:
@@ -343,12 +341,31 @@ def _finish_reason(meta: Mapping[str, object], url: str) -> FinishReason:
     return "abort"
 
 
-def _weight_version(value: object, url: str) -> int:
+def _weight_versions(meta: Mapping[str, object], url: str, num_tokens: int) -> tuple[int, ...]:
+    """The weights that wrote each token: today's SGLang lists the stretches of an answer, others name one version for all."""
+    if "weight_versions" not in meta:
+        return (_weight_version(meta, "weight_version", url),) * num_tokens if num_tokens else ()
+    name = "meta_info.weight_versions"
+    found: list[int] = []
+    for index, entry in enumerate(_list(meta["weight_versions"], name, url)):
+        span = _mapping(entry, f"{name}[{index}]", url)
+        start, end = span.get("start"), span.get("end")
+        if start != len(found) or type(end) is not int or not start <= end <= num_tokens:
+            expected = f"a stretch that begins at {len(found)} and ends by {num_tokens}"
+            raise EngineError(url, f"{name}[{index}] is {entry!r}, expected {expected}")
+        found += [_weight_version(span, "version", url)] * (end - start)
+    if len(found) != num_tokens:
+        raise EngineError(url, f"{name} tells of {len(found)} tokens, expected {num_tokens}")
+    return tuple(found)
+
+
+def _weight_version(owner: Mapping[str, object], name: str, url: str) -> int:
+    value = owner.get(name)
     if value == "default":
         return 0
     if isinstance(value, str) and value.isascii() and value.isdigit():
         return int(value)
-    raise EngineError(url, f'meta_info.weight_version is {value!r}, expected "default" or digits in a string')
+    raise EngineError(url, f'{name} is {value!r}, expected "default" or digits in a string')
 
 
 def _mapping(value: object, name: str, url: str) -> Mapping[str, object]:

@@ -66,9 +66,24 @@ class EngineControl:
         """Forget cached keys and values; an error while requests run."""
         self._call("POST", "/flush_cache", None)
 
-    def drain(self) -> None:
-        """After ``pause("abort")``: wait until nothing is left to run. SGLang answers its clients a pass before its scheduler
-        is idle, and ends itself when it is asked for memory or a flush with new weights in between."""
+    def stop(self) -> None:
+        """Pause; when this returns nothing runs and nothing is cached.
+
+        Requests go on by themselves after ``resume`` where a paused engine lets go of its cache, as today's SGLang does; others
+        answer them with what they have so far, which takes SGLang a second.
+        """
+        self.pause("retract")
+        try:
+            self.flush_cache()
+        except EngineControlError as error:
+            if not error.refused:
+                raise
+            self.pause("abort")
+            self._drain()
+
+    def _drain(self) -> None:
+        """Wait until nothing is left to run. SGLang answers aborted requests a pass before its scheduler is idle, and ends itself
+        when it is asked for memory or a flush with new weights in between."""
         deadline = time.monotonic() + self.timeout_s
         while True:
             try:
@@ -194,6 +209,21 @@ class EngineControl:
             return response.json()
         except ValueError as error:
             raise EngineControlError(self.url, "GET /get_weights_by_name", f"not JSON: {response.text[:200]}") from error
+
+    def checksums(self) -> list[dict[str, str]] | None:
+        """Of every parameter by the engine's own names, one mapping a rank; None where it gives none."""
+        try:
+            answer = self._post("/weights_checker", {"action": "checksum", **self._target()})
+        except EngineControlError as error:
+            if not error.refused:
+                raise
+            return None
+        ranks = answer.get("ranks")
+        if not isinstance(ranks, list) or not all(
+            isinstance(rank, dict) and isinstance(rank["checksums"], dict) for rank in ranks
+        ):
+            raise EngineControlError(self.url, "POST /weights_checker", f"no checksums in {str(answer)[:200]}")
+        return [rank["checksums"] for rank in ranks]
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities (temperature 1) of tokens 1..L-1 given the ones before: L - 1 values.

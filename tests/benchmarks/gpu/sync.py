@@ -21,9 +21,9 @@ from rlx.config.schema import SyncConfig
 from rlx.models.heads import token_head
 from rlx.models.hf.io import stage_weights
 from rlx.parallel.context import shut_down
-from rlx.sync.canary import CanarySpec
 from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.group import Endpoint
+from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
 from rlx.trainer.scoring import score_sequences

@@ -21,9 +21,9 @@ from rlx.models.heads import token_head
 from rlx.models.hf.io import export_hf, load_hf, stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.rollout.keys import EngineKeys
-from rlx.sync.canary import CanarySpec
 from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.group import Endpoint
+from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.trainer.scoring import score_sequences
 from tests.dist.programs.layouts import context_of, main

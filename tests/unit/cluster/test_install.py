@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 from rlx.cluster.doctor import parse_constraints
+from rlx.rollout.sglang import TESTED
 from tests.e2e.job import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -28,6 +30,18 @@ def test_image_is_pinned_not_root_and_ends_with_the_doctor() -> None:
     assert re.findall(r"^RUN (.*)$", DOCKERFILE, re.MULTILINE)[-1] == "rlx doctor"
     for source in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE):
         assert all((ROOT / name).exists() for name in source.split() if name != "converters")
+
+
+def test_the_supported_releases_of_sglang_are_the_tested_ones() -> None:
+    """One place says which: setup.py, the Makefile's environments, a GPU installation's pin and the page about SGLang follow."""
+    versions = re.search(r"^SGLANG_VERSIONS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert versions and tuple(versions.group(1).split()) == TESTED
+    assert parse_constraints((ROOT / "launch" / "constraints-gpu.txt").read_text())["sglang"] == TESTED[1]
+    assert all(version in (ROOT / "docs" / "sglang.md").read_text() for version in TESTED)
+    reads = "import runpy, setuptools; setuptools.setup = lambda **named: print(*named['extras_require']['gpu']); runpy.run_path"
+    command = [sys.executable, "-c", f"{reads}('setup.py')"]
+    requires = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert f"sglang>={TESTED[0]},<={TESTED[1]}" in requires.split()
 
 
 @pytest.mark.slow

@@ -15,20 +15,21 @@ from rlx.rollout.keys import EngineKeys
 SESSION_PATHS = ("/begin_weight_update", "/end_weight_update")
 ADMIN_PATHS = (
     *("/pause_generation", "/continue_generation", "/flush_cache"),
-    *("/update_weights_from_disk", "/update_weights_from_tensor", "/update_weights_from_distributed"),
+    *("/update_weights_from_disk", "/update_weights_from_tensor", "/update_weights_from_distributed", "/weights_checker"),
 )
 
 
 class AdminPeer:
     """``sessions``: weights are taken inside a session only; ``flushes_paused``: requests held by a pause do not keep the cache
-    from being flushed. ``busy`` requests run until they are aborted."""
+    from being flushed. ``busy`` requests run until they are aborted, ``immortal`` ones go on."""
 
     def __init__(self, *, sessions: bool, flushes_paused: bool, keys: EngineKeys) -> None:
         self.sessions, self.flushes_paused, self.keys = sessions, flushes_paused, keys
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.session_open = False
         self.pause_mode: str | None = None
-        self.busy = 0
+        self.busy = self.immortal = 0
+        self.checksums: list[dict[str, str]] | None = None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"peer": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
@@ -53,7 +54,10 @@ class AdminPeer:
         problem = self._problem(path, body)
         version = body.get("weight_version")
         message = problem or (f"Success Weight version updated to {version}." if version else "Success")
-        return (200 if problem is None else 400), {"success": problem is None, "message": message}
+        answer: dict[str, Any] = {"success": problem is None, "message": message}
+        if path == "/weights_checker" and self.checksums is not None:
+            answer["ranks"] = [{"checksums": sums} for sums in self.checksums]
+        return (200 if problem is None else 400), answer
 
     def _problem(self, path: str, body: dict[str, Any]) -> str | None:
         if path == "/begin_weight_update":
@@ -68,7 +72,9 @@ class AdminPeer:
             return "must run between begin_weight_update() and end_weight_update()"
         elif path == "/pause_generation":
             self.pause_mode = body["mode"]
-            self.busy = 0 if self.pause_mode == "abort" else self.busy
+            self.busy = self.immortal if self.pause_mode == "abort" else self.busy
+        elif path == "/weights_checker" and self.checksums is None:
+            return "Found no NVIDIA driver on your system"
         elif path == "/flush_cache" and self.busy and not (self.flushes_paused and self.pause_mode == "retract"):
             return "pending requests"
         return None

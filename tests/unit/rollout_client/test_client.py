@@ -219,6 +219,18 @@ async def test_aborts_without_progress_end(start_peer: Callable[..., Peer], monk
     assert len(peer.seen) == 4
 
 
+def span(version: str, start: int, end: int) -> Answer:
+    return {"version": version, "start": start, "end": end}
+
+
+def test_each_token_has_the_version_that_wrote_it() -> None:
+    """In the stretches that today's SGLang lists; where there are none, all have that of the answer."""
+    answer = broken("meta_info.weight_versions", [span("default", 0, 2), span("8", 2, 2), span("11", 2, 5)])
+    assert parse_completion(answer, "http://e", VOCAB, 5).weight_versions == (0, 0, 11, 11, 11)
+    answer = broken("meta_info.weight_version", "8")
+    assert parse_completion(answer, "http://e", VOCAB, 5).weight_versions == (8,) * 5
+
+
 def good_answer() -> Answer:
     payload = {
         "input_ids": [4, 9],
@@ -261,6 +273,15 @@ def broken(path: str, value: Any) -> Answer:
         ("meta_info.output_token_logprobs.3", [-1.0], r"\[3\] is \[-1.0\]"),
         ("meta_info.weight_version", ..., "weight_version is None"),
         ("meta_info.weight_version", "v7", "weight_version is 'v7'"),
+        ("meta_info.weight_versions", "3", "weight_versions is '3', expected a list"),
+        ("meta_info.weight_versions", [], "tells of 0 tokens, expected 5"),
+        ("meta_info.weight_versions", [span("3", 0, 4)], "tells of 4 tokens, expected 5"),
+        ("meta_info.weight_versions", [span("3", 1, 5)], "expected a stretch that begins at 0 and ends by 5"),
+        ("meta_info.weight_versions", [span("3", 0, 2), span("4", 3, 5)], r"\[1\] .* begins at 2 and ends by 5"),
+        ("meta_info.weight_versions", [span("3", 0, 3), span("4", 3, 2)], r"\[1\] .* begins at 3 and ends by 5"),
+        ("meta_info.weight_versions", [span("3", 0, 6)], r"\[0\] .* ends by 5"),
+        ("meta_info.weight_versions", [span("v3", 0, 5)], "version is 'v3'"),
+        ("meta_info.weight_versions", [["3", 0, 5]], r"weight_versions\[0\] is .* expected an object"),
         ("meta_info.finish_reason", None, "finish_reason is None"),
         ("meta_info.finish_reason.type", "bored", "expected stop, length or abort"),
     ],

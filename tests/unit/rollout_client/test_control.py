@@ -58,6 +58,30 @@ def test_a_session_left_open_is_ended_and_begun_anew(start) -> None:
     assert peer.paths()[3:6] == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
 
 
+@pytest.mark.parametrize("busy", [0, 3])
+@pytest.mark.parametrize("flushes_paused", [True, False])
+def test_running_requests_are_kept_where_a_paused_engine_lets_go_of_its_cache(start, busy: int, flushes_paused: bool) -> None:
+    peer = start(flushes_paused=flushes_paused)
+    peer.busy = busy
+    with closing(EngineControl(peer.url, timeout_s=5, keys=peer.keys)) as control:
+        control.stop()
+    kept = [("/pause_generation", {"mode": "retract"}), ("/flush_cache", {})]
+    aborted = [("/pause_generation", {"mode": "abort"}), ("/flush_cache", {})]
+    assert peer.calls == (kept if flushes_paused or not busy else kept + aborted)
+    assert peer.busy == (busy if flushes_paused else 0)
+
+
+def test_an_engine_that_never_comes_to_rest_is_named(start) -> None:
+    peer = start(flushes_paused=False)
+    peer.busy = peer.immortal = 1
+    says = f"engine {peer.url}: POST /flush_cache: HTTP 400: .*pending requests"
+    with (
+        closing(EngineControl(peer.url, timeout_s=0.1, keys=peer.keys)) as control,
+        pytest.raises(EngineControlError, match=says),
+    ):
+        control.stop()
+
+
 def test_requests_go_on_whenever_a_version_is_set(start) -> None:
     """SGLang's own default for its label is to abort them all."""
     peer = start(sessions=False)

@@ -168,7 +168,6 @@ def test_description(server: Server, qwen2_folder: Path) -> None:
         info = server.get(path)
         assert info["weight_version"] == "default" and info["vocab_size"] == 131 and info["is_generation"] is True
         assert info["model_path"] == info["tokenizer_path"] == str(qwen2_folder)
-    assert server.get("/get_weight_version") == {"weight_version": "default"}
     assert "key" not in " ".join(server.get("/server_info"))
     server.get("/health")
     server.get("/health_generate")

@@ -70,6 +70,7 @@ class Trainer:
         )
         wanted = {"success": True, "message": "Succeeded to initialize custom process group."}
         assert answer.result(20) == wanted
+        server.post("/begin_weight_update", {})
 
     def announcement(self, tensors: dict[str, torch.Tensor], **more: object) -> dict[str, object]:
         return {
@@ -93,6 +94,7 @@ class Trainer:
         return answer.result(20)
 
     def close(self) -> None:
+        self.server.post("/end_weight_update", {})
         answer = self.server.post("/destroy_weights_update_group", {"group_name": self.name})
         assert answer["success"] is True
         leave_weight_group(self.group)
@@ -236,6 +238,7 @@ def test_the_engine_outlives_a_trainer_that_dies_in_a_broadcast(server: Server, 
         "group_name": "dying",
         "weight_version": "6",
     }
+    server.post("/begin_weight_update", {})
     with ThreadPoolExecutor() as pool:
         update = pool.submit(server.post, "/update_weights_from_distributed", announcement, 400)
         process.kill()
@@ -246,7 +249,17 @@ def test_the_engine_outlives_a_trainer_that_dies_in_a_broadcast(server: Server, 
     prompts = random_prompts(qwen2, [9])
     assert scores(server, prompts) == pytest.approx(wanted_scores(qwen2, prompts), abs=1e-5)
     server.post("/destroy_weights_update_group", {"group_name": "dying"})
+    server.post("/end_weight_update", {})
     Trainer(server).close()
+
+
+def test_weights_are_taken_inside_a_session_only(server: Server) -> None:
+    """One that is open cannot be opened again, nor one ended that is not."""
+    for path in ("/update_weights_from_distributed", "/update_weights_from_tensor", "/end_weight_update"):
+        assert "no weight-update session is open" in server.post(path, {}, status=400)["error"]["message"]
+    server.post("/begin_weight_update", {"selector": "target"})
+    assert "already open" in server.post("/begin_weight_update", {}, status=400)["error"]["message"]
+    server.post("/end_weight_update", {})
 
 
 def test_from_disk_refuses_folders_that_do_not_fit(server: Server, qwen2: PreTrainedModel, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from rlx.sync.canary import MAX_TOKENS, MIN_TOKENS, canary_sequences, compare, is_due, judge
-from rlx.sync.tensor_compare import Findings, merge
+from rlx.sync.proof.canary import MAX_TOKENS, MIN_TOKENS, canary_sequences, compare, is_due, judge
+from rlx.sync.proof.tensor_compare import Findings, merge
 
 
 def test_sequences_are_fixed_and_inside_the_vocabulary():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlx.rollout.sglang.control import EngineControlError
-from rlx.sync.tensor_compare import Findings, find_culprits
+from rlx.sync.proof.tensor_compare import Findings, find_culprits
 
 NAME = "model.embed_tokens.weight"
 UNFIT = f"{NAME} (by up to nan)"

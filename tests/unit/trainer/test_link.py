@@ -11,10 +11,10 @@ import torch
 
 import rlx.trainer.link as link_module
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig
-from rlx.sync.canary import CanarySpec
 from rlx.sync.engine_memory import KEY_VALUES
 from rlx.sync.errors import SyncError, SyncFailure
 from rlx.sync.group import Endpoint
+from rlx.sync.proof.canary import CanarySpec
 from rlx.trainer.link import EngineLink
 from rlx.types.weights import WeightManifest
 

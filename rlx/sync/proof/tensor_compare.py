@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlx.rollout.sglang.control import EngineControl, EngineControlError
 
-_TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Tensors come back as JSON, ten bytes or more a number: of larger ones only the first rows are compared.
 _COMPARED_ELEMENTS = 2**18
 _VOCAB_MULTIPLE = 64
@@ -58,7 +58,7 @@ def find_culprits(control: EngineControl, tensors: Iterator[tuple[str, Tensor]],
         if refusals:
             continue
         rows = max(1, _COMPARED_ELEMENTS * tensor.shape[0] // max(1, tensor.numel()))
-        ours = tensor.detach()[:rows].to(_TORCH_DTYPE[dtype]).float().cpu()
+        ours = tensor.detach()[:rows].to(TORCH_DTYPE[dtype]).float().cpu()
         try:
             theirs = _without_padding(torch.tensor(control.weights_by_name(name, rows), dtype=torch.float32), ours)
         except EngineControlError as error:

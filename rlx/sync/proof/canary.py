@@ -2,7 +2,7 @@
 
 An engine may say "success" with wrong weights inside. Log-probabilities depend on nearly every one of them, so a few
 short random sequences show a tensor that is corrupt, swapped or old. Where the engine can hand out its tensors,
-``rlx.sync.tensor_compare`` then names the ones that differ.
+``rlx.sync.proof.tensor_compare`` then names the ones that differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from rlx.sync.tensor_compare import Findings
+from rlx.sync.proof.tensor_compare import Findings
 
 NUM_SEQUENCES = 6
 MIN_TOKENS, MAX_TOKENS = 5, 24

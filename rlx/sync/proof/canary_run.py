@@ -7,24 +7,31 @@ engine is then stopped, its tensors are compared with the trainer's bit for bit,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from rlx.rollout.sglang.control import EngineControl
-from rlx.sync.canary import DEFAULT_TOLERANCE, CanaryResult, CanarySpec, canary_sequences, compare, judge
-from rlx.sync.collective_phase import Crew, stop
+from rlx.sync.collective_phase import Crew
 from rlx.sync.engine_memory import KEY_VALUES, Sharing
 from rlx.sync.errors import CanaryError
 from rlx.sync.group import Engine
-from rlx.sync.tensor_compare import Findings, find_culprits, merge
+from rlx.sync.proof.canary import DEFAULT_TOLERANCE, CanaryResult, CanarySpec, canary_sequences, compare, judge
+from rlx.sync.proof.tensor_compare import Findings, find_culprits, merge
 from rlx.types.weights import CanaryReport
 
 
 class CanaryProof:
-    """One canary. ``run`` is collective over the trainer ranks."""
+    """One canary. ``run`` is collective over the trainer ranks. ``proved``: what checksums say of engines, by url."""
 
-    def __init__(self, crew: Crew, canary: CanarySpec, tolerance: float | None, sharing: Sharing | None) -> None:
-        self._crew, self._canary, self._sharing = crew, canary, sharing
+    def __init__(
+        self,
+        crew: Crew,
+        canary: CanarySpec,
+        tolerance: float | None,
+        sharing: Sharing | None,
+        proved: Mapping[str, Findings],
+    ) -> None:
+        self._crew, self._canary, self._sharing, self._proved = crew, canary, sharing, proved
         self._tolerance = DEFAULT_TOLERANCE[canary.dtype] if tolerance is None else tolerance
         self._sequences = canary_sequences(canary.vocab_size, canary.seed)
         self._results: dict[str, CanaryResult] = {}
@@ -33,15 +40,17 @@ class CanaryProof:
         """Compare all engines' scores with ``wanted`` (read on the lead). Raises CanaryError on every rank."""
         [first] = [part for part in self._crew.together(what, "canary", lambda: self._score_all(wanted)) if part is not None]
         difference, indices = first
+        proved = [self._proved.get(engine.url) for engine in self._crew.engines]
+        num_proved = min(0 if found is None else found.num_tensors for found in proved)
         if not indices:
-            return CanaryReport(difference=difference)
+            return CanaryReport(difference=difference, num_proved=num_proved)
         suspects = [self._crew.engines[index] for index in indices]
         findings = self._look_into(what, suspects)
         reports = self._crew.together(what, "second canary", lambda: self._judge_all(suspects, findings, wanted))
         [(faults, doubts)] = [part for part in reports if part is not None]
         if faults:
             raise CanaryError(f"{what}, phase canary: {'; '.join(faults)}")
-        return CanaryReport(difference=difference, doubts=tuple(doubts))
+        return CanaryReport(difference=difference, num_proved=num_proved, doubts=tuple(doubts))
 
     def _score_all(self, wanted: Sequence[Sequence[float]]) -> tuple[float, list[int]] | None:
         """On the lead: the largest mean difference and the engines that do not pass; these and all others are then stopped."""
@@ -58,7 +67,7 @@ class CanaryProof:
         return [control.score(tokens) for tokens in self._sequences]
 
     def _stop(self, engine: Engine) -> None:
-        stop(engine)
+        engine.control.stop()
         if self._sharing is not None:  # the trainers' weights need the room for the search
             self._sharing.memory.release(engine, (KEY_VALUES,))
 
@@ -67,7 +76,8 @@ class CanaryProof:
         found = []
         for engine in suspects:
             parts = self._crew.together(what, "search", lambda engine=engine: asdict(self._search(engine)))  # type: ignore[misc]
-            found.append(merge([Findings(**part) for part in parts]))
+            searched, proved = merge([Findings(**part) for part in parts]), self._proved.get(engine.url)
+            found.append(proved if searched.refusals and proved is not None and proved.is_proof else searched)
         if self._sharing is not None:
             memory = self._sharing.memory
             self._crew.together(what, "make room", self._sharing.make_room)
