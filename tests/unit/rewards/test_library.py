@@ -162,6 +162,60 @@ def test_code_takes_assertions_and_refuses_nonsense() -> None:
         ask("code", {}, fenced("x"))
 
 
+WRONG = "def f(x): return 0\n"
+RIGHT = "def f(x): return x * x\n"
+# Each would pass a test that it never let run to its end.
+EARLY = {
+    "sys.exit(0)": WRONG + "import sys\nsys.exit(0)",
+    "os._exit(0)": WRONG + "import os\nos._exit(0)",
+    "quit()": WRONG + "quit()",
+    "SystemExit": WRONG + "raise SystemExit",
+    "in the function": "import os\ndef f(x): os._exit(0)",
+    "SystemExit in the function": "def f(x): raise SystemExit(0)",
+    "excepthook": WRONG + "import os, sys\nsys.excepthook = lambda *error: os._exit(0)",
+    "atexit": WRONG + "import atexit, os\natexit.register(os._exit, 0)",
+    "thread": WRONG + "import os, threading\nthreading.Timer(0.01, os._exit, [0]).start()\nimport time\ntime.sleep(1)",
+    "fork": WRONG + "import os\nif os.fork(): os._exit(0)",
+    "exec": WRONG + "import os\nos.execv('/bin/true', ['true'])",
+    "kill": WRONG + "import os, signal\nsignal.signal(15, lambda *a: os._exit(0))\nos.kill(os.getpid(), 15)",
+    "dup2": WRONG + "import os\nfor fd in range(3, 64):\n    try: os.dup2(1, fd)\n    except OSError: pass",
+    "closing": WRONG + "import os\nos.closerange(3, 64)",
+    "a flood": WRONG + "import os\nfor fd in range(64):\n    try: os.write(fd, bytes(64))\n    except OSError: pass\nos._exit(0)",
+    "an echo": """
+import os, threading, time
+def echo(fd):
+    try:
+        while data := os.read(fd, 10**6): os.write(fd, data)
+    except OSError: pass
+for fd in range(3, 64): threading.Thread(target=echo, args=(fd,), daemon=True).start()
+time.sleep(0.2)
+def f(x): return 0""",
+    "other builtins": WRONG + "import builtins, os\nbuiltins.exec = builtins.compile = lambda *a, **k: ''\nos.write = print",
+    "unreadable": "def f(x: return",
+}
+
+
+@pytest.mark.parametrize("program", EARLY.values(), ids=EARLY.keys())
+def test_code_that_ends_before_its_tests_passes_none(program: str) -> None:
+    assert ask("code", {"timeout_s": 2.0}, fenced(program), tests=["assert f(2) == 4"]).value == 0.0
+
+
+def test_code_is_proved_by_tests_that_run_to_their_end() -> None:
+    programs = [
+        RIGHT,
+        RIGHT + "print('x' * 1000)",
+        RIGHT + "import atexit, os\natexit.register(os._exit, 1)",
+        RIGHT + "import threading\nthreading.Thread(target=input).start()",
+        "import dataclasses, pickle\n@dataclasses.dataclass\nclass A:\n    x: int\n"
+        "def f(x): return pickle.loads(pickle.dumps(A(x))).x ** 2\nassert __name__ == '__main__'",
+    ]
+    assert [ask("code", {}, fenced(program), tests=["assert f(2) == 4"]).value for program in programs] == [1.0] * 5
+    long = [f"data = {'x' * 10**6!r}\nassert len(data) == 10**6 and f(3) == 9", "assert f(2) == 5", "import sys\nsys.exit(0)"]
+    assert ask("code", {"partial": True}, fenced(RIGHT), tests=long).value == pytest.approx(1 / 3)
+    assert ask("code", {}, fenced(RIGHT + "print('x' * 2**21)"), tests=["assert f(2) == 4"]).value == 0.0
+    assert ask("code", {"timeout_s": 0.5}, fenced("def f(x):\n    while True: pass"), tests=["assert f(2) == 4"]).value == 0.0
+
+
 def test_sums_weigh_their_parts_and_report_each() -> None:
     parts = [
         {"name": "math", "weight": 2.0},
