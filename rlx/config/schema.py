@@ -174,6 +174,10 @@ class RewardConfig:
     num_workers: int = option(1, "verifier processes (threads for remote verifiers)", minimum=1)
     timeout_s: float = option(30.0, "limit of one verdict", minimum=0.01)
     memory_mb: int = option(2048, "memory that one verdict may take beside what its process holds at its start", minimum=16)
+    skip_special_tokens: bool = option(
+        False, "leave all special tokens out of the text that verifiers see; false: only those that end or pad an answer"
+    )
+    max_abs: float = option(1e6, "a reward (or part of one) beyond this, up or down, is invalid", minimum=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,7 +119,11 @@ class RankWorker(ABC):
             divisors=divisors(self.batch, mini_batch, trained.aggregation, self.config),
             context=self.context,
         )
-        result = trained.model.step()
+        try:
+            result = trained.model.step()
+        except FloatingPointError as error:
+            odd = ", ".join(name for name, total in totals.items() if not total.isfinite().all())
+            raise FloatingPointError(f"{error}; not finite in the loss of this rank: {odd or 'nothing'}") from error
         if not self.context.is_last_stage:
             return None
         return UpdateStats(

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlx.config.schema import RewardConfig
+from rlx.rewards.base import bounded
 from rlx.rewards.math import plain_number, same_number
 from rlx.rewards.pool.pools import make_reward_service
 from rlx.rewards.registry import make_verifier
@@ -322,8 +323,23 @@ def test_a_sum_of_both_kinds_is_a_chain(server: Any) -> None:
         {"name": "exact", "weight": 10.0},
         {"name": "http", "args": {"url": f"http://127.0.0.1:{server.server_port}/score"}, "weight": 0.5},
     ]
-    service = make_reward_service(RewardConfig(name="sum", args={"parts": parts}), decode)
+    service = make_reward_service(RewardConfig(name="sum", args={"parts": parts}, max_abs=11), decode)
     found = list(service.score([group("ab", "abc"), group("x")]))
+    (huge,) = service.score([group("x" * 30, "ab")])
     service.close()
+    assert [reward.error for reward in huge.rewards or ()] == ["http: the reward is 30, beyond reward.max_abs = 11", None]
     assert [[reward.value for reward in one.rewards or ()] for one in found] == [[11.0, 1.5], [0.5]]
     assert (found[0].rewards or ())[0].parts == {"exact": 1.0, "http": 2.0}
+
+
+def test_a_reward_that_cannot_be_learned_from_is_invalid() -> None:
+    parts = [{"name": "exact", "weight": weight, "called": called} for weight, called in ((6e5, "a"), (6e5, "b"))]
+    service = make_reward_service(RewardConfig(name="sum", args={"parts": parts}), decode)
+    (scored,) = service.score([group("ab", "no")])
+    service.close()
+    assert [reward.error for reward in scored.rewards or ()] == ["the reward is 1.2e+06, beyond reward.max_abs = 1e+06", None]
+    assert (
+        bounded(Reward(value=0.5, parts={"n": 1e300}), 1e6).error
+        == "the reward's part 'n' is 1e+300, beyond reward.max_abs = 1e+06"
+    )
+    assert not bounded(Reward(value=1.0, parts={"n": float("nan")}), 1e6).valid
