@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rlx.types.rollout import Completion, Prompt, Reward
 
@@ -57,7 +57,7 @@ def invalid(error: str) -> Reward:
     return Reward(value=0.0, valid=False, error=error)
 
 
-def checked_reward(value: object, parts: Mapping[object, object] | None = None) -> Reward:
+def checked_reward(value: object, parts: Mapping[Any, object] | None = None) -> Reward:
     """A Reward from what a verifier returned; invalid unless the value and all parts are finite real numbers."""
     named = {str(name): part for name, part in (parts or {}).items()}
     for what, number in (("verifier returned", value), *((f"verifier's part {name!r} is", part) for name, part in named.items())):
