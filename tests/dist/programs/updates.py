@@ -98,8 +98,8 @@ def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: Paral
 
 
 def poisoned_update(worker: Worker) -> str:
-    """What an update says of an infinite advantage of one sample."""
-    for column in list(worker.batch.columns.get("advantages", {}).values())[:1]:
+    """What an update says of infinite advantages."""
+    for column in worker.batch.columns.get("advantages", {}).values():
         column.fill_(float("inf"))
     try:
         worker.update_policy(0)
