@@ -22,6 +22,9 @@ def write_all(config: Config, out: Path, context: ParallelContext) -> None:
     """``out/export``, ``out/checkpoint`` (Megatron), ``out/version-7``, ``out/reward-model``, ``out/converted``."""
     worker = Worker(config, context)
     worker.export(str(out / "export"))
+    for _, trained in worker._trained():
+        for part in trained.model._parts():
+            part._init_optimizer_states_with_dummy_values()  # as after a step
     worker.save(str(out / "checkpoint"))
     tensors = dict(stage_weights(worker.policy.model.chunks, worker.arch, context))
     infos = [
