@@ -155,6 +155,14 @@ def prevailing(sizes: Iterable[tuple[str, int]]) -> str:
     return totals.most_common(1)[0][0]
 
 
+def check_folder(folder: str | Path, *, is_tied: bool) -> None:
+    """ValueError for a folder that has no weights, or some that readers would read differently."""
+    source = HfFiles(folder)
+    if source.files and is_tied:
+        refuse_untied(source)
+    source.close()
+
+
 def refuse_untied(source: HfFiles) -> None:
     """ValueError where a folder whose configuration ties the output matrix to the embedding holds another one: readers differ
     in which of the two they take."""
