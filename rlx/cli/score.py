@@ -11,7 +11,6 @@ from pathlib import Path
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
 from rlx.config.load import ConfigError
-from rlx.config.model_facts import is_megatron_checkpoint
 from rlx.models.hf.files import check_folder
 from rlx.processes.local_ranks import run_local_ranks, this_module
 from rlx.types.layout import ParallelDims
@@ -32,8 +31,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         arch = read_architecture(args.model)
         read_sequences(args.tokens, arch)
-        if not is_megatron_checkpoint(args.model):
-            check_folder(args.model, is_tied=arch.tied_embeddings)
+        check_folder(args.model, is_tied=arch.tied_embeddings)
         num_ranks = dims_of(args).world_size
     except ValueError as error:
         raise ConfigError([str(error)]) from error
