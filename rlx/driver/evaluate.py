@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from rlx.config.schema import Config
 from rlx.data.prompts import evaluation_prompts
 from rlx.driver.roles import RewardService, RolloutService
-from rlx.driver.verdicts import InvalidVerdicts
 from rlx.obs.log import logger, phase
 from rlx.obs.timers import StepTimer
+from rlx.rewards.verdicts import InvalidVerdicts
 from rlx.types.rollout import Prompt, Reward, RolloutGroup, SamplingSpec
 
 

@@ -16,7 +16,7 @@ from rlx.algos.overlong import overlong_penalty
 from rlx.config.schema import Config
 from rlx.data.samples import to_train_samples
 from rlx.driver.roles import Roles
-from rlx.driver.verdicts import InvalidVerdicts
+from rlx.rewards.verdicts import InvalidVerdicts
 from rlx.types.rollout import RolloutGroup, SamplingSpec, TrainSample
 
 
