@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from tests.dist.checkpoints import make_qwen2
-from tests.dist.launch import run_ranks
+from tests.dist.launch import ROOT, run_ranks
 
 TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
 WRITERS = ["export", "checkpoint/policy", "version-7", "reward-model", "converted"]
@@ -49,6 +51,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "folders": {dtype: str(found[dtype])},
         }
         run_ranks("tests.dist.programs.exports", 1, arguments, work / f"{dtype}.out")
+        checkpoint, converted = found[dtype] / "checkpoint" / "policy", found[dtype] / "converted"
+        command = ["megatron-to-hf", "--megatron", str(checkpoint), "--out", str(converted)]
+        done = subprocess.run(
+            [sys.executable, "-m", "converters", *command], cwd=ROOT, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
     return found
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converters.__main__ import main as convert
 from rlx.config.schema import Config, DataConfig, FinetuneConfig, ModelConfig, RewardConfig
 from rlx.models.hf.io import stage_weights
 from rlx.parallel.context import ParallelContext
@@ -19,7 +18,7 @@ from tests.dist.programs.layouts import context_of, main
 
 
 def write_all(config: Config, out: Path, context: ParallelContext) -> None:
-    """``out/export``, ``out/checkpoint`` (Megatron), ``out/version-7``, ``out/reward-model``, ``out/converted``."""
+    """``out/export``, ``out/checkpoint`` (Megatron), ``out/version-7``, ``out/reward-model``."""
     worker = Worker(config, context)
     worker.export(str(out / "export"))
     for _, trained in worker._trained():
@@ -36,7 +35,6 @@ def write_all(config: Config, out: Path, context: ParallelContext) -> None:
     lane.depart(WeightChunk(infos=tuple(infos), tensors=tuple(tensors.values()), flattened=False), 7)
     judge = FinetuneWorker(replace(config, finetune=FinetuneConfig(objective="rm")), context)
     judge.export(str(out / "reward-model"))
-    assert convert(["megatron-to-hf", "--megatron", str(out / "checkpoint" / "policy"), "--out", str(out / "converted")]) == 0
 
 
 def program(arguments: dict[str, Any], world_size: int) -> None:
