@@ -115,9 +115,7 @@ class DataConfig:
     prompt_key: str = option("prompt", "column of a text prompt")
     messages_key: str = option("messages", "column of a chat (list of role/content); wins over prompt_key where present")
     tools_key: str | None = option("tools", "column of the tools (JSON schemas) that a chat's template writes; none: no column")
-    label_key: str = option(
-        "label", "column of the ground truth; column.field reaches into one, as in the other keys"
-    )
+    label_key: str = option("label", "column of the ground truth; column.field reaches into one, as in the other keys")
     system_prompt: str | None = option(None, "system message of chats that have none; makes a text prompt a chat")
     max_prompt_tokens: int = option(1024, "limit of a prompt", minimum=1)
     overlong: str = option(

@@ -128,13 +128,13 @@ def first_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, source: st
     """The first ``num`` usable prompts, in file order, of each source of training, or of the source or evaluation set called
     ``source``. ValueError for a name that is neither's."""
     seed = config.run.seed
-    named = {
+    named: dict[str, tuple[SourceConfig | EvaluationSetConfig, int]] = {
         **{name: (one, EVALUATION_SEEDS + seed) for name, one in config.evaluation.by_name.items()},
         **{name: (one, seed) for name, one in config.data.by_name.items()},
     }
     if source is not None and source not in named:
         raise ValueError(f"no source is called {source!r}; there are {', '.join(filter(None, named)) or 'none with a name'}")
-    prompts = []
+    prompts: list[Prompt] = []
     for name in config.data.by_name if source is None else [source]:
         one, default_seed = named[name]
         questions, _ = read_questions(one, config.data, tokenizer, default_seed=default_seed, limit=num)

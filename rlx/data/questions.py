@@ -54,7 +54,7 @@ def read_questions(
     """
     data = columns_of(source, data)
     counts: Counter[str] = Counter()
-    questions = []
+    questions: list[Question] = []
     for where, row in _rows(source, data, default_seed):
         if len(questions) == limit:
             break
