@@ -19,7 +19,7 @@ from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
 from rlx.data.prompts import first_prompts
 from rlx.data.rows import read_rows
-from rlx.data.tokenizer import answer_decoder, load_tokenizer
+from rlx.data.tokenizer import answer_decoder, encode_part, load_tokenizer
 from rlx.rewards.pool.pools import make_reward_service
 from rlx.rewards.pool.service import AllVerdictsInvalidError
 from rlx.types.rollout import Completion, Prompt, Reward, RolloutGroup
@@ -82,7 +82,7 @@ def _answered(config: Config, tokenizer: PreTrainedTokenizerBase, args: argparse
     if len(texts) > len(prompts):
         raise ValueError(f"--answers: {args.answers} has {len(answers or ())} answers, but there are {len(prompts)} prompts")
     return [
-        RolloutGroup(prompt=prompt, completions=(_completion(tokenizer.encode(text, add_special_tokens=False)),))
+        RolloutGroup(prompt=prompt, completions=(_completion(encode_part(text, tokenizer)),))
         for prompt, text in zip(prompts, texts, strict=False)
     ]
 
@@ -98,7 +98,7 @@ def _read_answers(file: Path) -> Iterator[str]:
 def _label_text(prompt: Prompt) -> str:
     if prompt.label is None:
         return ""
-    return prompt.label if isinstance(prompt.label, str) else json.dumps(prompt.label)
+    return prompt.label if isinstance(prompt.label, str) else json.dumps(prompt.label, default=str)
 
 
 def _completion(token_ids: Sequence[int]) -> Completion:
