@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from converters.books import Books
 from converters.cli import layout_of, parser
 from converters.plan import DTYPES
-from converters.source import CONVERTIBLE, Companions, find_companions, resolve
+from converters.source import CONVERTIBLE, described_by, find_companions, resolve
 from rlx.arch.architecture import parse_config_json
 
 
@@ -90,7 +90,7 @@ def _prepare_estimate(args: argparse.Namespace) -> Callable[[], int]:
     file = Path(args.config) if args.config else resolve(args.hf) / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing; name the model's configuration with --config FILE")
-    arch = Companions(folder=file.parent, config=file, tokenizer=None).architecture()
+    arch = described_by(file)
     config = parse_config_json(file)
     own = str(config.get("dtype") or config.get("torch_dtype"))
     dtype = DTYPES[args.dtype] if args.dtype else own if own in CONVERTIBLE else "bfloat16"

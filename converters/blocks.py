@@ -13,9 +13,9 @@ from torch import Tensor
 from converters.export import Exporter
 from converters.items import Position
 from converters.plan import Parameter
-from converters.source import row_blocks
 from converters.storage import Chunk, StoredCheckpoint
 from rlx.arch.weights import Vocab
+from rlx.models.hf.files import row_blocks
 from rlx.models.hf.folder import torch_dtype
 from rlx.models.hf.row_tensors import export
 

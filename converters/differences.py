@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from converters.source import row_blocks, same_tensor
 from converters.work import Advance, run_all
-from rlx.models.hf.files import HfFiles
+from rlx.models.hf.files import EMBEDDING, HEAD, HfFiles, row_blocks, same_tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,5 +47,4 @@ def differences_of(found: HfFiles, expected: HfFiles, num_workers: int) -> list[
 def _is_implied(name: str, found: HfFiles, expected: HfFiles) -> bool:
     if name.endswith(".rotary_emb.inv_freq"):
         return True
-    embedding = "model.embed_tokens.weight"
-    return name == "lm_head.weight" and embedding in found.files and same_tensor(expected, name, found, embedding)
+    return name == HEAD and EMBEDDING in found.files and same_tensor(expected, name, found, EMBEDDING)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib
 import re
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from converters.plan import Parameter
 from rlx.arch.architecture import Architecture, parse_config_json
 from rlx.arch.families.registry import architecture_of
-from rlx.models.hf.companions import copy_companions
-from rlx.models.hf.files import HfFiles
+from rlx.models.hf.companions import Companions
+from rlx.models.hf.files import HEAD, HfFiles, refuse_untied
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -23,28 +21,14 @@ CONVERTIBLE = ("float32", "bfloat16", "float16")  # by torch's names
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq$")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Companions:
-    """Configuration and tokenizer of a conversion: ``config`` is a file, ``tokenizer`` a folder or None for none."""
-
-    folder: Path
-    config: Path
-    tokenizer: Path | None
-
-    def architecture(self) -> Architecture:
-        config = parse_config_json(self.config)
-        try:
-            return architecture_of(config)
-        except ValueError as error:
-            names = config.get("architectures")
-            raise ValueError(f"{self.config}: {error}{f' (architectures: {names})' if names else ''}") from error
-
-    def copy_to(self, target: Path) -> None:
-        copy_companions(self.folder, target)
-        if self.tokenizer is not None and self.tokenizer != self.folder:
-            copy_companions(self.tokenizer, target)
-        # Last: a tokenizer's folder may have a configuration of its own, which is not this model's.
-        shutil.copy(self.config, target / "config.json")
+def described_by(file: Path) -> Architecture:
+    """What a config.json describes; ValueError names the file and what is wrong with it."""
+    config = parse_config_json(file)
+    try:
+        return architecture_of(config)
+    except ValueError as error:
+        names = config.get("architectures")
+        raise ValueError(f"{file}: {error}{f' (architectures: {names})' if names else ''}") from error
 
 
 def resolve(name: str) -> Path:
@@ -104,30 +88,8 @@ def check_tensors(source: HfFiles, wanted: list[Parameter], arch: Architecture) 
 
 
 def _left_out(source: HfFiles, expected: dict[str, tuple[int, ...]], arch: Architecture) -> Iterator[str]:
+    if arch.tied_embeddings:
+        refuse_untied(source)
     for name in source.files:
-        if name in expected:
-            continue
-        if _DERIVED.match(name):
+        if name not in expected and (_DERIVED.match(name) or (name == HEAD and arch.tied_embeddings)):
             yield name
-        elif name == "lm_head.weight" and arch.tied_embeddings:
-            embedding = "model.embed_tokens.weight"
-            if not same_tensor(source, name, source, embedding):
-                raise ValueError(
-                    f"{source.path}: {name} differs from {embedding}, though config.json ties them (tie_word_embeddings)"
-                )
-            yield name
-
-
-def same_tensor(a: HfFiles, name_a: str, b: HfFiles, name_b: str) -> bool:
-    """Whether two stored tensors are the same bits, compared block by block."""
-    stored = a.tensor(name_a)
-    if (stored.shape, stored.dtype) != (b.tensor(name_b).shape, b.tensor(name_b).dtype):
-        return False
-    blocks = row_blocks(stored.shape, stored.num_bytes)
-    return all(a.read_rows(name_a, start, stop) == b.read_rows(name_b, start, stop) for start, stop in blocks)
-
-
-def row_blocks(shape: tuple[int, ...], num_bytes: int, limit: int = 32 * 2**20) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of at most about ``limit`` bytes."""
-    step = max(1, shape[0] * limit // max(num_bytes, 1))
-    yield from ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))

@@ -18,10 +18,10 @@ from converters.extents import write_all
 from converters.journal import Output, check_free, fingerprint
 from converters.places import check_agreement, places
 from converters.plan import Parameter, batched, file_bytes, parameters
-from converters.source import Companions
+from converters.source import described_by
 from converters.storage import StoredCheckpoint
 from converters.work import Advance, run_all
-from rlx.models.hf.companions import MANIFEST
+from rlx.models.hf.companions import MANIFEST, Companions
 from rlx.models.hf.files import (
     DTYPE_NAMES,
     INDEX,
@@ -64,7 +64,7 @@ class ToHuggingFace:
         self._against = None if options.against is None else HfFiles(options.against)
         if self._against is not None:
             _ = self._against.files  # broken or missing: say so before any work
-        self._arch = companions.architecture()
+        self._arch = described_by(companions.config)
         books.open(self._arch)
         self._stored, self._places = StoredCheckpoint(megatron), places(self._arch)
         self._exporter = Exporter(self._stored, self._arch, self._places, _noted_dtypes(megatron))
@@ -98,11 +98,11 @@ class ToHuggingFace:
         done = total - sum(file.size for file in todo)
         run_all("converting", todo, write, num_workers=self._options.num_workers, total_bytes=total, done_bytes=done)
         self._stored.close()
-        self._companions.copy_to(output.folder)
         if len(self._files) > 1:
             weight_map = {name: file.name for file in self._files for name in file.starts}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (output.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        self._companions.write(output.folder, HfFiles(output.folder).dtype)
 
     def _plan(self) -> list[_HfFile]:
         def size_of(parameter: Parameter) -> int:

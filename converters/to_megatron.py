@@ -18,12 +18,12 @@ from converters.items import Item, ItemFile, Position, Write
 from converters.journal import Output, check_free, fingerprint
 from converters.places import GlobalTensor, Piece, Places, check_agreement, places
 from converters.plan import Cutter, FilePlan, Layout, Parameter, Part, file_plans, parameters
-from converters.source import Companions, check_tensors
+from converters.source import check_tensors, described_by
 from converters.work import Advance, run_all
 from rlx.arch.architecture import Architecture
 from rlx.arch.weights import Run
-from rlx.models.hf.companions import MANIFEST
-from rlx.models.hf.files import HfFiles, itemsize
+from rlx.models.hf.companions import MANIFEST, Companions
+from rlx.models.hf.files import HfFiles, itemsize, prevailing
 
 _FILES = "blocks with room around them"  # what an interrupted run must have written to be gone on with
 
@@ -45,7 +45,7 @@ class ToMegatron:
     def __init__(self, source: Path, companions: Companions, out: Path, options: Options, books: Books) -> None:
         check_free(out)
         self._companions, self._options, self._out = companions, options, out
-        self._arch: Architecture = companions.architecture()
+        self._arch: Architecture = described_by(companions.config)
         self._books = books
         books.open(self._arch)
         self._source = HfFiles(source)
@@ -177,7 +177,8 @@ class ToMegatron:
         return found
 
     def _describe(self, folder: Path, items: Mapping[str, Sequence[Item]]) -> None:
-        self._companions.copy_to(folder)
+        dtypes = self._hf_dtypes()
+        self._companions.write(folder, prevailing((dtype, math.prod(self._source.shape(name))) for name, dtype in dtypes.items()))
         layout = self._options.layout
         self._books.describe(folder, self._tensors, {plan.name: items[plan.name] for plan in self._plans})
         manifest = {
@@ -185,7 +186,7 @@ class ToMegatron:
             "model_type": self._arch.model_type,
             "layout": {"tp": layout.tp, "pp": layout.pp, "ep": layout.ep, "etp": layout.etp},
             "left_out": sorted(self._left_out),
-            "dtypes": self._hf_dtypes(),
+            "dtypes": dtypes,
             "files": {file.name: file.stat().st_size for file in sorted(folder.glob("*.distcp"))},
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

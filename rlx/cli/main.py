@@ -34,6 +34,7 @@ COMMANDS = {
     "rm": Command("rlx.cli.finetune", "train a reward model on pairs of answers"),
     "eval": Command("rlx.cli.eval", "evaluate a model, or the newest checkpoint of a run; train nothing"),
     "check": Command("rlx.cli.check", "validate a configuration and print it resolved; start nothing"),
+    "reward": Command("rlx.cli.reward", "rlx reward try CONFIG: what the reward says of given answers, without a model"),
     "score": Command("rlx.cli.score", "log-probs of given tokens under a model"),
     "report": Command("rlx.cli.report", "an HTML page with plots of one run, or of several together"),
     "doctor": Command("rlx.cli.doctor", "what is installed here, what fits together, what is missing"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
 from rlx.config.load import ConfigError
+from rlx.models.hf.files import check_folder
 from rlx.processes.local_ranks import run_local_ranks, this_module
 from rlx.types.layout import ParallelDims
 
@@ -28,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     try:
-        read_sequences(args.tokens, read_architecture(args.model))
+        arch = read_architecture(args.model)
+        read_sequences(args.tokens, arch)
+        check_folder(args.model, is_tied=arch.tied_embeddings)
         num_ranks = dims_of(args).world_size
     except ValueError as error:
         raise ConfigError([str(error)]) from error

@@ -17,6 +17,7 @@ from rlx.data.examples import ExampleSource, check_examples
 from rlx.data.prompts import check_prompts
 from rlx.data.tokenizer import load_tokenizer
 from rlx.models.hf.auto_classes import classifier_class
+from rlx.models.hf.files import check_folder
 from rlx.rewards.registry import label_use, make_verifier
 
 
@@ -34,6 +35,7 @@ def preflight(config: Config) -> Config:
         except ValueError as error:
             problems.append(str(error))
 
+    attempt(lambda: _check_weights(config))
     if config.is_finetuning:
         attempt(lambda: _check_model(config))
         attempt(lambda: _check_examples(config))
@@ -46,6 +48,16 @@ def preflight(config: Config) -> Config:
     if config.evaluation.only:
         return replace(config, run=replace(config.run, dir=str(Path(config.run.dir) / "eval")))
     return config if config.finetune.epochs is None or not config.is_finetuning else _in_steps(config, config.finetune.epochs)
+
+
+def _check_weights(config: Config) -> None:
+    for key in ("path", "reference_path", "critic_path"):
+        folder = getattr(config.model, key)
+        if folder is not None:
+            try:
+                check_folder(folder, is_tied=read_architecture(folder).tied_embeddings)
+            except ValueError as error:
+                raise ValueError(f"model.{key}: {error}") from error
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:

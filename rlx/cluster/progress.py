@@ -21,6 +21,7 @@ from rlx.obs.log import last_phase
 
 _COLUMNS = (
     ("reward", "reward/mean", "{:+.4f}"),
+    ("invalid", "drops/invalid_reward", "{:.0f}"),
     ("kl", "kl/ref", "{:.5f}"),
     ("loss", "loss/policy", "{:+.4f}"),
     ("loss", "loss/train", "{:.4f}"),

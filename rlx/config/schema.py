@@ -121,9 +121,7 @@ class DataConfig:
     prompt_key: str = option("prompt", "column of a text prompt")
     messages_key: str = option("messages", "column of a chat (list of role/content); wins over prompt_key where present")
     tools_key: str | None = option("tools", "column of the tools (JSON schemas) that a chat's template writes; none: no column")
-    label_key: str = option(
-        "label", "column of the ground truth; column.field reaches into one, as in the other keys"
-    )
+    label_key: str = option("label", "column of the ground truth; column.field reaches into one, as in the other keys")
     system_prompt: str | None = option(None, "system message of chats that have none; makes a text prompt a chat")
     max_prompt_tokens: int = option(1024, "limit of a prompt", minimum=1)
     overlong: str = option(
@@ -180,6 +178,10 @@ class RewardConfig:
     num_workers: int = option(1, "verifier processes (threads for remote verifiers)", minimum=1, maximum=MOST)
     timeout_s: float = option(30.0, "limit of one verdict", minimum=0.01)
     memory_mb: int = option(2048, "memory that one verdict may take beside what its process holds at its start", minimum=16)
+    skip_special_tokens: bool = option(
+        False, "leave all special tokens out of the text that verifiers see; false: only those that end or pad an answer"
+    )
+    max_abs: float = option(1e6, "a reward (or part of one) beyond this, up or down, is invalid", minimum=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,6 +124,24 @@ def evaluation_prompts(
     return [question.ask(index, source) for index, question in enumerate(questions[: one.max_prompts])], drops
 
 
+def first_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, source: str | None, num: int) -> list[Prompt]:
+    """The first ``num`` usable prompts, in file order, of each source of training, or of the source or evaluation set called
+    ``source``. ValueError for a name that is neither's."""
+    seed = config.run.seed
+    named: dict[str, tuple[SourceConfig | EvaluationSetConfig, int]] = {
+        **{name: (one, EVALUATION_SEEDS + seed) for name, one in config.evaluation.by_name.items()},
+        **{name: (one, seed) for name, one in config.data.by_name.items()},
+    }
+    if source is not None and source not in named:
+        raise ValueError(f"no source is called {source!r}; there are {', '.join(filter(None, named)) or 'none with a name'}")
+    prompts: list[Prompt] = []
+    for name in config.data.by_name if source is None else [source]:
+        one, default_seed = named[name]
+        questions, _ = read_questions(one, config.data, tokenizer, default_seed=default_seed, limit=num)
+        prompts += [question.ask(len(prompts) + index, name or one.path) for index, question in enumerate(questions)]
+    return prompts
+
+
 def check_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, use_of: Callable[[str], LabelUse]) -> list[str]:
     """What is wrong with the prompts of a run, a line for each source and evaluation set. ``use_of`` says of a source's name
     what its reward does with labels: where it needs them, some rows must have one."""

@@ -44,9 +44,9 @@ class Question:
 
 
 def read_questions(
-    source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, default_seed: int = 0
+    source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, default_seed: int = 0, limit: int | None = None
 ) -> tuple[list[Question], Counter[str]]:
-    """All usable questions of ``source`` in file order, and how many were too long, by what became of them:
+    """All usable questions of ``source`` (the first ``limit``) in file order, and how many were too long, by what became of them:
     ``prompt_too_long`` (left out) or ``prompt_truncated`` (its last tokens kept, as the question's end stands there).
 
     ``default_seed`` seeds a reasoning-gym task that has none of its own. Raises ValueError for a source that cannot be used:
@@ -54,8 +54,10 @@ def read_questions(
     """
     data = columns_of(source, data)
     counts: Counter[str] = Counter()
-    questions = []
+    questions: list[Question] = []
     for where, row in _rows(source, data, default_seed):
+        if len(questions) == limit:
+            break
         with placed(where):
             question, fate = _to_question(row, source, data, tokenizer)
         if question is not None:

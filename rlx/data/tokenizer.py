@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlx.config.schema import Config
 
 # Any one of these is enough for AutoTokenizer to build a tokenizer from a folder.
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -32,6 +36,22 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     return tokenizer
+
+
+def answer_decoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    """What turns an answer's ids into the text that verifiers see: with special tokens (``<think>`` may be one, and mean
+    something) but for those that pad it or end it by the tokenizer, the model's files or ``rollout.stop_token_ids``;
+    without any where ``reward.skip_special_tokens`` says so."""
+    if config.reward.skip_special_tokens:
+        return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    aside = {tokenizer.eos_token_id, tokenizer.pad_token_id, *config.rollout.stop_token_ids, *_end_ids(Path(config.model.path))}
+    return lambda ids: str(tokenizer.decode([token for token in ids if token not in aside], skip_special_tokens=False))
+
+
+def _end_ids(model: Path) -> Iterator[object]:
+    for file in (model / "config.json", model / "generation_config.json"):
+        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        yield from ends if isinstance(ends, list) else [ends]
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

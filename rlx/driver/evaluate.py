@@ -18,6 +18,7 @@ from rlx.data.prompts import evaluation_prompts
 from rlx.driver.roles import RewardService, RolloutService
 from rlx.obs.log import logger, phase
 from rlx.obs.timers import StepTimer
+from rlx.rewards.verdicts import InvalidVerdicts
 from rlx.types.rollout import Prompt, Reward, RolloutGroup, SamplingSpec
 
 
@@ -58,31 +59,36 @@ class Evaluation:
         self._rollout.begin_step(step)
         for one in self.sets:
             with phase("evaluate" + one.prefix.removeprefix("eval"), step), timer("evaluate"):
-                groups = list(self._reward.score(self._rollout.generate(one.prompts, one.sampling)))
+                verdicts = InvalidVerdicts()
+                groups = list(verdicts.watch(self._reward.score(self._rollout.generate(one.prompts, one.sampling))))
+                verdicts.warn(one.prefix.replace("eval", "evaluation", 1), "count as wrong")
             metrics |= summarise(groups, one.sampling.num_samples, self._pass_reward, one.prefix)
         return metrics | {"perf/evaluate_s": timer.metrics()["perf/evaluate_s"]}
 
 
 def summarise(groups: Sequence[RolloutGroup], num_samples: int, pass_reward: float, prefix: str = "eval") -> dict[str, float]:
-    """Metrics of scored groups, named ``prefix``/... Answers that could not be judged are counted and have no part in the
-    means."""
+    """Metrics of scored groups, named ``prefix``/... Answers that could not be judged are counted, and count as wrong; they have
+    no part in the means of the reward's parts."""
     answers = [completion for group in groups for completion in group.completions]
-    verdicts = [[reward for reward in group.rewards or () if reward.valid] for group in groups]
-    valid = [reward for of_prompt in verdicts for reward in of_prompt]
-    found: dict[str, float] = {}
-    if valid:
-        found["reward_mean"] = fmean(reward.value for reward in valid)
-        if num_samples > 1:
-            found |= at_k([[reward.value for reward in of_prompt] for of_prompt in verdicts], num_samples, pass_reward)
+    verdicts = [group.rewards or () for group in groups]
+    rewards = [reward for of_prompt in verdicts for reward in of_prompt]
+    valid = [reward for reward in rewards if reward.valid]
+    found = {"reward_mean": fmean(map(_value, rewards))}
+    if num_samples > 1:
+        found |= at_k(verdicts, num_samples, pass_reward)
     parts = {f"reward_{name}": value for name, value in part_means(valid).items()}
     counts = {
         "tokens_mean": fmean(len(answer.token_ids) for answer in answers),
         "cut_off_share": fmean(answer.is_cut_off for answer in answers),
-        "invalid": float(len(answers) - len(valid)),
+        "invalid": float(len(rewards) - len(valid)),
         "prompts": float(len(groups)),
     }
     found = {**found, **{name: value for name, value in parts.items() if name not in found}, **counts}
     return {f"{prefix}/{name}": value for name, value in found.items()}
+
+
+def _value(reward: Reward) -> float:
+    return reward.value if reward.valid else 0.0
 
 
 def part_means(rewards: Sequence[Reward]) -> dict[str, float]:
@@ -91,15 +97,16 @@ def part_means(rewards: Sequence[Reward]) -> dict[str, float]:
     return {name: fmean(reward.parts[name] for reward in rewards if name in reward.parts) for name in names}
 
 
-def at_k(rewards: Sequence[Sequence[float]], num_samples: int, pass_reward: float) -> dict[str, float]:
-    """``mean@k`` of all answers, and ``pass@k`` for k = 1, 2, 4, ... up to ``num_samples``.
+def at_k(verdicts: Sequence[Sequence[Reward]], num_samples: int, pass_reward: float) -> dict[str, float]:
+    """``mean@k`` of all answers, and ``pass@k`` for k = 1, 2, 4, ... up to ``num_samples``. An invalid verdict is no pass.
 
-    A prompt with fewer than k valid answers has no part in pass@k; a k that no prompt reaches is left out.
+    A prompt with fewer than k answers has no part in pass@k; a k that no prompt reaches is left out.
     """
-    found = {f"mean@{num_samples}": fmean(fmean(values) for values in rewards if values)}
+    found = {f"mean@{num_samples}": fmean(fmean(map(_value, of_prompt)) for of_prompt in verdicts if of_prompt)}
+    rights = [(len(of_prompt), sum(r.valid and r.value >= pass_reward for r in of_prompt)) for of_prompt in verdicts]
     ks = [2**power for power in range(num_samples.bit_length()) if 2**power < num_samples] + [num_samples]
     for k in ks:
-        chances = [pass_chance(len(values), sum(v >= pass_reward for v in values), k) for values in rewards if len(values) >= k]
+        chances = [pass_chance(num, num_right, k) for num, num_right in rights if num >= k]
         if chances:
             found[f"pass@{k}"] = fmean(chances)
     return found

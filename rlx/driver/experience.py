@@ -16,14 +16,17 @@ from rlx.algos.overlong import overlong_penalty
 from rlx.config.schema import Config
 from rlx.data.samples import to_train_samples
 from rlx.driver.roles import Roles
+from rlx.rewards.verdicts import InvalidVerdicts
 from rlx.types.rollout import RolloutGroup, SamplingSpec, TrainSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts:
-    """The groups of one step in prompt order. ``baselines`` are greedy answers' rewards by prompt id (None: not valid)."""
+    """The groups of one step in prompt order, and what became of all verdicts on the way. ``baselines`` are greedy answers'
+    rewards by prompt id (None: not valid)."""
 
     groups: list[RolloutGroup]
+    verdicts: InvalidVerdicts = field(default_factory=InvalidVerdicts)
     baselines: Mapping[int, float | None] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -48,25 +51,28 @@ def collect(config: Config, roles: Roles, algorithm: Algorithm, sampling: Sampli
     if config.algorithm.dynamic_sampling:
         return _collect_with_signal(wanted, config.algorithm.dynamic_max_factor, roles, sampling)
     prompts = roles.prompts.next(wanted)
+    verdicts = InvalidVerdicts()
     baselines: dict[int, float | None] = {}
     if algorithm.greedy_baseline:
         greedy = replace(sampling, num_samples=1, temperature=0.0)
-        for group in roles.reward.score(roles.rollout.generate(prompts, greedy)):
+        for group in verdicts.watch(roles.reward.score(roles.rollout.generate(prompts, greedy))):
             (reward,) = group.rewards or ()
             baselines[group.prompt.prompt_id] = reward.value if reward.valid else None
-    return Rollouts(groups=_in_order(roles.reward.score(roles.rollout.generate(prompts, sampling))), baselines=baselines)
+    groups = _in_order(verdicts.watch(roles.reward.score(roles.rollout.generate(prompts, sampling))))
+    return Rollouts(groups=groups, verdicts=verdicts, baselines=baselines)
 
 
 def _collect_with_signal(wanted: int, max_factor: float, roles: Roles, sampling: SamplingSpec) -> Rollouts:
     limit = int(wanted * max_factor)
     useful: list[RolloutGroup] = []
     useless: list[RolloutGroup] = []
+    verdicts = InvalidVerdicts()
     num_asked = num_rounds = 0
     while len(useful) < wanted and num_asked < limit:
         share = max(len(useful), 1) / max(num_asked, 1)
         missing = wanted - len(useful)
         ask = min(limit - num_asked, missing if not num_asked else max(missing, min(wanted, round(missing / share))))
-        for group in roles.reward.score(roles.rollout.generate(roles.prompts.next(ask), sampling)):
+        for group in verdicts.watch(roles.reward.score(roles.rollout.generate(roles.prompts.next(ask), sampling))):
             (useful if has_signal(group) else useless).append(group)
         num_asked, num_rounds = num_asked + ask, num_rounds + 1
     useful = _in_order(useful)
@@ -78,7 +84,7 @@ def _collect_with_signal(wanted: int, max_factor: float, roles: Roles, sampling:
         "dynamic/groups_missing": max(0, wanted - len(useful)),
     }
     groups = useful[:wanted] or _in_order(useless)[:wanted]
-    return Rollouts(groups=groups, metrics={name: float(value) for name, value in metrics.items()})
+    return Rollouts(groups=groups, verdicts=verdicts, metrics={name: float(value) for name, value in metrics.items()})
 
 
 def _in_order(groups: object) -> list[RolloutGroup]:

@@ -54,6 +54,7 @@ class PPOTrainer:
         with phase("rollout", step), timer("rollout"):
             roles.rollout.begin_step(step)
             rollouts = collect(self.config, roles, self.algorithm, self.sampling)
+            rollouts.verdicts.warn(f"step {step}", "are left out")
         samples = prepare(self.config, self.algorithm, rollouts)
         plan = plan_batch(
             [len(sample.token_ids) for sample in samples.kept],
@@ -141,6 +142,7 @@ class PPOTrainer:
         metrics = {
             "reward/mean": fmean(values),
             "reward/std": pstdev(values),
+            "reward/invalid": float(rollouts.verdicts.num_invalid),
             "response/tokens_mean": fmean(len(answer.token_ids) for answer in answers),
             "response/cut_off_share": fmean(answer.is_cut_off for answer in answers),
             **scores,

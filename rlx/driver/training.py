@@ -13,7 +13,7 @@ from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.registry import make_algorithm
 from rlx.config.schema import Config
 from rlx.data.prompts import PromptSource
-from rlx.data.tokenizer import load_tokenizer
+from rlx.data.tokenizer import answer_decoder, load_tokenizer
 from rlx.driver.evaluate import Evaluation
 from rlx.driver.keeping import evaluate_alone, train
 from rlx.driver.ppo import PPOTrainer
@@ -92,7 +92,7 @@ def _make_services(
 ) -> tuple[EnginePublisher | None, RolloutService, RewardService]:
     publisher, rollout = _make_rollout(config, ranks, engines, stack)
     stack.callback(rollout.close)
-    pool = make_reward_service(config.reward, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
+    pool = make_reward_service(config.reward, answer_decoder(config, tokenizer))
     stack.callback(pool.close)
     return publisher, rollout, pool
 

@@ -15,6 +15,7 @@ from rlx.arch.architecture import Architecture, is_megatron_checkpoint
 from rlx.arch.families.registry import weight_table
 from rlx.arch.sizes import expected_shapes
 from rlx.models.hf.auto_classes import classifier_class
+from rlx.models.hf.companions import Companions
 from rlx.models.hf.folder import HfFolder
 from rlx.models.hf.io import stage_weights, write_hf
 from rlx.models.layers import ValueHead
@@ -46,9 +47,14 @@ def load_score(chunks: Sequence[nn.Module], folder: str | Path) -> None:
 
 
 def export_classifier(
-    chunks: Sequence[nn.Module], arch: Architecture, *, source: str | Path, target: str | Path, context: ParallelContext
+    chunks: Sequence[nn.Module],
+    arch: Architecture,
+    *,
+    companions: Companions,
+    target: str | Path,
+    context: ParallelContext,
 ) -> None:
-    """As ``hf_io.export_hf``, with the score's head in place of the output layer. Collective over all ranks."""
+    """As ``hf.io.export_hf``, with the score's head in place of the output layer. Collective over all ranks."""
     table = weight_table(arch)
     output = set(table["output_layer.weight"].hf_names) if "output_layer.weight" in table else set()
     own = score_weights(chunks) if context.is_sender else ()
@@ -56,7 +62,7 @@ def export_classifier(
     write_hf(
         itertools.chain(stage_weights(chunks, arch, context), heads),
         (expected_shapes(arch).keys() - output) | {SCORE},
-        source=source,
+        companions=companions,
         target=target,
         context=context,
         finish=_describe,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,15 @@ class Trainable:
         self.optimizer.zero_grad()
 
     def step(self) -> StepResult:
-        """Clip and apply the accumulated gradients. The schedule moves first, so that warm-up does not waste a step at 0."""
+        """Clip and apply the accumulated gradients. The schedule moves first, so that warm-up does not waste a step at 0.
+
+        FloatingPointError, on every rank and before any weight is changed, when they are not finite: Megatron clips them by
+        their norm, which would make every weight NaN.
+        """
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradients are not finite (their norm is {norm}); no weight was changed")
         self.schedule.step(increment=1)
         succeeded, grad_norm, _ = self.optimizer.step()
         rate = float(self.optimizer.param_groups[0]["lr"])

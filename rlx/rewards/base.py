@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rlx.types.rollout import Completion, Prompt, Reward
 
 
 class Verifier(Protocol):
     def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        """Judge one answer. ``response_text`` is the decoded response without special tokens. May raise: the sample is
-        then invalid. Called from several threads at once."""
+        """Judge one answer. ``response_text`` is the decoded response without what ends or pads it. May raise: the sample is
+        then invalid. Those that wait for a server are called from several threads at once."""
         ...
 
 
@@ -57,15 +57,35 @@ def invalid(error: str) -> Reward:
     return Reward(value=0.0, valid=False, error=error)
 
 
-def checked_reward(value: object, parts: Mapping[object, object] | None = None) -> Reward:
+def checked_reward(value: object, parts: Mapping[Any, object] | None = None) -> Reward:
     """A Reward from what a verifier returned; invalid unless the value and all parts are finite real numbers."""
-    if not is_finite_number(value):
-        return invalid(f"the verifier returned {value!r}, which is not a finite number")
     named = {str(name): part for name, part in (parts or {}).items()}
-    for name, part in named.items():
-        if not is_finite_number(part):
-            return invalid(f"the verifier's part {name!r} is {part!r}, which is not a finite number")
+    for what, number in (("verifier returned", value), *((f"verifier's part {name!r} is", part) for name, part in named.items())):
+        if not is_finite_number(number):
+            return invalid(f"the {what} {number!r}, which is not a finite number")
     return Reward(value=float(value), parts={name: float(part) for name, part in named.items()})  # type: ignore[arg-type]
+
+
+def bounded(reward: Reward, max_abs: float) -> Reward:
+    """``reward`` if it can be learned from: invalid unless its value and parts are finite numbers of at most ``max_abs``."""
+    if not reward.valid:
+        return reward
+    checked = checked_reward(reward.value, reward.parts)
+    if not checked.valid:
+        return checked
+    for what, number in (("reward", checked.value), *((f"reward's part {name!r}", part) for name, part in checked.parts.items())):
+        if abs(number) > max_abs:
+            return invalid(f"the {what} is {number:g}, beyond reward.max_abs = {max_abs:g}")
+    return checked
+
+
+def judge(verifier: Verifier, prompt: Prompt, text: str, completion: Completion, max_abs: float) -> Reward:
+    """The verdict, invalid for whatever the verifier raises and whatever ``bounded`` refuses."""
+    try:
+        return bounded(verifier(prompt, text, completion), max_abs)
+    except (Exception, SystemExit) as error:
+        # Verifiers are users' code: whatever they raise makes this sample invalid, never the run fail.
+        return invalid(f"{type(error).__name__}: {error}")
 
 
 def is_finite_number(value: object) -> bool:

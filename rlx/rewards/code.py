@@ -13,18 +13,24 @@ import json
 import os
 import re
 import resource
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from rlx.rewards.base import MissingLabelError
+from rlx.rewards.code_harness import LENGTH_BYTES, WORD_BYTES
 from rlx.types.rollout import Completion, Prompt, Reward
 
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+_HARNESS = Path(__file__).with_name("code_harness.py")
 MAX_OUTPUT_BYTES = 2**20
 
 
@@ -34,7 +40,8 @@ class CodeTests:
 
     Tests stand in the row's column ``tests`` (or in the label as JSON): a list of ``{"input": ..., "output": ...}`` (standard
     input and expected output, outer whitespace of lines ignored) or of Python texts run after the program, which pass
-    unless they raise. ``timeout_s`` is for one test: reward.timeout_s must exceed all of them together.
+    once they have run to their end (``rlx.rewards.code_harness`` proves it; a program that ends itself passes none).
+    ``timeout_s`` is for one test: reward.timeout_s must exceed all of them together.
     """
 
     tests_key: str = "tests"
@@ -71,37 +78,55 @@ class CodeTests:
 
     def _passes(self, program: str, test: object) -> bool:
         if isinstance(test, str):
-            return self._run(f"{program}\n\n{test}\n", "") is not None
+            return self._holds(program, test)
         if not isinstance(test, Mapping) or "output" not in test:
             raise ValueError(f"a test must be Python text or have input and output, got {test!r}")
-        output = self._run(program, str(test.get("input", "")))
-        return output is not None and _lines(output) == _lines(str(test["output"]))
+        with self._running(program) as run:
+            try:
+                run.process.communicate(str(test.get("input", "")).encode(), timeout=self.timeout_s)
+            except subprocess.TimeoutExpired:
+                return False
+            output = run.output
+        return run.process.returncode == 0 and output is not None and _lines(output) == _lines(str(test["output"]))
 
-    def _run(self, program: str, text_in: str) -> str | None:
-        """What the program printed; None if it failed, took too long or printed too much."""
+    def _holds(self, program: str, test: str) -> bool:
+        """Whether ``test`` runs to its end after ``program``: each in turn says a word that it can have only then."""
+        ours, theirs = socket.socketpair()
+        word, proof = secrets.token_bytes(WORD_BYTES), secrets.token_bytes(WORD_BYTES)
+        message = test.encode() + proof
+        with ours, theirs, self._running(program, theirs) as run:
+            theirs.close()
+            deadline_s = time.monotonic() + self.timeout_s
+            try:
+                ours.sendall(word)
+                if not _hears(ours, word, deadline_s):
+                    return False
+                ours.sendall(len(message).to_bytes(LENGTH_BYTES, "big") + message)
+                return _hears(ours, proof, deadline_s) and run.output is not None
+            except OSError:  # it has ended, or time is up
+                return False
+
+    @contextlib.contextmanager
+    def _running(self, program: str, channel: socket.socket | None = None) -> Iterator[_Run]:
+        """The program in a process of its own, which ends with the context; with ``channel``, under the harness."""
         with tempfile.TemporaryDirectory(prefix="rlx-code-") as folder:
-            file, output = Path(folder) / "program.py", Path(folder) / "output"
-            file.write_text(program)
-            with output.open("wb") as stream:
+            (Path(folder) / "program.py").write_text(program, encoding="utf-8")
+            with tempfile.TemporaryFile() as stream:
                 process = subprocess.Popen(
-                    [sys.executable, "-I", file.name],
+                    [sys.executable, "-I", *(["program.py"] if channel is None else [str(_HARNESS), str(channel.fileno())])],
                     cwd=folder,
                     env={"PATH": "/usr/bin:/bin", "HOME": folder, "LANG": "C.UTF-8"},
-                    stdin=subprocess.PIPE,
+                    stdin=subprocess.PIPE if channel is None else subprocess.DEVNULL,
                     stdout=stream,
                     stderr=subprocess.DEVNULL,
+                    pass_fds=() if channel is None else (channel.fileno(),),
                     start_new_session=True,
                     preexec_fn=self._confine,
                 )
                 try:
-                    process.communicate(text_in.encode(), timeout=self.timeout_s)
-                except subprocess.TimeoutExpired:
-                    return None
+                    yield _Run(process, stream)
                 finally:
                     _kill_session(process)
-            if process.returncode or output.stat().st_size > MAX_OUTPUT_BYTES:
-                return None
-            return output.read_text(errors="replace")
 
     def _confine(self) -> None:
         """In the child, between fork and exec."""
@@ -117,6 +142,32 @@ class CodeTests:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MAX_OUTPUT_BYTES, 2 * MAX_OUTPUT_BYTES))
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A program that runs, and what it prints."""
+
+    process: subprocess.Popen[bytes]
+    stream: IO[bytes]
+
+    @property
+    def output(self) -> str | None:
+        """What it has printed so far; None if too much."""
+        found = os.pread(self.stream.fileno(), MAX_OUTPUT_BYTES + 1, 0)  # the program shares the place where it writes
+        return None if len(found) > MAX_OUTPUT_BYTES else found.decode(errors="replace")
+
+
+def _hears(channel: socket.socket, word: bytes, deadline_s: float) -> bool:
+    """Whether exactly ``word`` comes in time."""
+    found = b""
+    while len(found) < len(word):
+        channel.settimeout(max(0.001, deadline_s - time.monotonic()))
+        more = channel.recv(len(word) + 1)
+        if not more:
+            return False
+        found += more
+    return found == word
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:

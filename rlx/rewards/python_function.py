@@ -1,18 +1,22 @@
-"""A verifier of the user's own: a function in a Python file."""
+"""A verifier of the user's own: a function in a Python file, which may import what lies beside it."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 
 from rlx.rewards.base import checked_reward, invalid
 from rlx.types.rollout import Completion, Prompt, Reward
 
 
 class PythonFunction:
-    """Calls ``function(prompt_text, response, label, **extra)`` from ``path/to/file.py:function``.
+    """Calls ``function(prompt_text, response, label, **extra)`` from ``path/to/file.py:function``, one call at a time.
 
     ``extra`` holds the row's other columns and, over them, ``reward.args``. The function returns a number, or (number,
     {part name: number}); anything else is an invalid verdict. Raises ValueError for a missing file or function, or a
@@ -20,12 +24,18 @@ class PythonFunction:
     """
 
     def __init__(self, name: str, args: Mapping[str, object]) -> None:
-        self._function = _load_function(name)
+        path, _, function = name.rpartition(":")
+        if not Path(path).is_file():
+            raise ValueError(f"reward.name: no such file: {path} (from {name!r})")
+        self._neighbours = _Neighbours(Path(path).resolve().parent)
+        with self._neighbours.importable():
+            self._function = _load_function(path, function)
         self._args = dict(args)
 
     def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
         extra = {**prompt.extra, **self._args}
-        result = self._function(prompt.text, response_text, prompt.label, **extra)
+        with self._neighbours.importable():
+            result = self._function(prompt.text, response_text, prompt.label, **extra)
         if not isinstance(result, tuple):
             return checked_reward(result)
         if len(result) != 2 or not isinstance(result[1], Mapping):
@@ -33,15 +43,44 @@ class PythonFunction:
         return checked_reward(result[0], result[1])
 
 
-def _load_function(name: str) -> Callable[..., object]:
-    path, _, function_name = name.rpartition(":")
+class _Neighbours:
+    """The modules of one folder. Files elsewhere, with neighbours of the same names, never meet them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._own: dict[str, ModuleType] = {}
+
+    @contextmanager
+    def importable(self) -> Iterator[None]:
+        """Inside, they can be imported, before all else, as what lies beside a script can; outside, nobody finds them."""
+        sys.path.insert(0, str(self._folder))
+        sys.modules.update(self._own)
+        num_before = len(sys.modules)
+        try:
+            yield
+        finally:
+            with suppress(ValueError):
+                sys.path.remove(str(self._folder))
+            if len(sys.modules) != num_before:
+                fresh = dict(list(sys.modules.items())[num_before:])
+                tops = {name for name, module in fresh.items() if self._lies_here(module)} | self._own.keys()
+                self._own |= {name: module for name, module in fresh.items() if name.partition(".")[0] in tops}
+            for name in self._own:
+                sys.modules.pop(name, None)
+
+    def _lies_here(self, module: ModuleType) -> bool:
+        places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+        return any(isinstance(place, str) and Path(place).parent == self._folder for place in places)
+
+
+def _load_function(path: str, function_name: str) -> Callable[..., object]:
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"reward.name: no such file: {path} (from {name!r})")
-    spec = importlib.util.spec_from_file_location(f"rlx_reward_{file.stem}", file)
+    # Registered, as dataclasses and pickle need it, under a name that is this path's alone.
+    name = f"rlx_reward_{file.stem}_{hashlib.blake2b(str(file.resolve()).encode(), digest_size=6).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ValueError(f"reward.name: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     home = Path.cwd()
     try:
         spec.loader.exec_module(module)

@@ -108,4 +108,4 @@ class FinetuneWorker(RankWorker):
             return super().export(folder)
         with phase("export"):
             chunks = self.policy.model.chunks
-            export_classifier(chunks, self.arch, source=self.config.model.path, target=folder, context=self.context)
+            export_classifier(chunks, self.arch, companions=self.companions, target=folder, context=self.context)

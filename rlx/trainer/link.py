@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from rlx.config.schema import Config
+from rlx.models.hf.companions import Companions
 from rlx.obs.log import notice
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.memory import GIB, TrainerMemory, device_used
@@ -153,7 +154,8 @@ def sync_folder(config: Config) -> SyncFolder:
     path = run_dir / "sync"
     if config.sync.dir is not None:
         path = Path(config.sync.dir).resolve() / f"{run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
-    return SyncFolder(path=path, model=Path(config.model.path))
+    companions = Companions.of(config.model.path, config.model.tokenizer_path, config.data.chat_template)
+    return SyncFolder(path=path, companions=companions)
 
 
 def make_publisher(config: Config, context: ParallelContext, target: PublisherTarget, canary: CanarySpec) -> Publisher:

@@ -19,6 +19,8 @@ from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import Config, OptimizerConfig
 from rlx.models.build import BuildOptions, build_model, freeze
 from rlx.models.heads import token_head
+from rlx.models.hf.companions import Companions
+from rlx.models.hf.files import prevailing
 from rlx.models.hf.io import export_hf
 from rlx.models.megatron_io import load_megatron, load_weights
 from rlx.obs.log import phase
@@ -64,6 +66,7 @@ class RankWorker(ABC):
         self.config, self.context = config, context
         self.arch = read_architecture(config.model.path)
         model = config.model
+        self.companions = Companions.of(model.path, model.tokenizer_path, config.data.chat_template)
         self._options = BuildOptions(
             dtype=model.dtype,
             layer_spec=model.layer_spec,
@@ -119,7 +122,11 @@ class RankWorker(ABC):
             divisors=divisors(self.batch, mini_batch, trained.aggregation, self.config),
             context=self.context,
         )
-        result = trained.model.step()
+        try:
+            result = trained.model.step()
+        except FloatingPointError as error:
+            odd = ", ".join(name for name, total in totals.items() if not total.isfinite().all())
+            raise FloatingPointError(f"{error}; not finite in the loss of this rank: {odd or 'nothing'}") from error
         if not self.context.is_last_stage:
             return None
         return UpdateStats(
@@ -152,6 +159,10 @@ class RankWorker(ABC):
             self.context.barrier()
             assert isinstance(trained.model, Trainable), "this run only evaluates"
             save_trainable(trained.model, place)
+            if self.context.rank == 0 and trained.head is self._token_head:
+                # A whole language model: converters and exports find what it was used with.
+                parameters = (parameter for chunk in trained.model.chunks for parameter in chunk.parameters())
+                self.companions.write(place, prevailing((str(p.dtype).removeprefix("torch."), p.numel()) for p in parameters))
 
     def load(self, folder: str) -> None:
         """Restore what ``save`` wrote; of a model that is only read, its weights."""
@@ -164,7 +175,7 @@ class RankWorker(ABC):
     def export(self, folder: str) -> None:
         with phase("export"):
             chunks = self._trained()[0][1].model.chunks
-            export_hf(chunks, self.arch, source=self.config.model.path, target=folder, context=self.context)
+            export_hf(chunks, self.arch, companions=self.companions, target=folder, context=self.context)
 
     def close(self) -> None:
         """Leave what was joined beside the ranks' own groups."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlx.config.schema import SyncConfig
+from rlx.models.hf.companions import Companions
 from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
@@ -85,7 +86,7 @@ def publisher_of(engine: RunningEngine, model: LlamaForCausalLM, way: tuple[str,
         device=torch.device("cpu"),
         keys=engine.keys,
         transport=transport,
-        folder=SyncFolder(path=work / f"sync-{engine.kind}", model=work / "model"),
+        folder=SyncFolder(path=work / f"sync-{engine.kind}", companions=Companions.of(work / "model")),
     )
     canary = CanarySpec(
         vocab_size=SHAPE["vocab_size"],

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlx.config.schema import SyncConfig
+from rlx.models.hf.companions import Companions
 from rlx.rollout.sglang.control import EngineControl
 from rlx.sync.collective_phase import PublisherPlace, Share
 from rlx.sync.group import Endpoint
@@ -209,7 +210,7 @@ def make_publisher(
         backend="gloo",
         device=torch.device("cpu"),
         transport="disk" if folder else transport,
-        folder=SyncFolder(path=folder / "sync", model=folder / "model") if folder else None,
+        folder=SyncFolder(path=folder / "sync", companions=Companions.of(folder / "model")) if folder else None,
     )
     config = config or small_config()
     return Publisher(place, target, config, share or (lambda text: [text]), spec if canary else None)

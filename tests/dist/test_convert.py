@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
     for name, value in expected.items():
         assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
         assert torch.equal(found[name].view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)), name
+
+
+def most_common_type(folder: Path) -> str:
+    sizes: Counter[torch.dtype] = Counter()
+    for value in tensors_of(folder).values():
+        sizes[value.dtype] += value.numel()
+    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def variant(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
@@ -175,6 +183,7 @@ class Bench:
         found["there derived"] = {"argv": self.forward(self.derived, "derived", "--verify")}
         found["back derived"] = {"argv": self.backward("derived", "--verify-against", str(self.derived))}
         found["there cast"] = {"argv": self.forward(qwen2, "cast", "--dtype", "bf16", "--verify")}
+        found["back cast"] = {"argv": self.backward("cast")}
         found["wrong weight"] = {
             "argv": self.forward(qwen2, "wrong", *LAYOUT, "--verify"), "fault": "wrong weight", "value": "linear_proj"
         }  # fmt: skip
@@ -212,8 +221,11 @@ def test_there_and_back_is_bit_exact(bench: Bench, name: str) -> None:
         assert bench.outcomes[f"{way} {name}"]["code"] == 0, bench.outcomes[f"{way} {name}"]["err"][-2000:]
         assert (bench.outcomes[f"{way} {name}"]["copied"] == 0) == (name in GATHERED)
     assert_same_bits(tensors_of(bench.back(name)), tensors_of(bench.sources[name]))
-    for file in ("config.json", "tokenizer.json"):
+    unchanged = ["tokenizer.json"] if name in ("bf16", "mixed") else ["config.json", "tokenizer.json"]
+    for file in unchanged:
         assert (bench.back(name) / file).read_bytes() == (bench.sources[name] / file).read_bytes()
+    source, back = (json.loads((folder / "config.json").read_text()) for folder in (bench.sources[name], bench.back(name)))
+    assert back == source | {"dtype": most_common_type(bench.back(name))}
     assert digest(bench.sources[name]) == bench.before[name], "the source was touched"
 
 
@@ -253,6 +265,10 @@ def test_cast(bench: Bench) -> None:
     assert bench.outcomes["there cast"]["code"] == 0, bench.outcomes["there cast"]["err"]
     rows = [line.split() for line in bench.outcomes["there cast"]["out"].splitlines()]
     assert {row[1] for row in rows if len(row) == 4} == {"bfloat16"}
+    assert bench.outcomes["back cast"]["code"] == 0, bench.outcomes["back cast"]["err"]
+    assert {value.dtype for value in tensors_of(bench.back("cast")).values()} == {torch.bfloat16}
+    for folder in (bench.there("cast"), bench.back("cast")):
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_derived_tensors_are_left_out(bench: Bench) -> None:

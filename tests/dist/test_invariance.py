@@ -116,6 +116,15 @@ def test_three_adam_steps_agree(results: dict[str, Any]) -> None:
             assert worst[0] <= 2e-4, (name, role, worst)
 
 
+def test_gradients_that_are_not_finite_change_no_weight(results: dict[str, Any]) -> None:
+    """Every rank says so, whichever sees the loss."""
+    for name, found in results.items():
+        assert all("the gradients are not finite" in message for message in found["poisoned"]), (name, found["poisoned"])
+        assert any("in the loss of this rank: policy" in message for message in found["poisoned"]), (name, found["poisoned"])
+        for key, weight in found["weights"]["policy"].items():
+            assert torch.equal(found["after"][key], weight), (name, key)
+
+
 def test_the_batch_is_a_hard_one(results: dict[str, Any]) -> None:
     """The updates move the policy, so agreement is not that of numbers that never changed."""
     steps = results["one"]["steps"]

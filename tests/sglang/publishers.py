@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from rlx.config.schema import SyncConfig
+from rlx.models.hf.companions import Companions
 from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.engine_memory import Sharing
 from rlx.sync.group import Endpoint
@@ -35,7 +36,7 @@ def make_publisher(
         device=torch.device("cpu"),
         keys=engine.keys,
         transport=transport,
-        folder=None if folder is None else SyncFolder(path=folder, model=engine.model),
+        folder=None if folder is None else SyncFolder(path=folder, companions=Companions.of(engine.model)),
         sharing=sharing,
     )
     place = PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)

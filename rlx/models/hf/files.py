@@ -10,14 +10,18 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rlx.arch.architecture import is_megatron_checkpoint
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # What safetensors calls a type: torch's name of it.
 DTYPE_NAMES: Mapping[str, str] = {
     "BF16": "bfloat16",
@@ -71,6 +75,13 @@ class HfFiles:
         index = self.path / INDEX
         if index.is_file():
             files = _weight_map(index)
+            if (self.path / SINGLE).is_file():
+                if set(files.values()) == {SINGLE}:
+                    return dict.fromkeys(self._header(SINGLE), SINGLE)
+                raise ValueError(
+                    f"{self.path} holds {SINGLE} and {INDEX}, which names other files: transformers loads {SINGLE}, others what"
+                    " the index names; remove the one that is out of date"
+                )
             for missing in sorted({name for name in files.values() if not (self.path / name).is_file()}):
                 raise ValueError(f"{index} names {missing}, which is not there")
             return files
@@ -87,6 +98,11 @@ class HfFiles:
         if name not in header:
             raise ValueError(f"{self.path / file} has no tensor {name}, which {INDEX} says it has")
         return header[name]
+
+    @property
+    def dtype(self) -> str:
+        """The type that most of the weights have, by torch's name."""
+        return prevailing((self.tensor(name).dtype, math.prod(self.tensor(name).shape)) for name in self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensor(name).shape
@@ -131,6 +147,46 @@ class HfFiles:
         if file not in self._headers:
             self._headers[file] = read_header(self.path / file)
         return self._headers[file]
+
+
+def prevailing(sizes: Iterable[tuple[str, int]]) -> str:
+    """Of (type, size) the type that most is of; the first one of several."""
+    totals: Counter[str] = Counter()
+    for dtype, size in sizes:
+        totals[dtype] += size
+    return totals.most_common(1)[0][0]
+
+
+def check_folder(folder: str | Path, *, is_tied: bool) -> None:
+    """ValueError for a Hugging Face folder that has no weights, or some that readers would read differently."""
+    if is_megatron_checkpoint(folder):
+        return
+    source = HfFiles(folder)
+    if source.files and is_tied:
+        refuse_untied(source)
+    source.close()
+
+
+def refuse_untied(source: HfFiles) -> None:
+    """ValueError where a folder whose configuration ties the output matrix to the embedding holds another one: readers differ
+    in which of the two they take."""
+    if HEAD in source.files and not same_tensor(source, HEAD, source, EMBEDDING):
+        raise ValueError(f"{source.path}: {HEAD} differs from {EMBEDDING}, though config.json ties them (tie_word_embeddings)")
+
+
+def same_tensor(a: HfFiles, name_a: str, b: HfFiles, name_b: str) -> bool:
+    """Whether two stored tensors are the same bits, compared block by block."""
+    stored = a.tensor(name_a)
+    if (stored.shape, stored.dtype) != (b.tensor(name_b).shape, b.tensor(name_b).dtype):
+        return False
+    blocks = row_blocks(stored.shape, stored.num_bytes)
+    return all(a.read_rows(name_a, start, stop) == b.read_rows(name_b, start, stop) for start, stop in blocks)
+
+
+def row_blocks(shape: tuple[int, ...], num_bytes: int, limit: int = 32 * 2**20) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of at most about ``limit`` bytes."""
+    step = max(1, shape[0] * limit // max(num_bytes, 1))
+    yield from ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -19,8 +19,8 @@ from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import weight_table
 from rlx.arch.sizes import expected_shapes
 from rlx.arch.weights import Row, Shard
-from rlx.models.hf.companions import copy_companions
-from rlx.models.hf.files import INDEX, SINGLE
+from rlx.models.hf.companions import Companions
+from rlx.models.hf.files import INDEX, SINGLE, HfFiles, refuse_untied
 from rlx.models.hf.folder import HfFolder
 from rlx.models.hf.row_tensors import export, load
 from rlx.parallel.context import ParallelContext
@@ -107,8 +107,16 @@ def _generic_name(chunk: nn.Module, name: str) -> tuple[str, int, int | None]:
 
 
 def load_hf(chunks: Sequence[nn.Module], arch: Architecture, folder: str | Path, context: ParallelContext) -> None:
-    """Fill the chunks from a Hugging Face folder. ValueError on missing or misshapen tensors, before any is written."""
+    """Fill the chunks from a Hugging Face folder. ValueError on missing or misshapen tensors, before any is written.
+    Collective."""
     source = HfFolder(folder)
+    problem = None
+    if arch.tied_embeddings and context.rank == 0:
+        try:
+            refuse_untied(source)
+        except ValueError as error:
+            problem = error
+    context.raise_together(problem)
     shards = {
         False: Shard(rank=context.tp_rank, size=context.dims.tp),
         True: Shard(rank=context.groups.expt_tp.rank(), size=context.dims.expert_tp),
@@ -185,19 +193,24 @@ def _collect_experts(
 
 
 def export_hf(
-    chunks: Sequence[nn.Module], arch: Architecture, *, source: str | Path, target: str | Path, context: ParallelContext
+    chunks: Sequence[nn.Module],
+    arch: Architecture,
+    *,
+    companions: Companions,
+    target: str | Path,
+    context: ParallelContext,
 ) -> None:
-    """Write the model as a Hugging Face folder: each pipeline stage its own files, then the index; configuration and
-    tokenizer are copied from ``source``. Collective over all ranks; the folder appears whole or not at all."""
+    """Write the model as a Hugging Face folder: each pipeline stage its own files, then the index and the ``companions``.
+    Collective over all ranks; the folder appears whole or not at all."""
     weights = stage_weights(chunks, arch, context)
-    write_hf(weights, expected_shapes(arch).keys(), source=source, target=target, context=context)
+    write_hf(weights, expected_shapes(arch).keys(), companions=companions, target=target, context=context)
 
 
 def write_hf(
     weights: Iterator[tuple[str, Tensor]],
     names: Set[str],
     *,
-    source: str | Path,
+    companions: Companions,
     target: str | Path,
     context: ParallelContext,
     finish: Callable[[Path], None] = lambda folder: None,
@@ -213,7 +226,8 @@ def write_hf(
     written = _write_stage(weights, beside, context)
     merged = {name: file for part in context.gather_objects(written) for name, file in part.items()}
     if context.rank == 0:
-        _finish_export(merged, names, Path(source), beside)
+        _finish_export(merged, names, beside)
+        companions.write(beside, HfFiles(beside).dtype)
         finish(beside)
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
@@ -239,11 +253,10 @@ def _write_stage(weights: Iterator[tuple[str, Tensor]], folder: Path, context: P
     return written
 
 
-def _finish_export(written: Mapping[str, str], names: Set[str], source: Path, folder: Path) -> None:
+def _finish_export(written: Mapping[str, str], names: Set[str], folder: Path) -> None:
     missing = names - written.keys()
     assert not missing, f"export lacks {sorted(missing)}"
     if len(set(written.values())) == 1:
         (folder / next(iter(written.values()))).rename(folder / SINGLE)
     else:
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict(sorted(written.items()))}, indent=1))
-    copy_companions(source, folder)

@@ -23,12 +23,11 @@ import time
 from pathlib import Path
 
 from rlx.config.schema import RewardConfig
-from rlx.rewards.base import Verifier, invalid, is_finite_number, warm_up
+from rlx.rewards.base import Verifier, judge, warm_up
 from rlx.rewards.pool.channel import Channel, Verdicts
 from rlx.rewards.pool.process_tree import become_subreaper, kill_below
 from rlx.rewards.pool.stopwatch import NOTHING, Stopwatch
 from rlx.rewards.registry import make_verifier
-from rlx.types.rollout import Completion, Prompt, Reward
 
 # Verdicts are kept back no longer than this while more answers of the same message are judged.
 _KEEP_S = 0.005
@@ -71,7 +70,7 @@ def _judge_until_closed(channel: Channel, stopwatch: Stopwatch, verifier: Verifi
             rewards, written_s = [], time.monotonic()
             for number, prompt, text, completion in channel.receive():
                 stopwatch.start(number)
-                rewards.append((number, judge(verifier, prompt, text, completion)))
+                rewards.append((number, judge(verifier, prompt, text, completion, config.max_abs)))
                 os.chdir(home)
                 _clean_up(children)
                 if time.monotonic() - written_s >= _KEEP_S:
@@ -81,18 +80,6 @@ def _judge_until_closed(channel: Channel, stopwatch: Stopwatch, verifier: Verifi
             if rewards:
                 channel.send(Verdicts(rewards=rewards, seconds=time.monotonic() - written_s))
     os._exit(0)
-
-
-def judge(verifier: Verifier, prompt: Prompt, text: str, completion: Completion) -> Reward:
-    """The verdict, invalid for whatever the verifier raises or a value that is no finite number."""
-    try:
-        reward = verifier(prompt, text, completion)
-        if reward.valid and not is_finite_number(reward.value):
-            return invalid(f"the verifier returned {reward.value!r}, which is not a finite number")
-        return reward
-    except (Exception, SystemExit) as error:
-        # Verifiers are users' code: whatever they raise makes this sample invalid, never the run fail.
-        return invalid(f"{type(error).__name__}: {error}")
 
 
 def _limit_memory(memory_mb: int) -> None:

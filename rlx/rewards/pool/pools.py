@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from rlx.config.schema import RewardConfig
-from rlx.rewards.base import invalid
+from rlx.rewards.base import bounded, invalid
 from rlx.rewards.by_source import UnknownSourceError, of_source
 from rlx.rewards.pool.processes import ProcessPool
 from rlx.rewards.pool.service import (
@@ -44,6 +44,7 @@ class Chain:
     """One pool a part, in a row."""
 
     def __init__(self, config: RewardConfig, decode: Decode) -> None:
+        self._max_abs = config.max_abs
         self._parts = [Part(name=part.called, weight=part.weight, verifier=_nobody) for part in part_configs(config)]
         self._pools = [make_reward_service(part.config, decode) for part in part_configs(config)]
 
@@ -63,7 +64,8 @@ class Chain:
         num_valid = num_all = 0
         for group in stream:
             rows = verdicts.pop(id(group.completions))
-            rewards = tuple(combine(list(zip(self._parts, column, strict=True))) for column in zip(*rows, strict=True))
+            sums = (combine(list(zip(self._parts, column, strict=True))) for column in zip(*rows, strict=True))
+            rewards = tuple(bounded(reward, self._max_abs) for reward in sums)
             num_all, num_valid = num_all + len(rewards), num_valid + sum(reward.valid for reward in rewards)
             yield replace(group, rewards=rewards)
         if num_all and not num_valid:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from rlx.config.schema import RewardConfig
-from rlx.rewards.base import Verifier, invalid, is_finite_number
+from rlx.rewards.base import Verifier, invalid, judge
 from rlx.types.rollout import (
     Completion,
     Prompt,
@@ -62,7 +62,7 @@ class Verdict:
 class ScoringService(ABC):
     """Implements ``RewardService`` over ``submit``, which takes an answer to whoever judges it.
 
-    ``decode`` turns response token ids into text (without special tokens). ``num_timeouts`` counts the verdicts that ran out
+    ``decode`` turns response token ids into the text that verifiers see. ``num_timeouts`` counts the verdicts that ran out
     of time.
     """
 
@@ -138,7 +138,7 @@ class RewardPool(ScoringService):
 
     def __init__(self, verifier: Verifier, decode: Callable[[Sequence[int]], str], config: RewardConfig) -> None:
         super().__init__(decode, config)
-        self._verifier = verifier
+        self._verifier, self._max_abs = verifier, config.max_abs
         # Running verdicts and when each began.
         self._running: dict[Verdict, float] = {}
         self._running_lock = threading.Lock()
@@ -175,13 +175,10 @@ class RewardPool(ScoringService):
     def _judge(self, verdict: Verdict) -> Reward:
         try:
             text = self._decode(verdict.completion.token_ids)
-            reward = self._verifier(verdict.prompt, text, verdict.completion)
-            if reward.valid and not is_finite_number(reward.value):
-                return invalid(f"the verifier returned {reward.value!r}, which is not a finite number")
-            return reward
         except Exception as error:
-            # Verifiers are users' code: whatever they raise makes this sample invalid, never the run fail.
+            # A tokenizer may refuse ids in any way; that says nothing about the other answers.
             return invalid(f"{type(error).__name__}: {error}")
+        return judge(self._verifier, verdict.prompt, text, verdict.completion, self._max_abs)
 
     def tick(self) -> None:
         with self._running_lock:

@@ -19,8 +19,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlx.models.hf.companions import copy_companions
-from rlx.models.hf.files import INDEX, read_header
+from rlx.models.hf.companions import Companions
+from rlx.models.hf.files import INDEX, HfFiles, read_header
 from rlx.obs.log import logger
 from rlx.sync.errors import SyncError
 from rlx.sync.fanout import start
@@ -34,10 +34,10 @@ _TIDY_LIMIT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncFolder:
-    """Where versions are written, and the model folder whose configuration and tokenizer go with each."""
+    """Where versions are written, and what goes with the weights of each."""
 
     path: Path
-    model: Path
+    companions: Companions
 
 
 class DiskLane:
@@ -114,7 +114,7 @@ class DiskLane:
         """Check what was written, and give it its name."""
         files = self._read_back()
         (self._incoming / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict(sorted(files.items()))}, indent=1))
-        copy_companions(self._folder.model, self._incoming)
+        self._folder.companions.write(self._incoming, HfFiles(self._incoming).dtype)
         target = self._folder.path / f"version-{version}"
         shutil.rmtree(target, ignore_errors=True)
         self._incoming.rename(target)

@@ -19,6 +19,7 @@ from rlx.arch.families.registry import read_architecture
 from rlx.arch.sizes import expected_shapes
 from rlx.config.schema import SyncConfig
 from rlx.models.heads import token_head
+from rlx.models.hf.companions import Companions
 from rlx.models.hf.io import stage_weights
 from rlx.parallel.context import shut_down
 from rlx.sync.collective_phase import PublisherPlace
@@ -61,7 +62,7 @@ def main(shape: str, model_dir: Path, url: str, ways: list[str]) -> None:
         expected=expected_shapes(arch),
         backend="nccl",
         device=context.device,
-        folder=SyncFolder(path=model_dir.parent / f"{shape}-versions", model=model_dir),
+        folder=SyncFolder(path=model_dir.parent / f"{shape}-versions", companions=Companions.of(model_dir)),
     )
     place = PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)
     canary = CanarySpec(

@@ -17,6 +17,7 @@ from rlx.config.schema import OptimizerConfig
 from rlx.data.collate import collate
 from rlx.models.build import BuildOptions, build_model
 from rlx.models.heads import token_head
+from rlx.models.hf.companions import Companions
 from rlx.models.hf.io import export_hf, load_hf, stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import Trainable
@@ -102,7 +103,7 @@ def in_and_out(folder: Path, dtype: str, context: ParallelContext, exported_to: 
     if exported_to is None:
         found = merged({name: tensor.clone() for name, tensor in stage_weights(chunks, arch, context)}, context)
     else:
-        export_hf(chunks, arch, source=folder, target=exported_to, context=context)
+        export_hf(chunks, arch, companions=Companions.of(folder), target=exported_to, context=context)
         found = {name: tensor for file in exported_to.glob("*.safetensors") for name, tensor in load_file(file).items()}
     return unlike(found, folder)
 

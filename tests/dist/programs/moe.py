@@ -15,6 +15,7 @@ from rlx.config.schema import OptimizerConfig
 from rlx.data.plan import plan_batch
 from rlx.models.build import BuildOptions, build_model
 from rlx.models.heads import token_head
+from rlx.models.hf.companions import Companions
 from rlx.models.hf.io import export_hf, load_hf, stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import Trainable
@@ -77,7 +78,7 @@ def run_family(folder: Path, sequences: list[list[int]], context: ParallelContex
     dims = dataclasses.asdict(context.dims)
     export = folder.parent / "exports" / f"{folder.name}-{'-'.join(f'{k}{v}' for k, v in dims.items())}"
     if not options:
-        export_hf(chunks, arch, source=folder, target=export, context=context)
+        export_hf(chunks, arch, companions=Companions.of(folder), target=export, context=context)
     return {"logprobs": rows, "grads": grads, "export": str(export)}
 
 

@@ -18,6 +18,7 @@ from rlx.arch.sizes import expected_shapes
 from rlx.config.schema import SyncConfig
 from rlx.models.build import BuildOptions, build_model
 from rlx.models.heads import token_head
+from rlx.models.hf.companions import Companions
 from rlx.models.hf.io import export_hf, load_hf, stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.rollout.keys import EngineKeys
@@ -82,7 +83,7 @@ def publish(case: dict[str, Any], context: ParallelContext) -> None:
         publisher.publish(case["version"] - 1, weights())
     publisher.publish(case["version"], weights())
     publisher.close()
-    export_hf(chunks, arch, source=case["weights"], target=case["export"], context=context)
+    export_hf(chunks, arch, companions=Companions.of(case["weights"]), target=case["export"], context=context)
 
 
 def program(arguments: dict[str, Any], world_size: int) -> None:

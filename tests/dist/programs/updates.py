@@ -92,7 +92,20 @@ def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: Paral
         again.batch.columns |= worker.batch.columns
         again.update_policy(0)
         result["resumed"] = collect(again.policy, again, context, "weight")
+    result["poisoned"] = context.gather_objects(poisoned_update(worker))
+    result["after"] = collect(worker.policy, worker, context, "weight")
     return result
+
+
+def poisoned_update(worker: Worker) -> str:
+    """What an update says of infinite advantages."""
+    for column in worker.batch.columns.get("advantages", {}).values():
+        column.fill_(float("inf"))
+    try:
+        worker.update_policy(0)
+    except FloatingPointError as error:
+        return str(error)
+    return ""
 
 
 def checkpoint_folder(arguments: dict[str, Any]) -> Path:

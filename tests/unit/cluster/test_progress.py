@@ -41,12 +41,14 @@ def test_steps_phases_and_summary(tmp_path: Path) -> None:
     (tmp_path / "logs" / "trainer-0.log").write_text(
         "2026-01-01T00:00:00.000 trainer-0 PHASE step=-1 load model\nloss of phase\n"
         "2026-01-01T00:00:01.000 trainer-0 PHASE step=1 roll out\n"
+        "2026-01-01T00:00:02.000 trainer-0 NOTICE warning: step 1: the verifier failed\n"
     )
     rewards = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.9]
     rows = [{"step": i, "reward/mean": r, "perf/step_s": 2.0, "perf/tokens_per_s": 10.5} for i, r in enumerate(rewards, 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "rew')
     progress.close()
     lines = out.getvalue().splitlines()
+    assert lines.pop(1) == "rlx: warning: step 1: the verifier failed"
     assert lines[0] == "rlx: load model"
     assert lines[1] == "step 1/7  reward +0.1000  s/step 2.00  tokens/s 10  eta 12.0 s" and len(lines) == 8
     assert lines[7] == "step 7/7  reward +0.9000  s/step 2.00  tokens/s 10"

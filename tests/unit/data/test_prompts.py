@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlx.config.schema import DataConfig
+from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
 from rlx.data.prompts import PromptSource
-from rlx.data.tokenizer import load_tokenizer
+from rlx.data.tokenizer import answer_decoder, load_tokenizer
 from rlx.types.rollout import Prompt
 
 WORDS = ["a", "b", "c", "d", "<user>", "<assistant>", "<unk>"]
@@ -151,3 +151,24 @@ def test_loading_a_tokenizer(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(("skip", "seen"), [(False, "<think>a</think><answer>b</answer>"), (True, "ab")])
+def test_verifiers_see_special_tokens_but_not_those_that_end_an_answer(tmp_path: Path, skip: bool, seen: str) -> None:
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    tokenizer = tokenizer_of()
+    tokenizer.add_special_tokens(
+        {"eos_token": "<eos>", "pad_token": "<pad>", "additional_special_tokens": [*tags, "<turn>", "<stop>"]}
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.convert_tokens_to_ids("<turn>")]}))
+    config = Config(
+        model=ModelConfig(path=str(tmp_path)),
+        data=DataConfig(),
+        rollout=RolloutConfig(stop_token_ids=[tokenizer.convert_tokens_to_ids("<stop>")]),
+        reward=RewardConfig(skip_special_tokens=skip),
+    )
+    decode = answer_decoder(config, tokenizer)
+    for end in ("", "<eos>", "<turn>", "<stop>", "<eos><pad><pad>"):
+        ids = tokenizer.encode(f"<think> a </think> <answer> b </answer> {end}", add_special_tokens=False)
+        assert decode(ids).replace(" ", "") == seen, end

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from rlx.arch.families.registry import read_architecture, weight_table
 from rlx.arch.weights import Shard
+from rlx.models.hf.files import HfFiles, refuse_untied
 from rlx.models.hf.folder import HfFolder
 from rlx.models.hf.row_tensors import load
 from tests.dist.checkpoints import make_llama, make_qwen2
@@ -67,9 +68,38 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(ValueError, match="a has dtype F4"):
         HfFolder(tmp_path).shape("a")
+    file.unlink()
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(ValueError, match=r"index\.json names gone\.safetensors"):
         HfFolder(tmp_path).shape("a")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="weight_map"):
         HfFolder(tmp_path).shape("a")
+
+
+def test_a_single_file_beside_an_index_of_others_is_refused(tmp_path: Path) -> None:
+    """Transformers takes the file, others what the index names."""
+    save_file({"a": torch.ones(8)}, tmp_path / "model.safetensors")
+    save_file({"a": torch.zeros(8)}, tmp_path / "old.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "old.safetensors"}}')
+    with pytest.raises(ValueError, match=r"transformers loads model\.safetensors.*remove the one that is out of date"):
+        HfFolder(tmp_path).shape("a")
+    index.write_text('{"weight_map": {"a": "model.safetensors"}}')
+    assert HfFolder(tmp_path).read("a", 0, 0, 1) == 1
+
+
+def test_a_tied_configuration_with_another_head_is_refused(tmp_path: Path) -> None:
+    embedding = torch.randn(6, 4)
+    for head, is_refused in (
+        (embedding.clone(), False),
+        (embedding + 1, True),
+        (embedding.half(), True),
+        (embedding[:5].clone(), True),
+    ):
+        save_file({"model.embed_tokens.weight": embedding, "lm_head.weight": head}, tmp_path / "model.safetensors")
+        if is_refused:
+            with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+                refuse_untied(HfFiles(tmp_path))
+        else:
+            refuse_untied(HfFiles(tmp_path))

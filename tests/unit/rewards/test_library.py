@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlx.config.schema import RewardConfig
+from rlx.rewards.base import bounded
 from rlx.rewards.math import plain_number, same_number
 from rlx.rewards.pool.pools import make_reward_service
 from rlx.rewards.registry import make_verifier
@@ -162,6 +163,60 @@ def test_code_takes_assertions_and_refuses_nonsense() -> None:
         ask("code", {}, fenced("x"))
 
 
+WRONG = "def f(x): return 0\n"
+RIGHT = "def f(x): return x * x\n"
+# Each would pass a test that it never let run to its end.
+EARLY = {
+    "sys.exit(0)": WRONG + "import sys\nsys.exit(0)",
+    "os._exit(0)": WRONG + "import os\nos._exit(0)",
+    "quit()": WRONG + "quit()",
+    "SystemExit": WRONG + "raise SystemExit",
+    "in the function": "import os\ndef f(x): os._exit(0)",
+    "SystemExit in the function": "def f(x): raise SystemExit(0)",
+    "excepthook": WRONG + "import os, sys\nsys.excepthook = lambda *error: os._exit(0)",
+    "atexit": WRONG + "import atexit, os\natexit.register(os._exit, 0)",
+    "thread": WRONG + "import os, threading\nthreading.Timer(0.01, os._exit, [0]).start()\nimport time\ntime.sleep(1)",
+    "fork": WRONG + "import os\nif os.fork(): os._exit(0)",
+    "exec": WRONG + "import os\nos.execv('/bin/true', ['true'])",
+    "kill": WRONG + "import os, signal\nsignal.signal(15, lambda *a: os._exit(0))\nos.kill(os.getpid(), 15)",
+    "dup2": WRONG + "import os\nfor fd in range(3, 64):\n    try: os.dup2(1, fd)\n    except OSError: pass",
+    "closing": WRONG + "import os\nos.closerange(3, 64)",
+    "a flood": WRONG + "import os\nfor fd in range(64):\n    try: os.write(fd, bytes(64))\n    except OSError: pass\nos._exit(0)",
+    "an echo": """
+import os, threading, time
+def echo(fd):
+    try:
+        while data := os.read(fd, 10**6): os.write(fd, data)
+    except OSError: pass
+for fd in range(3, 64): threading.Thread(target=echo, args=(fd,), daemon=True).start()
+time.sleep(0.2)
+def f(x): return 0""",
+    "other builtins": WRONG + "import builtins, os\nbuiltins.exec = builtins.compile = lambda *a, **k: ''\nos.write = print",
+    "unreadable": "def f(x: return",
+}
+
+
+@pytest.mark.parametrize("program", EARLY.values(), ids=EARLY.keys())
+def test_code_that_ends_before_its_tests_passes_none(program: str) -> None:
+    assert ask("code", {"timeout_s": 2.0}, fenced(program), tests=["assert f(2) == 4"]).value == 0.0
+
+
+def test_code_is_proved_by_tests_that_run_to_their_end() -> None:
+    programs = [
+        RIGHT,
+        RIGHT + "print('x' * 1000)",
+        RIGHT + "import atexit, os\natexit.register(os._exit, 1)",
+        RIGHT + "import threading\nthreading.Thread(target=input).start()",
+        "import dataclasses, pickle\n@dataclasses.dataclass\nclass A:\n    x: int\n"
+        "def f(x): return pickle.loads(pickle.dumps(A(x))).x ** 2\nassert __name__ == '__main__'",
+    ]
+    assert [ask("code", {}, fenced(program), tests=["assert f(2) == 4"]).value for program in programs] == [1.0] * 5
+    long = [f"data = {'x' * 10**6!r}\nassert len(data) == 10**6 and f(3) == 9", "assert f(2) == 5", "import sys\nsys.exit(0)"]
+    assert ask("code", {"partial": True}, fenced(RIGHT), tests=long).value == pytest.approx(1 / 3)
+    assert ask("code", {}, fenced(RIGHT + "print('x' * 2**21)"), tests=["assert f(2) == 4"]).value == 0.0
+    assert ask("code", {"timeout_s": 0.5}, fenced("def f(x):\n    while True: pass"), tests=["assert f(2) == 4"]).value == 0.0
+
+
 def test_sums_weigh_their_parts_and_report_each() -> None:
     parts = [
         {"name": "math", "weight": 2.0},
@@ -268,8 +323,23 @@ def test_a_sum_of_both_kinds_is_a_chain(server: Any) -> None:
         {"name": "exact", "weight": 10.0},
         {"name": "http", "args": {"url": f"http://127.0.0.1:{server.server_port}/score"}, "weight": 0.5},
     ]
-    service = make_reward_service(RewardConfig(name="sum", args={"parts": parts}), decode)
+    service = make_reward_service(RewardConfig(name="sum", args={"parts": parts}, max_abs=11), decode)
     found = list(service.score([group("ab", "abc"), group("x")]))
+    (huge,) = service.score([group("x" * 30, "ab")])
     service.close()
+    assert [reward.error for reward in huge.rewards or ()] == ["http: the reward is 30, beyond reward.max_abs = 11", None]
     assert [[reward.value for reward in one.rewards or ()] for one in found] == [[11.0, 1.5], [0.5]]
     assert (found[0].rewards or ())[0].parts == {"exact": 1.0, "http": 2.0}
+
+
+def test_a_reward_that_cannot_be_learned_from_is_invalid() -> None:
+    parts = [{"name": "exact", "weight": weight, "called": called} for weight, called in ((6e5, "a"), (6e5, "b"))]
+    service = make_reward_service(RewardConfig(name="sum", args={"parts": parts}), decode)
+    (scored,) = service.score([group("ab", "no")])
+    service.close()
+    assert [reward.error for reward in scored.rewards or ()] == ["the reward is 1.2e+06, beyond reward.max_abs = 1e+06", None]
+    assert (
+        bounded(Reward(value=0.5, parts={"n": 1e300}), 1e6).error
+        == "the reward's part 'n' is 1e+300, beyond reward.max_abs = 1e+06"
+    )
+    assert not bounded(Reward(value=1.0, parts={"n": float("nan")}), 1e6).valid

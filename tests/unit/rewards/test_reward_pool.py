@@ -80,12 +80,13 @@ def test_verdicts_are_made_while_groups_still_come_in(make_pool: Callable[..., R
 
 def test_a_failing_verifier_makes_samples_invalid(make_pool: Callable[..., RewardPool]) -> None:
     def judge(prompt_id: int, text: str) -> float:
-        return {"0": 0.5, "1": math.nan, "2": math.inf, "3": "0.5"}[text]  # type: ignore[return-value]
+        return {"0": 0.5, "1": math.nan, "2": math.inf, "3": "0.5", "5": 1e300, "6": -2e6}[text]  # type: ignore[return-value]
 
-    (scored,) = make_pool(judge).score([group(0, 0, 1, 2, 3, 4)])
-    assert [reward.valid for reward in scored.rewards or ()] == [True, False, False, False, False]
+    (scored,) = make_pool(judge).score([group(0, 0, 1, 2, 3, 4, 5, 6)])
+    assert [reward.valid for reward in scored.rewards or ()] == [True, *[False] * 6]
     errors = [reward.error or "" for reward in scored.rewards or ()]
     assert "nan" in errors[1] and "inf" in errors[2] and "'0.5'" in errors[3] and errors[4] == "KeyError: '4'"
+    assert "reward is 1e+300, beyond reward.max_abs = 1e+06" in errors[5] and "-2e+06" in errors[6]
 
 
 def test_a_batch_without_any_valid_verdict_is_an_error(make_pool: Callable[..., RewardPool]) -> None:

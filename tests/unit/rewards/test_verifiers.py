@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from rlx.config.schema import RewardConfig
 from rlx.rewards.base import MissingLabelError
 from rlx.rewards.numeric import last_number
+from rlx.rewards.pool.pools import make_reward_service
 from rlx.rewards.registry import label_use, make_verifier
-from rlx.types.rollout import Completion, LabelUse, Prompt, Reward
+from rlx.types.rollout import Completion, LabelUse, Prompt, Reward, RolloutGroup
 
 ANSWER = Completion(token_ids=(1,), rollout_logprobs=(-0.1,), finish_reason="stop", weight_versions=(0,))
 
@@ -174,3 +176,41 @@ def test_which_rewards_need_a_label() -> None:
     assert all(label_use(one, "any").is_needed and label_use(one, "any").is_compared for one in (parts, by_source))
     assert label_use(by_source, "a").is_needed and not label_use(by_source, "b").is_needed
     assert label_use(RewardConfig(name="mine.py:f"), "any") == LabelUse(is_handed_on=True)
+
+
+REWARD_FILE = """
+from __future__ import annotations
+import dataclasses
+import helpers
+
+@dataclasses.dataclass
+class Found:
+    value: float
+
+def judge(prompt, response, label):
+    from more.values import SECOND
+    import helpers as again
+    return Found(helpers.FIRST + SECOND + again.FIRST).value
+"""
+
+
+def test_a_file_imports_its_neighbours_and_no_namesake_of_theirs(tmp_path: Path) -> None:
+    names = []
+    for folder, first, second in (("a", 1, 0.5), ("b", 100, 0.25)):
+        (tmp_path / folder / "more").mkdir(parents=True)
+        (tmp_path / folder / "reward.py").write_text(REWARD_FILE)
+        (tmp_path / folder / "helpers.py").write_text(f"FIRST = {first}")
+        (tmp_path / folder / "more" / "__init__.py").write_text("")
+        (tmp_path / folder / "more" / "values.py").write_text(f"SECOND = {second}")
+        names.append(f"{tmp_path}/{folder}/reward.py:judge")
+    path, modules = list(sys.path), set(sys.modules)
+    parts = [{"name": name, "called": name[-17]} for name in names]
+    config = RewardConfig(name="sum", args={"parts": parts})
+    verifier = make_verifier(config)
+    prompt = Prompt(prompt_id=3, token_ids=(1,), text="", label="")
+    assert [verifier(prompt, "", ANSWER).parts for _ in range(2)] == [{"a": 2.5, "b": 200.25}] * 2
+    assert sys.path == path and set(sys.modules) == modules
+    service = make_reward_service(config, lambda ids: "")
+    (scored,) = service.score([RolloutGroup(prompt=prompt, completions=(ANSWER,) * 3)])
+    service.close()
+    assert [reward.value for reward in scored.rewards or ()] == [202.75] * 3

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import pytest
 
-from rlx.driver.evaluate import at_k, pass_chance, summarise
+from rlx.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig
+from rlx.config.sources import EvaluationSetConfig
+from rlx.driver.evaluate import Evaluation, at_k, pass_chance, summarise
+from rlx.obs.log import logger
 from rlx.types.rollout import (
     Completion,
     Prompt,
     Reward,
     RolloutGroup,
+    SamplingSpec,
 )
 
 
@@ -25,7 +31,8 @@ def test_pass_chance_is_the_share_of_subsets_with_a_right_answer(n: int) -> None
 
 
 def test_at_k_leaves_out_what_is_too_short() -> None:
-    found = at_k([[1.0, 0.0, 0.4], [0.0, 0.0, 0.0], [1.0], []], 3, pass_reward=1.0)
+    values = [[1.0, 0.0, 0.4], [0.0, 0.0, 0.0], [1.0], []]
+    found = at_k([[Reward(value=value) for value in of_prompt] for of_prompt in values], 3, pass_reward=1.0)
     assert found["mean@3"] == pytest.approx((1.4 / 3 + 0 + 1) / 3)
     assert found["pass@1"] == pytest.approx((1 / 3 + 0 + 1) / 3)
     assert found["pass@2"] == pytest.approx((2 / 3 + 0) / 2)
@@ -38,22 +45,48 @@ def group(*rewards: Reward) -> RolloutGroup:
     return RolloutGroup(prompt=prompt, completions=(answer,) * len(rewards), rewards=rewards)
 
 
-def test_answers_that_cannot_be_judged_are_counted_and_not_averaged() -> None:
+def test_answers_that_cannot_be_judged_count_as_wrong() -> None:
+    """20 of 32, as a verifier that needs a network may do without one."""
     right, wrong, broken = Reward(value=1.0), Reward(value=0.0), Reward(value=9.0, valid=False, error="?")
-    found = summarise([group(right, broken), group(wrong, wrong), group(broken, broken)], 2, pass_reward=1.0)
-    assert found["eval/reward_mean"] == pytest.approx(1 / 3)
-    assert found["eval/mean@2"] == pytest.approx((1.0 + 0.0) / 2)
-    assert (found["eval/invalid"], found["eval/tokens_mean"]) == (3.0, 3.0)
+    groups = [group(right, right, right, broken)] * 4 + [group(*[broken] * 4)] * 4
+    found = summarise(groups, 4, pass_reward=1.0)
+    assert found["eval/invalid"] == 20
+    assert found["eval/reward_mean"] == found["eval/mean@4"] == found["eval/pass@1"] == pytest.approx(12 / 32)
+    assert found["eval/pass@4"] == 0.5
+    # Also where a wrong answer is below 0, and one without a verdict would be better.
+    assert summarise([group(wrong, broken)], 2, pass_reward=-1.0)["eval/pass@1"] == 0.5
+
+
+class Fakes:
+    """Prompts answered twice each; the second answer cannot be judged."""
+
+    def begin_step(self, step: int) -> None: ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> Iterator[RolloutGroup]:
+        yield from (group(Reward(value=1.0), Reward(value=0.0, valid=False, error="OSError: no network")) for _ in prompts)
+
+    def score(self, groups: Iterable[RolloutGroup]) -> Iterator[RolloutGroup]:
+        yield from groups
+
+
+def test_evaluation_says_what_could_not_be_judged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = [Prompt(prompt_id=index, token_ids=(1,), text="?") for index in range(3)]
+    monkeypatch.setattr("rlx.driver.evaluate.evaluation_prompts", lambda *arguments: (prompts, {}))
+    monkeypatch.setattr(logger, "propagate", True)
+    sets = {"held": EvaluationSetConfig(path="held.jsonl", samples_per_prompt=2, temperature=1.0)}
+    config = Config(model=ModelConfig(path=""), data=DataConfig(), evaluation=EvaluationConfig(sets=sets))
+    fakes: Any = Fakes()
+    with caplog.at_level("INFO", logger="rlx"):
+        metrics = Evaluation(config, fakes, fakes, SamplingSpec(max_new_tokens=4), fakes).measure(3)
+    what = "the verifier failed on 3 of 6 answers, which count as wrong; the first: OSError: no network"
+    assert f"NOTICE warning: evaluation/held: {what}" in [record.getMessage() for record in caplog.records]
+    assert metrics["eval/held/pass@1"] == 0.5
 
 
 def test_an_evaluation_without_any_verdict_says_so_instead_of_failing() -> None:
     broken = Reward(value=0.0, valid=False, error="?")
-    assert summarise([group(broken, broken)], 2, pass_reward=1.0) == {
-        "eval/tokens_mean": 3.0,
-        "eval/cut_off_share": 0.0,
-        "eval/invalid": 2.0,
-        "eval/prompts": 1.0,
-    }
+    found = summarise([group(broken, broken)], 2, pass_reward=1.0)
+    assert (found["eval/reward_mean"], found["eval/pass@2"], found["eval/invalid"]) == (0.0, 0.0, 2.0)
 
 
 def test_parts_of_the_reward_and_answers_that_were_cut_off() -> None:

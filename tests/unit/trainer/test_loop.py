@@ -28,6 +28,7 @@ from rlx.driver.keeping import evaluate_alone, train
 from rlx.driver.loop import iterate
 from rlx.driver.ppo import PPOTrainer
 from rlx.driver.roles import Roles
+from rlx.obs.log import logger
 from rlx.obs.metrics import read_metrics
 from rlx.types.layout import BatchPlan, ParallelDims
 from rlx.types.rollout import (
@@ -120,7 +121,7 @@ class FakeRollout:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> Iterator[RolloutGroup]:
         for prompt in reversed(prompts):
             answers = [(5, 6), (), (7,), (8, 9, 1)]
-            completions = tuple(map(self._completion, answers, self.finish_reasons))
+            completions = tuple(map(self._completion, answers[: sampling.num_samples], self.finish_reasons))
             yield RolloutGroup(prompt=prompt, completions=completions)
 
     def _completion(self, ids: tuple[int, ...], reason: FinishReason) -> Completion:
@@ -137,10 +138,10 @@ class FakeReward:
             rewards = (
                 Reward(value=1.0, parts={"right": 1.0}),
                 Reward(value=0.0),
-                Reward(value=9.0, valid=False, error="?"),
+                Reward(value=9.0, valid=False, error="OSError:\nno database"),
                 Reward(value=0.0),
             )
-            yield replace(group, rewards=rewards)
+            yield replace(group, rewards=rewards[: len(group.completions)])
 
     def close(self) -> None: ...
 
@@ -220,6 +221,20 @@ def test_batch_is_in_prompt_order_and_drops_are_counted() -> None:
     assert metrics["reward/mean"] == pytest.approx(1 / 3)
     assert metrics["reward/right"] == 1.0
     assert calls.plan is not None and calls.plan.mini_batches[0].num_loss_tokens == 3 * (2 + 3)
+
+
+@pytest.mark.parametrize(("algorithm", "counted"), [({"name": "grpo"}, "3 of 12"), ({"name": "remax"}, "3 of 15")])
+def test_failing_verifiers_are_said_once_a_step(
+    algorithm: dict[str, str], counted: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level("INFO", logger="rlx"):
+        trainer = make_trainer(Calls(), **algorithm)
+        rows = [trainer.step().metrics for _ in range(2)]
+    said = [record.getMessage() for record in caplog.records if "NOTICE" in record.getMessage()]
+    what = f"the verifier failed on {counted} answers, which are left out; the first: OSError: no database"
+    assert said == [f"NOTICE warning: step {step}: {what}" for step in (1, 2)]
+    assert [row["reward/invalid"] for row in rows] == [3, 3]
 
 
 def test_group_advantages_rank_the_right_answer_first() -> None:
