@@ -3,8 +3,8 @@
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 MASTER_PORT=29500 NPROC_PER_NODE=8 launch/torchrun.sh CONFIG.yaml [key=value ...]
 #
-# All variables have defaults for a single node with one rank. SIGUSR1 asks the run to save and leave: the status is
-# then 75, and the same command with run.resume=auto goes on. SIGTERM ends it.
+# All variables have defaults for a single node with one rank. SIGUSR1 or SIGTERM asks the run to save and leave: the
+# status is then 75, and the same command with run.resume=auto goes on. A SIGTERM that comes 5 s later, or Ctrl-C, ends it.
 set -uo pipefail
 
 if (($# == 0)); then
@@ -12,16 +12,39 @@ if (($# == 0)); then
   exit 2
 fi
 
-RLX_REQUEUE_FILE=$(mktemp "${TMPDIR:-/tmp}/rlx-requeue.XXXXXX")
-RLX_CAUSE_FILE=$(mktemp "${TMPDIR:-/tmp}/rlx-cause.XXXXXX")
-export RLX_REQUEUE_FILE RLX_CAUSE_FILE
-trap 'rm -f "$RLX_REQUEUE_FILE" "$RLX_CAUSE_FILE"' EXIT
+# What the ranks say to this script and it to them: a signal would be lost on those that still import their libraries.
+files=$(mktemp -d "${TMPDIR:-/tmp}/rlx-node.XXXXXX")
+export RLX_REQUEUE_FILE=$files/requeue RLX_CAUSE_FILE=$files/cause RLX_STOP_FILE=$files/stop
+trap 'rm -rf "$files"' EXIT
 
 # What Megatron says at every import, in every rank, about packages that are optional here.
 notices="ignore:Transformer Engine and Apex are not installed,ignore:Apex is not installed,ignore:full scope is deprecated"
 export PYTHONWARNINGS="${PYTHONWARNINGS:-$notices}"
 
-# torchrun would take SIGUSR1 as an order to end; it ignores it, and the ranks set a handler of their own.
+torchrun=
+ended=
+term_at=
+# A scheduler may send its SIGTERM twice at once.
+# shellcheck disable=SC2329
+on_term() {
+  if [[ -z $term_at ]]; then
+    term_at=$SECONDS
+    : >"$RLX_STOP_FILE"
+  elif ((SECONDS - term_at >= 5)); then
+    end 15
+  fi
+}
+# shellcheck disable=SC2329
+end() {
+  ended=$((128 + $1))
+  kill -TERM "$torchrun" 2>/dev/null
+}
+trap ': >"$RLX_STOP_FILE"' USR1
+trap on_term TERM
+trap 'end 2' INT
+trap 'end 1' HUP
+
+# torchrun would take SIGUSR1 as an order to end; the ranks set a handler of their own.
 (
   trap '' USR1
   exec "${PYTHON:-python}" -m torch.distributed.run \
@@ -30,19 +53,6 @@ export PYTHONWARNINGS="${PYTHONWARNINGS:-$notices}"
     -m rlx.cli.worker "$@"
 ) &
 torchrun=$!
-
-# The ranks are torchrun's children. Of a process's stat, what follows the name in parentheses is: state, parent.
-# shellcheck disable=SC2329
-ask_ranks() {
-  local stat text fields
-  for stat in /proc/[0-9]*/stat; do
-    read -r text 2>/dev/null <"$stat" || continue
-    read -ra fields <<<"${text##*) }"
-    [[ ${fields[1]} == "$torchrun" ]] && kill -USR1 "${text%% *}" 2>/dev/null
-  done
-}
-trap ask_ranks USR1
-trap 'kill -TERM "$torchrun" 2>/dev/null' TERM INT HUP
 
 # A trapped signal interrupts wait.
 while :; do
@@ -55,5 +65,5 @@ if ((status == 0)) && [[ -s $RLX_REQUEUE_FILE ]]; then
   exit 75
 fi
 # Below torchrun's own account: what the rank that failed first had to say.
-((status == 0)) || head -n 3 "$RLX_CAUSE_FILE" >&2
-exit "$status"
+((status == 0)) || head -n 3 "$RLX_CAUSE_FILE" 2>/dev/null >&2
+((status == 0)) || exit "${ended:-$status}"

@@ -102,7 +102,7 @@ def join_run(
             raise
         if place.rank == 0:
             store.set(END_KEY, "end")
-        duty.finish("SIGUSR1 asked to save and leave; run.resume=auto goes on" if stop_asked() else None)
+        duty.finish("asked to save and leave; run.resume=auto goes on" if stop_asked() else None)
 
 
 def meet(meeting: Rendezvous, rank: int) -> TCPStore:

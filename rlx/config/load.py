@@ -62,6 +62,13 @@ def on_paper(config: Config, architectures: Path | None) -> Config:
     return replace(config, model=replace(config.model, **found), rollout=replace(config.rollout, python=None))
 
 
+def config_files(path: str | os.PathLike[str]) -> list[Path]:
+    """``path``, which has been loaded, and the files that its ``defaults`` bring in."""
+    where = Path(path).resolve()
+    bases = (yaml.safe_load(where.read_text(encoding="utf-8")) or {}).get("defaults", [])
+    return [where, *(file for base in bases for file in config_files(where.parent / base))]
+
+
 def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The merged and resolved tree, before any typing. Raises ``ConfigError`` for files and overrides that do not parse."""
     merged = _load_file(Path(path), ())

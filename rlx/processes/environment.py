@@ -11,6 +11,9 @@ import psutil
 
 from rlx.rollout.keys import EngineKeys
 
+# What users set in their shell for the libraries of a run, by how the names begin; other machines would not have it.
+HANDED_ON = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "HF_", "TRANSFORMERS_", "WANDB_", "SGLANG_", "NVTE_", "RLX_")
+
 # What Megatron says at every import, in every rank, about packages that are optional here.
 QUIET = {
     "PYTHONWARNINGS": ",".join(

@@ -1,4 +1,4 @@
-"""Signals that a trainer rank answers itself: SIGUSR1 asks it to save and leave, SIGTERM and SIGINT end it.
+"""What a trainer rank answers itself: SIGUSR1 or a file asks it to save and leave, SIGTERM and SIGINT end it.
 
 Python runs signal handlers between two steps of the main thread's own code, which may be inside a collective for
 minutes. What must not wait, ending, therefore hangs on the wake-up file descriptor, which the system's handler writes.
@@ -17,15 +17,17 @@ REQUEUE_STATUS = 75
 
 
 class StopRequest:
-    """From its birth (in the main thread) SIGUSR1 asks this process to stop after the current step."""
+    """From its birth (in the main thread) SIGUSR1, or the file that RLX_STOP_FILE names, asks this process to stop after the
+    current step."""
 
     def __init__(self) -> None:
         self._asked = False
+        self._file = os.environ.get("RLX_STOP_FILE")
         signal.signal(signal.SIGUSR1, self._ask)
 
     def is_set(self) -> bool:
         """Whether somebody asked."""
-        return self._asked
+        return self._asked or (self._file is not None and os.path.exists(self._file))
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

@@ -58,6 +58,13 @@ def members(*names: str) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
+def wait_until_gone(*names: str) -> None:
+    deadline = time.monotonic() + 30
+    while left := members(*names):
+        assert time.monotonic() < deadline, f"left: {left}"
+        time.sleep(0.2)
+
+
 def wait_for_rows(run_dir: Path, count: int) -> int:
     deadline = time.monotonic() + START_S
     metrics = run_dir / "metrics.jsonl"
@@ -68,29 +75,48 @@ def wait_for_rows(run_dir: Path, count: int) -> int:
 
 
 @pytest.mark.parametrize("flavour", ["torchrun", "ray"])
-def test_signal_saves_and_requeues_and_the_next_start_goes_on(
-    slurm: Slurm, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str
+@pytest.mark.parametrize("why", ["time", "preemption"])
+def test_saves_and_is_queued_again_and_the_next_start_goes_on(
+    slurm: Slurm, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str, why: str
 ) -> None:
     run_dir = tmp_path / "run"
     arguments = [*demo_overrides(demo, run_dir, 9999), "run.export_hf=false", "parallel.tp=1", "--flavour", flavour]
-    job = submit(slurm, monkeypatch, f"requeued-{flavour}", arguments)
+    job = submit(slurm, monkeypatch, f"{why}-{flavour}", arguments)
     names = (str(run_dir), f"/tmp/rlx-job-{job}/")
     wait_for_rows(run_dir, 2)
-    slurm.run("scancel", "--batch", "--signal=USR1", job)  # what SLURM does when the time is nearly up
+    if why == "time":
+        slurm.run("scancel", "--batch", "--signal=USR1", job)  # what SLURM does when the time is nearly up
+    else:
+        slurm.run("sbatch", "--partition=urgent", "--exclusive", f"--output={tmp_path}/urgent.log", "--wrap", "sleep 1")
     slurm.wait_for(job, "PENDING", limit_s=START_S)
     done = (run_dir / "metrics.jsonl").read_text().count("\n")
-    assert not members(*names)
+    wait_until_gone(*names)
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
     wait_for_rows(run_dir, done + 1)
     log = (slurm.folder / "logs" / f"{job}.log").read_text()
-    assert "time is nearly up: saving" in log and "start 2" in log
+    assert "training ended with status 75" in log and "start 2" in log
+    assert ("time is nearly up: saving" in log) == (why == "time")
     assert "resumed from" in (run_dir / "logs" / "trainer-0.log").read_text()
     slurm.run("scancel", job)
-    slurm.wait_for(job, "CANCELLED", limit_s=START_S)
-    deadline = time.monotonic() + 20
-    while left := members(*names):
-        assert time.monotonic() < deadline, f"left: {left}"
-        time.sleep(0.2)
+    assert slurm.wait_for(job, "CANCELLED", "PENDING", limit_s=START_S) == "CANCELLED"
+    wait_until_gone(*names)
+    # It had the time to save, and is not queued again for that.
+    steps = (run_dir / "metrics.jsonl").read_text().count("\n")
+    assert sorted((run_dir / "checkpoints").iterdir())[-1].name.endswith(str(steps)) and slurm.state(job) == "CANCELLED"
+
+
+def test_steps_get_what_the_job_asked_for(slurm: Slurm, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prologue's settings reach the ranks; a task that does not see its data says so and starts nothing."""
+    prologue = tmp_path / "prologue.sh"
+    data = tmp_path / "train.jsonl"
+    data.write_text((demo / "train.jsonl").read_text())
+    prologue.write_text(f"export RLX_FROM_PROLOGUE=$UNSET_VARIABLE-yes\nmv {data} {data}.away\n")
+    arguments = [*demo_overrides(demo, tmp_path / "run", 1), f"data.train={data}"]
+    job = submit(slurm, monkeypatch, "asked", [*arguments, "--prologue", str(prologue), "--exclusive", "--mem", "0"])
+    slurm.wait_for(job, "FAILED", limit_s=60)
+    logs = slurm.folder / "logs"
+    assert f"does not see {data}" in (logs / f"{job}-trainer-0.log").read_text()
+    assert "training ended with status 2" in (logs / f"{job}.log").read_text() and not (tmp_path / "run").exists()
 
 
 def test_refused_option_is_told(

@@ -30,13 +30,12 @@ from rlx.placement.ray_nodes import (
 )
 from rlx.placement.seats import Seats
 from rlx.processes.children import JOB_ID, LAUNCH_ID
-from rlx.processes.environment import QUIET
+from rlx.processes.environment import HANDED_ON, QUIET
 
 _POLL_S = 0.2
 _STORE_BYTES = 80 * 2**20  # what Ray asks for at least; no tensor of ours travels through its object store
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-# What users set in the launcher's shell for the libraries in the ranks; other nodes would not have it.
-_HANDED_ON = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "HF_", "TRANSFORMERS_", "WANDB_", "SGLANG_", "NVTE_", "RLX_", *_THREADS)
+_HANDED_ON = (*HANDED_ON, *_THREADS)
 # Keys of engines, which travel in a file, and marks by which other runs find their processes.
 _KEPT = ("RLX_ENGINE_", LAUNCH_ID, JOB_ID)
 Say = Callable[[str], None]

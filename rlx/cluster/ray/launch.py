@@ -55,7 +55,7 @@ from rlx.processes.environment import RankEnvironment
 from rlx.processes.interrupts import Interrupts
 from rlx.processes.orphan_guard import Guard
 from rlx.processes.rundir import ENDPOINTS, log_path, open_run_dir
-from rlx.processes.stopping import REQUEUE_STATUS, StopRequest
+from rlx.processes.stopping import REQUEUE_STATUS
 from rlx.processes.supervisor import (
     NoEngines,
     Outcome,
@@ -71,10 +71,11 @@ _PROBE_S = 5.0
 def run_ray(config: Config, address: RayAddress) -> int:
     """Run the whole job and report on stdout and stderr. Must be called in the main thread.
 
-    Returns 0 when the training is done, 75 when SIGUSR1 asked to save and leave, 1 after a failure (its cause is in the last
-    lines of stderr), 128 + N after signal N. Raises ConfigError, with nothing left, for a plan that no such cluster holds.
+    Returns 0 when the training is done, 75 when SIGUSR1 or SIGTERM asked to save and leave, 1 after a failure (its cause is in
+    the last lines of stderr), 128 + N after signal N. Raises ConfigError, with nothing left, for a plan that no such cluster
+    holds.
     """
-    with open_run_dir(config) as run_dir, Interrupts() as interrupts:
+    with open_run_dir(config) as run_dir, Interrupts(saves=True) as interrupts:
         (run_dir / "config.yaml").write_text(dump_config(config))
         progress = Progress(run_dir, total_steps=config.run.steps)
         launch = RayLaunch(config, address, run_dir, progress, interrupts)
@@ -91,9 +92,9 @@ def run_ray(config: Config, address: RayAddress) -> int:
             return 1
         if outcome.interrupted:
             print(f"rlx: {interrupts.name}: stopped; run folder: {run_dir}", file=sys.stderr, flush=True)
-            return 128 + interrupts.number
+            return interrupts.status
         if launch.left_early:
-            print("rlx: SIGUSR1 asked to save and leave; run.resume=auto goes on", flush=True)
+            print(f"rlx: {interrupts.name} asked to save and leave; run.resume=auto goes on", flush=True)
             return REQUEUE_STATUS
         print(progress.summary(), flush=True)
         return 0
@@ -105,7 +106,6 @@ class RayLaunch:
     def __init__(self, config: Config, address: RayAddress, run_dir: Path, progress: Progress, interrupts: Interrupts) -> None:
         self._config, self._address, self._run_dir = config, address, run_dir
         self._progress, self._interrupts = progress, interrupts
-        self._stop_request = StopRequest()
         env = actor_environment(config, os.environ)
         self._job = Job(id=uuid.uuid4().hex, run_dir=run_dir, folder=os.getcwd(), env=env)
         self._open = ExitStack()
@@ -169,7 +169,7 @@ class RayLaunch:
     def _run(self) -> Outcome:
         if self._address.is_own:
             self._guard_own_cluster()
-        self._cluster = RayCluster(self._config, self._address, self._job.id, self._interrupts.is_set)
+        self._cluster = RayCluster(self._config, self._address, self._job.id, self._is_unwanted)
         self._open.callback(self._cluster.leave)
         self._open.callback(lambda: self._job.stop_file.unlink(missing_ok=True))
         room = self._cluster.reserve(self._progress.say)
@@ -186,6 +186,10 @@ class RayLaunch:
         engines = NoEngines() if self._engines is None else self._engines
         supervisor = Supervisor(self._trainers, engines, interrupted=self._interrupts.is_set, tick=self._tick)
         return self._with_lost_host(supervisor.watch(leave_timeout_s=self._config.run.failure_timeout_s))
+
+    def _is_unwanted(self) -> bool:
+        """Whether to end a run that has not begun: there is nothing to save yet."""
+        return self._interrupts.is_set() or self._interrupts.ask_to_save()
 
     def _guard_own_cluster(self) -> None:
         """A cluster of our own ends with this process, however that ends; the guard makes sure of it and tells the terminal.
@@ -253,8 +257,9 @@ class RayLaunch:
 
     def _tick(self) -> None:
         assert self._hosts is not None
-        if self._stop_request.is_set():
+        if self._interrupts.ask_to_save() and not self._job.stop_file.exists():
             self._job.stop_file.touch()
+            self._progress.say(self._interrupts.promise)
         if self._engines is not None:
             self._engines.tick()
         self._hosts.tick()
