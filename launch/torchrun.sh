@@ -20,6 +20,8 @@ trap 'rm -f "$RLX_REQUEUE_FILE" "$RLX_CAUSE_FILE"' EXIT
 # What Megatron says at every import, in every rank, about packages that are optional here.
 notices="ignore:Transformer Engine and Apex are not installed,ignore:Apex is not installed,ignore:full scope is deprecated"
 export PYTHONWARNINGS="${PYTHONWARNINGS:-$notices}"
+# Arguments and files are UTF-8, whatever the locale.
+export PYTHONUTF8=1
 
 # torchrun would take SIGUSR1 as an order to end; it ignores it, and the ranks set a handler of their own.
 (

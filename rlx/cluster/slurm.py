@@ -6,6 +6,7 @@ The templates lie in ``launch/slurm`` of a checkout, or in ``share/rlx/launch/sl
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -95,7 +96,7 @@ def render(path: str, overrides: Sequence[str], job: SlurmJob, template: Path | 
         "pythonpath": str(root),
         "torchrun": str(template_folder().parent / "torchrun.sh"),
         "mounts": list(
-            dict.fromkeys([str(Path.cwd()), str(root), str(Path(config.run.dir).resolve().parent), "/tmp", *job.mounts])
+            dict.fromkeys([str(Path.cwd()), str(root), str(Path(os.path.realpath(config.run.dir)).parent), "/tmp", *job.mounts])
         ),
         "config_arguments": [str(Path(path).resolve()), *everything],
     }
