@@ -18,10 +18,13 @@ from converters.cli import layout_of, parser
 from converters.plan import DTYPES
 from converters.source import CONVERTIBLE, described_by, find_companions, resolve
 from rlx.arch.architecture import parse_config_json
+from rlx.config.utf8 import enter_utf8_mode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one conversion and return the exit status."""
+    if argv is None:
+        enter_utf8_mode("converters")
     args = parser().parse_args(argv)
     with ExitStack() as stack:
         return _main(args, stack)

@@ -20,6 +20,8 @@ trap 'rm -rf "$files"' EXIT
 # What Megatron says at every import, in every rank, about packages that are optional here.
 notices="ignore:Transformer Engine and Apex are not installed,ignore:Apex is not installed,ignore:full scope is deprecated"
 export PYTHONWARNINGS="${PYTHONWARNINGS:-$notices}"
+# Arguments and files are UTF-8, whatever the locale.
+export PYTHONUTF8=1
 
 torchrun=
 ended=

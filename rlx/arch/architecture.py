@@ -6,6 +6,7 @@ A field of ``config.json`` that changes the computation is either represented he
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,10 +135,10 @@ def check_numbers(arch: Architecture) -> Architecture:
 def read_config_json(folder: str | Path) -> ConfigJson:
     """The ``config.json`` of a folder. Raises ValueError naming what is missing or wrong."""
     path = Path(folder)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ValueError(f"no such folder {path}; expected a Hugging Face folder with config.json")
     file = path / "config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ValueError(f"{file} is missing: a model folder needs its Hugging Face configuration")
     return parse_config_json(file)
 
@@ -155,7 +156,7 @@ def parse_config_json(file: Path) -> ConfigJson:
 
 def is_megatron_checkpoint(folder: str | Path) -> bool:
     """Whether a model folder holds a Megatron distributed checkpoint rather than Hugging Face weights."""
-    return (Path(folder) / "metadata.json").is_file()
+    return os.path.isfile(Path(folder) / "metadata.json")
 
 
 def rope_parameters(config: ConfigJson) -> dict[str, Any]:

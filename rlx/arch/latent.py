@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlx.arch.fields import is_number
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Yarn:
@@ -47,6 +49,9 @@ def read_yarn(parameters: Mapping[str, Any]) -> Yarn:
     missing = [name for name in ("factor", "original_max_position_embeddings") if parameters.get(name) is None]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)} in its rope parameters")
+    for name in _YARN_FIELDS - {"rope_type", "type"}:
+        if parameters.get(name) is not None and not is_number(parameters[name]):
+            raise ValueError(f"config.json has {name}={parameters[name]!r} in its rope parameters; expected a finite number")
     mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if bool(mscale) != bool(all_dim) and (mscale or 1.0) != 1.0:
         raise ValueError("config.json has one of mscale and mscale_all_dim in its rope parameters; both or neither are supported")

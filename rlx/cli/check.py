@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from rlx.arch.families.registry import read_architecture
@@ -39,7 +40,7 @@ def architectures(given: str | None) -> Path | None:
     if given is None:
         return None
     folder = Path(given) if given else packaged("configs/architectures")
-    if folder is None or not folder.is_dir():
+    if folder is None or not os.path.isdir(folder):
         raise ConfigError([f"--on-paper: no such folder {folder or 'configs/architectures in this installation'}"])
     return folder
 

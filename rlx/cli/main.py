@@ -17,6 +17,7 @@ from importlib import import_module
 from types import ModuleType
 
 from rlx.config.load import ConfigError
+from rlx.config.utf8 import enter_utf8_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``rlx`` with ``argv`` (the process's own arguments by default) and return the exit status."""
+    if argv is None:
+        enter_utf8_mode("rlx.cli.main")
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = arguments[0] if arguments else ""
     try:

@@ -17,6 +17,8 @@ from rlx.config.nearest import nearest_key
 from rlx.config.options import LARGEST, broken_limits
 from rlx.config.schema import Config
 
+# Far below where writing and reading it again would end.
+_MAX_DEPTH = 50
 UNSET = "???"  # OmegaConf's mark for "to be filled in"
 
 _WORDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
@@ -167,7 +169,9 @@ def _to_rows(key: str, row: type, value: Mapping[Any, Any], problems: Problems) 
 
 def _check_free(key: str, value: Any, problems: Problems) -> None:
     """A free mapping passes as it is; only what could not be written out and read back is refused."""
-    if isinstance(value, Mapping):
+    if key.count(".") + key.count("[") > _MAX_DEPTH:
+        problems.add(key[:200], f"nests more than {_MAX_DEPTH} deep")
+    elif isinstance(value, Mapping):
         for name, item in value.items():
             if not isinstance(name, str):
                 problems.add(key, f"names must be strings, got {_show(name)}")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def on_paper(config: Config, architectures: Path | None) -> Config:
     for key in ("path", "reference_path", "critic_path"):
         given = getattr(config.model, key)
         folders = [architectures / Path(given).name, Path(given)] if given else []
-        found[key] = next((str(folder) for folder in folders if (folder / "config.json").is_file()), None)
+        found[key] = next((str(folder) for folder in folders if os.path.isfile(folder / "config.json")), None)
         if folders and found[key] is None:
             known = sorted(file.parent.name for file in architectures.glob("*/config.json"))
             listed = f"it has {', '.join(known)}" if known else "there is no */config.json"
@@ -74,10 +75,8 @@ def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> di
     merged = _load_file(Path(path), ())
     for override in overrides:
         merged = _apply(merged, override)
-    try:
+    with _named(str(path)):
         tree = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError([f"{error.full_key or path}: {_first_line(error)}"]) from error
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
 
@@ -94,17 +93,13 @@ def _trusted(messages: Sequence[str], problems: Problems) -> list[str]:
 
 
 def _load_file(path: Path, including: tuple[Path, ...]) -> DictConfig:
-    where = path.resolve()
+    with _named(str(path)):
+        where = Path(os.path.realpath(path))
     if where in including:
         circle = " -> ".join(str(step) for step in (*including[including.index(where) :], where))
         raise ConfigError([f"defaults: {circle} include each other in a circle"])
-    try:
+    with _named(f"{path} (in the defaults of {including[-1]})" if including else str(path)):
         own = OmegaConf.load(where)
-    except OSError as error:
-        asked_by = f" (in the defaults of {including[-1]})" if including else ""
-        raise ConfigError([f"{path}: cannot be read{asked_by}: {error.strerror or error}"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(own, DictConfig):
         raise ConfigError([f"{path}: expected a mapping of sections at the top, got a list"])
     merged = OmegaConf.create({})
@@ -125,19 +120,34 @@ def _apply(merged: DictConfig, override: str) -> DictConfig:
     key, equals, _ = override.partition("=")
     if not equals or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)*", key):
         raise ConfigError([f"override {override!r}: expected section.key=value"])
-    try:
-        return _merge(merged, OmegaConf.from_dotlist([override]), f"override {override!r}")
-    except yaml.YAMLError as error:
-        raise ConfigError([f"override {override!r}: the value is not valid YAML: {_first_line(error)}"]) from error
+    with _named(f"override {override!r:.200}"):
+        return _merge(merged, OmegaConf.from_dotlist([override]), f"override {override!r:.200}")
 
 
 def _merge(lower: DictConfig, upper: DictConfig, what: str) -> DictConfig:
-    try:
+    with _named(what):
         merged = OmegaConf.merge(lower, upper)
-    except OmegaConfBaseException as error:
-        raise ConfigError([f"{what}: {_first_line(error)}"]) from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Whatever YAML, OmegaConf and the file system raise in here is a ConfigError about ``what``."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError([f"{what}: cannot be read: {error.strerror or error}"]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{what}: nests too deep"]) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{error.full_key or what}: {str(error).partition(chr(10))[0]}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{what}: not valid YAML: {' '.join(str(error).split())}"]) from error
+    except ValueError as error:
+        raise ConfigError([f"{what}: cannot be read: {error}"]) from error
 
 
 def _escaped(value: Any) -> Any:
@@ -149,7 +159,3 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

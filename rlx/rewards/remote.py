@@ -6,6 +6,7 @@ Who waits for whom: a verdict thread puts its question in the batch that is open
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ class Poster:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"reward.args.url must be a URL such as http://host:8000/score, got {self.url!r}")
         if self.api_key_file is not None:
-            if not Path(self.api_key_file).is_file():
+            if not os.path.isfile(self.api_key_file):
                 raise ValueError(f"reward.args.api_key_file: no such file {self.api_key_file}")
             self.client.headers["Authorization"] = f"Bearer {Path(self.api_key_file).read_text().strip()}"
 

@@ -26,8 +26,19 @@ def check(config: Config, *, on_paper: bool = False) -> list[str]:
         own = (_finetuning, _evaluation) if on_paper else (_data, _finetuning, _evaluation)
     else:
         own = (*(() if on_paper else (_data, _replay, _reward)), _rollout, _algorithm, _evaluation, _colocation)
-    groups = (_layout, _models, *own, _optimizers, _device)
+    groups = (_layout, _models, *own, _optimizers, _device, *(() if on_paper else (_outputs,)))
     return [message for group in groups for message in group(config)]
+
+
+def _outputs(config: Config) -> Iterator[str]:
+    """Whether there can be files of these names: no loop of links, no file as a folder, no name too long."""
+    for key, path in (("run.dir", config.run.dir), ("sync.dir", config.sync.dir), ("rollout.record", config.rollout.record)):
+        try:
+            os.stat(path or ".")
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            yield f"{key}: {path!r:.200} cannot be used: {error.strerror if isinstance(error, OSError) else error}"
 
 
 def _layout(config: Config) -> Iterator[str]:
@@ -56,7 +67,7 @@ def _models(config: Config) -> Iterator[str]:
             if other.shape != policy.shape:
                 yield f"{key}: its config.json differs in shape from that of model.path; all roles share one architecture"
         yield from _model_fits(config, policy)
-    if config.model.tokenizer_path is not None and not Path(config.model.tokenizer_path).is_dir():
+    if config.model.tokenizer_path is not None and not os.path.isdir(config.model.tokenizer_path):
         yield f"model.tokenizer_path: no such folder {config.model.tokenizer_path}"
 
 
@@ -98,7 +109,7 @@ def _data(config: Config) -> Iterator[str]:
         if path:
             yield from _data_file(key, path)
     template = config.data.chat_template
-    if template is not None and not Path(template).is_file():
+    if template is not None and not os.path.isfile(template):
         yield f"data.chat_template: no such file {template}"
 
 
@@ -107,7 +118,7 @@ def _data_file(key: str, path: str) -> Iterator[str]:
         return  # whether there is such a task is asked of reasoning-gym itself
     if Path(path).suffix not in FILE_ENDINGS:
         yield f"{key}: {path} must end in {' or '.join(FILE_ENDINGS)}, or be reasoning-gym:TASK"
-    elif not Path(path).is_file():
+    elif not os.path.isfile(path):
         yield f"{key}: no such file {path}"
 
 
@@ -121,7 +132,7 @@ def _rollout(config: Config) -> Iterator[str]:
         yield f"rollout.top_k: {rollout.top_k} must be -1 (off) in training{off}"
     if rollout.temperature == 0 and trains:
         yield "rollout.temperature: 0 (greedy) cannot train, every answer to a prompt would be the same; use 1"
-    if rollout.python is not None and not os.access(rollout.python, os.X_OK):
+    if rollout.python is not None and not (os.path.isfile(rollout.python) and os.access(rollout.python, os.X_OK)):
         yield f"rollout.python: {rollout.python} is no program; name the interpreter of an environment that holds sglang"
     for url in rollout.endpoints:
         if not url.startswith(("http://", "https://")):
@@ -146,11 +157,11 @@ def _replay(config: Config) -> Iterator[str]:
         return
     if config.evaluation.only:
         yield "rollout.replay: rlx eval asks engines; leave it out"
-    if not Path(rollout.replay).is_file():
+    if not os.path.isfile(rollout.replay):
         yield f"rollout.replay: no such file {rollout.replay}; rollout.record writes one"
     if rollout.endpoints:
         yield "rollout.replay: no engine is asked when replaying; leave rollout.endpoints empty or rollout.replay out"
-    if rollout.record is not None and Path(rollout.record).resolve() == Path(rollout.replay).resolve():
+    if rollout.record is not None and os.path.realpath(rollout.record) == os.path.realpath(rollout.replay):
         yield f"rollout.record: {rollout.record} is also rollout.replay and would be overwritten; name another file"
 
 
@@ -162,7 +173,7 @@ def _reward(config: Config) -> Iterator[str]:
         return
     if Path(path).suffix != ".py" or not function.isidentifier():
         yield f"reward.name: {config.reward.name!r} must have the form path/to/file.py:function"
-    elif not Path(path).is_file():
+    elif not os.path.isfile(path):
         yield f"reward.name: no such file {path}"
 
 

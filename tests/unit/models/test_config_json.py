@@ -163,3 +163,23 @@ def test_a_family_costs_less_than_a_hundred_lines(model_type: str) -> None:
     module = FAMILIES[model_type].architecture.__module__
     file = Path(__file__).parents[3] / (module.replace(".", "/") + ".py")
     assert len(file.read_text().splitlines()) < 100
+
+
+ODD_VALUES = (None, "x", "4", [], {}, 1.5, True, -1, 0, [None], {"rope_type": None}, float("inf"))
+SHAPES = (Path(__file__).parents[3] / "configs" / "architectures").glob("*/config.json")
+ONE_A_FAMILY = {json.loads(file.read_text())["model_type"]: file for file in sorted(SHAPES)}
+
+
+@pytest.mark.parametrize("file", ONE_A_FAMILY.values(), ids=ONE_A_FAMILY)
+def test_any_value_in_any_field_is_taken_or_refused_by_name(tmp_path: Path, file: Path) -> None:
+    whole = json.loads(file.read_text())
+    changed = [(name, {**whole, name: odd}) for name in whole for odd in ODD_VALUES]
+    for name in ("rope_scaling", "rope_parameters"):
+        inner = whole.get(name) or {}
+        changed += [(key, {**whole, name: {**inner, key: odd}}) for key in inner for odd in ODD_VALUES]
+    for name, config in changed:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        try:
+            read_architecture(tmp_path)
+        except ValueError as error:
+            assert name in str(error) and "config.json" in str(error)
