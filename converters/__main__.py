@@ -22,6 +22,7 @@ from converters.source import CONVERTIBLE, Companions, find_companions, read_con
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one conversion and return the exit status."""
     args = parser().parse_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything imports torch: conversions are a CPU's work
     with ExitStack() as stack:
         return _main(args, stack)
 
