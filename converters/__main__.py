@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         enter_utf8_mode("converters")
     args = parser().parse_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything imports torch: conversions are a CPU's work
     with ExitStack() as stack:
         return _main(args, stack)
 

@@ -92,6 +92,7 @@ def _keep(connection: Connection, parents: Connection) -> None:
             _hasten()
             without_compiler()
             importlib.import_module("torch").set_num_threads(1)
+            importlib.import_module("rlx.processes.device").take_device("cpu", 0)
             describe = importlib.import_module("converters.description").write_description
             skeleton = importlib.import_module("converters.skeleton").skeleton(connection.recv())
             connection.send((skeleton.pieces, None))

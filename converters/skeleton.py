@@ -18,7 +18,7 @@ from converters.places import Piece, Places
 from rlx.arch.architecture import Architecture
 from rlx.models.build import BuildOptions, build_model
 from rlx.models.hf.io import slots
-from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
+from rlx.parallel.context import ParallelContext, build_context, connect, shut_down
 from rlx.parallel.optimizer import content_metadata
 from rlx.types.layout import ParallelDims
 
@@ -53,7 +53,7 @@ def skeleton(arch: Architecture) -> Skeleton:
 
 @contextmanager
 def _world_of_one() -> Iterator[ParallelContext]:
-    device = choose_device("cpu", 0)
+    device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         connect(init_method=f"file://{folder}/store", rank=0, world_size=1, device=device, timeout_s=60)
         try:

@@ -12,6 +12,7 @@ from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
 from rlx.config.load import ConfigError
 from rlx.models.hf.files import check_folder
+from rlx.processes.environment import hide_gpus
 from rlx.processes.local_ranks import run_local_ranks, this_module
 from rlx.types.layout import ParallelDims
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{meaning} parallel size")
     parser.add_argument("--etp", type=int, default=None, metavar="N", help="tensor parallel size inside experts; left out: --tp")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of weights and activations")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda when visible")
     parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="tokens of one packed forward pass")
 
 
@@ -36,10 +38,11 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     argv = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key in _OPTIONS and value is not None]
+    hide_gpus(args.device)
     return run_local_ranks(this_module("rlx.cli.score_rank", *argv), num_ranks)
 
 
-_OPTIONS = ("model", "tokens", "out", "tp", "pp", "cp", "ep", "etp", "dtype", "max_tokens")
+_OPTIONS = ("model", "tokens", "out", "tp", "pp", "cp", "ep", "etp", "dtype", "device", "max_tokens")
 
 
 def dims_of(args: argparse.Namespace) -> ParallelDims:

@@ -25,6 +25,7 @@ import torch
 import uvicorn
 
 from rlx.obs.log import log_failure, logger, phase, start_log
+from rlx.processes.environment import hide_gpus
 from rlx.rollout.embedded.api import Api
 from rlx.rollout.embedded.engine import Engine
 from rlx.rollout.embedded.keycheck import KeyCheck
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Serve until told to end, then end the process; returns the exit status only when it cannot begin."""
     start_log("engine", args.rank)
+    hide_gpus(args.device)
     problem = _usage_problem(args)
     if problem:
         print(f"rlx serve: {problem}", file=sys.stderr)

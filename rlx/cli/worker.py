@@ -17,12 +17,12 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from rlx.cluster.torchrun import join_run
 from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
 from rlx.obs.log import log_failure, start_log
 from rlx.processes.environment import (
     RankEnvironment,
+    hide_gpus,
     rank_environment,
     report_cause,
     report_requeue,
@@ -61,6 +61,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _main_from_config(args: argparse.Namespace, where: RankEnvironment, stop: StopRequest) -> int:
     try:
+        # torch, which it meets the others by, comes in without the GPUs that the run is not to see.
+        hide_gpus(_device_of(args))
+        join_run = import_module("rlx.cluster.torchrun").join_run
         with join_run(args.run, args.overrides, where, stop.is_set) as joined:
             done = _run_rank(joined.config, where, joined.endpoints_file, stop.is_set)
     except ConfigError as error:
@@ -71,10 +74,19 @@ def _main_from_config(args: argparse.Namespace, where: RankEnvironment, stop: St
     return 0 if done or report_requeue() else REQUEUE_STATUS
 
 
+def _device_of(args: argparse.Namespace) -> str:
+    """``cluster.device`` as far as this rank can tell: what is wrong with the configuration is rank 0's to say."""
+    try:
+        return load_config(args.run, args.overrides).cluster.device
+    except ConfigError:
+        return "auto"
+
+
 def _run_rank(config: Config, where: RankEnvironment, engines: Path, stop_asked: Callable[[], bool]) -> bool:
-    """The models' libraries take seconds to import: not before the run is known to begin."""
+    """The models' libraries take seconds to import: not before the run is known to begin, nor before the device is settled."""
+    device = import_module("rlx.processes.device").take_device(config.cluster.device, where.local_rank)
     run_rank: Callable[..., bool] = import_module("rlx.driver.rank").run_rank
-    return run_rank(config, where, engines, stop_asked)
+    return run_rank(config, where, device, engines, stop_asked)
 
 
 if __name__ == "__main__":

@@ -175,10 +175,9 @@ class Launch:
         return EngineSite(index=index, run_dir=self._run_dir, parent_pipe=self._parent_pipe, env=self._env, keys=keys)
 
     def _check_engines(self, keys: EngineKeys) -> None:
-        """Raises ConfigError for settings that no engine can be started with."""
+        """Raises ConfigError for settings that no trainer or engine can be started with here."""
         try:
-            if self._num_engines:
-                check_placement(self._config)
+            check_placement(self._config)
             for index in range(self._num_engines):
                 self._programs.engine(self._config, self._site(index, keys))
         except ValueError as error:

@@ -38,7 +38,7 @@ class ClusterConfig:
     """Where processes live."""
 
     launcher: str = option("local", "who starts the processes", choices=("local", "torchrun", "ray"))
-    device: str = option("auto", "auto: cuda when visible, else cpu", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "auto: cuda when visible, else cpu, which hides all GPUs", choices=("auto", "cpu", "cuda"))
     num_trainer_ranks: int | None = option(None, "trainer processes; none: tp x pp x cp", minimum=1, maximum=MOST)
     nodes: int | None = option(None, "machines, all alike; none: one, or as many as the launcher has", minimum=1, maximum=MOST)
     gpus_per_node: int | None = option(None, "GPUs of each machine; none: not planned", minimum=1, maximum=MOST)

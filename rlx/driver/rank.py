@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from rlx.config.schema import Config
 from rlx.driver.colocation import clear_devices
 from rlx.driver.finetuning import drive_finetuning
@@ -13,20 +15,22 @@ from rlx.driver.ranks import Ranks
 from rlx.driver.training import drive, drive_evaluation
 from rlx.engines.fleet import Fleet, read_fleet
 from rlx.obs.log import logger, phase
-from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
+from rlx.parallel.context import ParallelContext, build_context, connect, shut_down
 from rlx.processes.environment import RankEnvironment, leave_launcher_store
 from rlx.sync.engine_memory import EngineMemory
 from rlx.trainer.finetune_worker import FinetuneWorker
 from rlx.trainer.worker import Worker
 
 
-def run_rank(config: Config, where: RankEnvironment, endpoints_file: Path, stop_asked: Callable[[], bool]) -> bool:
+def run_rank(
+    config: Config, where: RankEnvironment, device: torch.device, endpoints_file: Path, stop_asked: Callable[[], bool]
+) -> bool:
     """Join the world, build the models, then drive (rank 0) or serve. False on rank 0 when asked to stop early."""
     if config.cluster.colocated and not config.is_finetuning:
         # Engines size their memory by what the GPU has free as they start, and then make room before a model is built.
         _wait_for_engines(endpoints_file, config)
     with phase("connect"):
-        context = _join(config, where)
+        context = _join(config, where, device)
     worker = FinetuneWorker(config, context) if config.is_finetuning else _with_engines(config, context, endpoints_file)
     ranks = Ranks(worker)
     done = True
@@ -56,9 +60,8 @@ def _with_engines(config: Config, context: ParallelContext, endpoints_file: Path
     return worker
 
 
-def _join(config: Config, where: RankEnvironment) -> ParallelContext:
+def _join(config: Config, where: RankEnvironment, device: torch.device) -> ParallelContext:
     dims = config.parallel.dims(where.world_size)
-    device = choose_device(config.cluster.device, where.local_rank)
     limit_s = config.run.failure_timeout_s
     connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=limit_s)
     leave_launcher_store()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +56,15 @@ def plan_engine(config: Config, site: EngineSite) -> EnginePlan:
 
 
 def check_placement(config: Config) -> None:
-    """ValueError when this machine has too few GPUs for trainers and engines, or they cannot share them."""
+    """ValueError when this machine lacks the GPUs that trainers and engines are to have, or they cannot share them."""
     if _device(config) != "cuda":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise ValueError("cluster.device: cuda, but no GPU is visible")
+    if config.num_trainer_ranks > count:
+        raise ValueError(f"cluster.num_trainer_ranks: {config.num_trainer_ranks} ranks need a GPU each, {count} are visible")
+    if not config.starts_engines:
         return
     if config.cluster.colocated:
         for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
@@ -73,8 +80,9 @@ def check_placement(config: Config) -> None:
 def _plan_embedded(config: Config, site: EngineSite) -> EnginePlan:
     key_file = _key_file(site)
     argv = engine_command(config, index=site.index, port=0, python=sys.executable, parent_pipe=site.parent_pipe)
-    shared = _gpus_of(config, site.index) if config.cluster.colocated and _device(config) == "cuda" else ()
-    gpus = site.gpus or tuple(shared)
+    gpus: Sequence[str] = ()
+    if _device(config) == "cuda":
+        gpus = site.gpus or (_gpus_of(config, site.index) if config.cluster.colocated else ())
     env = dict(site.env) | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
     return EnginePlan(argv=[*argv, "--host", site.host, "--config", str(key_file)], env=env, host=site.host)
 

@@ -93,17 +93,6 @@ class ParallelContext:
             raise RuntimeError(f"trainer rank {first[0]} failed: {first[1]}")
 
 
-def choose_device(setting: str, local_rank: int) -> torch.device:
-    """``cluster.device`` resolved for this rank; claims the GPU."""
-    if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError("cluster.device=cuda, but no GPU is visible")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
 def connect(*, init_method: str, rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
     """Join the world: NCCL on GPUs, gloo on CPUs. Raises within ``timeout_s`` if a rank is missing."""
     backend = "nccl" if device.type == "cuda" else "gloo"

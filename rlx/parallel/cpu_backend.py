@@ -2,6 +2,9 @@
 
 Nothing in the installed packages changes: ``install()`` gives this process CPU answers to ``torch.cuda`` and to the few
 places where Megatron assumes NCCL. It knows nothing of models or training. Each answer says what needs it.
+
+Whoever chose the CPU installs it (``rlx.processes.device``), visible GPUs or none, and before anything imports Megatron, which
+looks at its import for packages that work on GPUs only.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +20,9 @@ import torch.distributed as dist
 from torch.utils import _device
 
 _CPU = torch.device("cpu")
+# Megatron takes these where they are installed, whatever device it works on: the optimizers of the first two refuse tensors on
+# a CPU, and the last one's library needs a GPU's driver to be loaded.
+_GPU_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "flash_mla")
 _FACTORIES = [
     "arange",
     "as_tensor",
@@ -89,20 +95,17 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Give this process the CPU answers; a second call does nothing."""
+    """Give this process the CPU answers; a second call does nothing. RuntimeError when Megatron was imported before."""
     if _installed:
         return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("the CPU backend must be installed before Megatron is imported")
     _installed.append(True)
-    _hide_gpu_packages()
+    for name in _GPU_PACKAGES:
+        sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to say that there is no such package
     _answer_cuda()
     _redirect_tensors()
     _answer_megatron()
-
-
-def _hide_gpu_packages() -> None:
-    """Megatron imports ``flash_mla``, which comes with SGLang, and does without it on an ImportError; but where there is no
-    GPU driver, the import ends with an OSError."""
-    sys.modules.setdefault("flash_mla", None)  # type: ignore[arg-type]  # an import now says that there is none
 
 
 def _current_device() -> torch.device:
@@ -134,7 +137,7 @@ def _redirect_tensors() -> None:
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.pin_memory = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    move, type_of = tensor.to, tensor.type
+    move = tensor.to
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         args = tuple(_CPU if isinstance(a, str | torch.device) and _is_cuda(a) else a for a in args)
@@ -142,13 +145,26 @@ def _redirect_tensors() -> None:
             kwargs["device"] = _CPU
         return move(self, *args, **kwargs)
 
-    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Megatron's optimizers accept parameters by the names 'torch.cuda.FloatTensor', 'torch.cuda.BFloat16Tensor', ...
-        answer = type_of(self, *args, **kwargs)
-        bare = not args and not kwargs and answer.startswith("torch.") and "cuda" not in answer
-        return "torch.cuda." + answer.removeprefix("torch.") if bare else answer
+    tensor.to = to
 
-    tensor.to, tensor.type = to, type_
+
+@contextlib.contextmanager
+def gpu_type_names() -> Iterator[None]:
+    """Inside, with the backend installed, a tensor's type has its name on a GPU ('torch.cuda.FloatTensor', ...): Megatron's
+    optimizers accept parameters and gradients by these names."""
+    tensor: Any = torch.Tensor
+    type_of = tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = type_of(self, *args, **kwargs)
+        return answer if args or kwargs else answer.replace("torch.", "torch.cuda.", 1)
+
+    if _installed:
+        tensor.type = type_
+    try:
+        yield
+    finally:
+        tensor.type = type_of
 
 
 def _answer_megatron() -> None:

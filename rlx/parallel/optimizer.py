@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from rlx.config.schema import OptimizerConfig
 from rlx.parallel.context import ParallelContext
+from rlx.parallel.cpu_backend import gpu_type_names
+
+_make_optimizer = gpu_type_names()(get_megatron_optimizer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,7 @@ class Trainable:
             DistributedDataParallel(model_config, ddp, chunk, disable_bucketing=index > 0, pg_collection=context.groups)
             for index, chunk in enumerate(self.chunks)
         ]
-        self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+        self.optimizer: MegatronOptimizer = _make_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
                 lr=config.lr,
@@ -77,6 +80,7 @@ class Trainable:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    @gpu_type_names()
     def step(self) -> StepResult:
         """Clip and apply the accumulated gradients. The schedule moves first, so that warm-up does not waste a step at 0.
 

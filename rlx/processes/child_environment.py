@@ -10,17 +10,18 @@ from pathlib import Path
 import rlx
 from rlx.config.schema import Config
 from rlx.processes.children import LAUNCH_ID
-from rlx.processes.environment import QUIET
+from rlx.processes.environment import QUIET, hidden_gpus
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 def child_environment(config: Config, launch_id: str, *, num_engines: int) -> dict[str, str]:
-    """This process's environment plus the mark of the launch, the thread counts and where to import rlx from.
+    """This process's environment plus the mark of the launch, the thread counts and where to import rlx from; on CPUs,
+    without GPUs.
 
     Thread counts: ``cluster.threads_per_rank``, else what the environment already says, else cores / processes.
     """
-    env = QUIET | dict(os.environ)
+    env = QUIET | dict(os.environ) | hidden_gpus(config.cluster.device)
     num_processes = config.num_trainer_ranks + num_engines
     share = max(1, len(os.sched_getaffinity(0)) // num_processes)
     for name in _THREAD_VARIABLES:

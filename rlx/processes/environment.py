@@ -23,6 +23,17 @@ QUIET = {
 }
 
 
+def hidden_gpus(device: str) -> dict[str, str]:
+    """What a process of a run on ``device`` (``cluster.device``) must have in its environment before it imports torch: on
+    CPUs, that no GPU is there."""
+    return {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+
+
+def hide_gpus(device: str) -> None:
+    """The same for this process and those that it starts."""
+    os.environ.update(hidden_gpus(device))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEnvironment:
     """This process's place among the trainer ranks."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import rlx.parallel  # noqa: F401  (answers Megatron's CUDA calls, before Megatron is imported)
+import tests.dist.on_cpu  # noqa: F401  (answers Megatron's CUDA calls, before Megatron is imported)
 
 # isort: split
 from mbridge import AutoBridge  # type: ignore[import-not-found]

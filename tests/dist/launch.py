@@ -20,7 +20,7 @@ from typing import Any
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOADED = ["rlx.trainer.worker", "rlx.arch.families", "tests.dist.programs.layouts"]
+PRELOADED = ["tests.dist.on_cpu", "rlx.trainer.worker", "rlx.arch.families", "tests.dist.programs.layouts"]
 
 
 def run_ranks(module: str, world_size: int, arguments: dict[str, Any], out: Path, timeout_s: float = 240) -> None:

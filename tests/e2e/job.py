@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from rlx.obs.metrics import read_metrics
@@ -14,9 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_REPEATED = ("perf/", "memory/", "sync/seconds", "sync/canary", "mismatch/", "rollout/")
 
 
-def rlx(*arguments: str, timeout_s: float = 240, check: bool = True) -> subprocess.CompletedProcess[str]:
+def gpu_machine(seen: Path) -> dict[str, str]:
+    """An environment in which there seems to be a GPU; the file ``seen`` names the processes that saw it, if any."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "gpu_machine")])
+    return {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "0", "RLX_TEST_GPU_SEEN": str(seen)}
+
+
+def rlx(
+    *arguments: str, timeout_s: float = 240, check: bool = True, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """``rlx ARGUMENTS`` with one thread a process; its output is in the error when it fails and ``check`` is set."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(env or {})
     command = [sys.executable, "-m", "rlx.cli.main", *arguments]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
     assert not check or done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlx.processes.children import JOB_ID
@@ -83,19 +83,25 @@ class RayRun:
     """``rlx train`` with the Ray launcher, in a process group of its own as a shell would start it."""
 
     def __init__(
-        self, folder: Path, run_dir: Path, arguments: Sequence[str], address: str = "local", hosts: TwoHosts | None = None
+        self,
+        folder: Path,
+        run_dir: Path,
+        arguments: Sequence[str],
+        address: str = "local",
+        hosts: TwoHosts | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.dir = run_dir
         self._out = folder / f"{run_dir.name}.out"
         self._jobs: set[bytes] = set()
-        env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({} if address == "local" else TOKEN)
+        own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        own |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({} if address == "local" else TOKEN) | dict(env or {})
         settings = ["cluster.launcher=ray", f"cluster.ray_address={address}"]
         command = [sys.executable, "-m", "rlx.cli.main", "train", *arguments, *settings]
         command = hosts.command(0, command) if hosts else command
         with self._out.open("w") as out:
             self.process = subprocess.Popen(
-                command, env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=own, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     @property

@@ -13,7 +13,7 @@ import pytest
 
 from rlx.engines.fleet import read_fleet
 from rlx.obs.metrics import read_metrics
-from tests.e2e.job import demo_overrides, make_demo, numbers, rlx
+from tests.e2e.job import demo_overrides, gpu_machine, make_demo, numbers, rlx
 from tests.e2e.ray_job import RayNodes, RayRun, ask_ray
 
 pytest.importorskip("ray", reason="ray is not installed")
@@ -40,12 +40,13 @@ def start(demo: Path, tmp_path: Path) -> Iterator[Start]:
 
     def begin(steps: int, *settings: str, address: str = "local", name: str = "run") -> RayRun:
         arguments = [*demo_overrides(demo, tmp_path / name, steps), *settings]
-        runs.append(RayRun(tmp_path, tmp_path / name, arguments, address))
+        runs.append(RayRun(tmp_path, tmp_path / name, arguments, address, env=gpu_machine(tmp_path / "seen")))
         return runs[-1]
 
     yield begin
     for run in runs:
         run.end()
+    assert not (tmp_path / "seen").exists(), (tmp_path / "seen").read_text()
 
 
 def last_lines(run: RayRun) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.job import ROOT, demo_overrides, make_demo, numbers, rlx
+from tests.e2e.job import ROOT, demo_overrides, gpu_machine, make_demo, numbers, rlx
 from tests.e2e.torchrun_job import Nodes
 
 DUMMY_SERVER = ROOT / "tests" / "unit" / "cluster" / "dummy_server.py"
@@ -39,8 +39,9 @@ def nodes(tmp_path: Path) -> Iterator[list[Nodes]]:
 def test_same_losses_as_the_local_launcher(demo: Path, tmp_path: Path, nodes: list[Nodes]) -> None:
     record = tmp_path / "rollouts.jsonl"
     arguments = [*demo_overrides(demo, tmp_path / "run", 2), "checkpoint.at_end=false", f"rollout.record={record}"]
-    nodes.append(Nodes(tmp_path, arguments, 2))
+    nodes.append(Nodes(tmp_path, arguments, 2, env=gpu_machine(tmp_path / "seen")))
     assert nodes[0].finish(280) == [0, 0], nodes[0].out(0)[-3000:] + nodes[0].out(1)[-3000:]
+    assert not (tmp_path / "seen").exists(), (tmp_path / "seen").read_text()
     assert "rlx: done: 2 steps" in nodes[0].out(0)
     assert {"trainer-0.log", "trainer-1.log", "engine-0.log"} <= {path.name for path in (tmp_path / "run" / "logs").iterdir()}
     assert not nodes[0].members()

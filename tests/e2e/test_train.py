@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from rlx.obs.metrics import read_metrics
-from tests.e2e.job import demo_overrides, make_demo, numbers, rlx
+from tests.e2e.job import demo_overrides, gpu_machine, make_demo, numbers, rlx
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +20,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps in one go, recorded."""
+    """Six steps in one go, recorded, on a machine that seems to have a GPU."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    record = run_dir.parent / "rollouts.jsonl"
-    rlx("train", *demo_overrides(demo, run_dir, 6), f"rollout.record={record}", "checkpoint.at_end=false")
+    record, env = run_dir.parent / "rollouts.jsonl", gpu_machine(run_dir.parent / "seen")
+    rlx("train", *demo_overrides(demo, run_dir, 6), f"rollout.record={record}", "checkpoint.at_end=false", env=env)
     return run_dir
 
 
@@ -35,6 +35,10 @@ def test_run_folder_is_complete(whole: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "logs", "hf"} <= {path.name for path in whole.iterdir()}
     assert {"trainer-0.log", "trainer-1.log", "engine-0.log"} <= {path.name for path in (whole / "logs").iterdir()}
     AutoModelForCausalLM.from_pretrained(whole / "hf")
+
+
+def test_no_process_of_a_run_on_cpus_sees_a_gpu(whole: Path) -> None:
+    assert not (whole.parent / "seen").exists(), (whole.parent / "seen").read_text()
 
 
 def test_resume_gives_the_same_numbers(demo: Path, whole: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.e2e.job import ROOT
@@ -21,7 +21,13 @@ class Nodes:
     mark in its environment."""
 
     def __init__(
-        self, folder: Path, arguments: Sequence[str], num_nodes: int, hosts: TwoHosts | None = None, rollout_nodes: int = 0
+        self,
+        folder: Path,
+        arguments: Sequence[str],
+        num_nodes: int,
+        hosts: TwoHosts | None = None,
+        rollout_nodes: int = 0,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.mark, self._outs = str(folder), [folder / f"node-{number}.out" for number in range(num_nodes)]
         shared = os.environ | {
@@ -29,7 +35,7 @@ class Nodes:
             "MASTER_PORT": str(free_port()),
             "NNODES": str(num_nodes),
         }
-        shared |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: self.mark}
+        shared |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: self.mark} | dict(env or {})
         self.scripts = []
         for number, path in enumerate(self._outs):
             with path.open("w") as out:

@@ -96,8 +96,7 @@ class TrainerActor:
 
     def __init__(self, job: Job, host: Host, place: RankEnvironment) -> None:
         self._job, self._place = job, place
-        _enter(job)
-        _be_on(host)
+        _enter(job, host)
         self._store: Any = None
 
     def open_store(self, address: str) -> Meeting:
@@ -115,9 +114,10 @@ class TrainerActor:
         os.environ |= {"MASTER_ADDR": meeting.address, "MASTER_PORT": str(meeting.port)}
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's word for: the store is there already
         try:
-            run_rank = import_module("rlx.driver.rank").run_rank
             config = load_config(str(job.run_dir / "config.yaml"), [])
-            done: bool = run_rank(config, place, job.run_dir / ENDPOINTS, job.stop_file.exists)
+            device = import_module("rlx.processes.device").take_device(config.cluster.device, place.local_rank)
+            run_rank = import_module("rlx.driver.rank").run_rank
+            done: bool = run_rank(config, place, device, job.run_dir / ENDPOINTS, job.stop_file.exists)
         except Exception as error:
             log_failure(error)
             return 1
@@ -130,8 +130,7 @@ class EngineActor:
 
     def __init__(self, job: Job, host: Host, index: int, part: EnginePart, incarnation: int) -> None:
         self._job, self._host, self._index, self._part, self._incarnation = job, host, index, part, incarnation
-        _enter(job)
-        _be_on(host)
+        _enter(job, host)
         mark = f"{job.id}-{index}-{part.rank}"
         kill_members((), mark, 10.0, variable=ENGINE_ID)  # of an earlier life: it would hold the GPUs
         os.environ[ENGINE_ID] = mark
@@ -167,22 +166,19 @@ class EngineActor:
         return None
 
 
-def _enter(job: Job) -> None:
-    """Be where the launcher is: its folder, for relative paths, and its environment."""
+def _enter(job: Job, host: Host | None = None) -> None:
+    """Be where the launcher is: its folder, for relative paths, and its environment, which wins over what follows from the
+    host (its GPUs, all of them and in one order, and its network interface)."""
     try:
         os.chdir(job.folder)
     except OSError as error:
         raise FileNotFoundError(
             f"host {socket.gethostname()} has no folder {job.folder}: start the run in one that all nodes share"
         ) from error
-    os.environ |= job.env
-
-
-def _be_on(host: Host) -> None:
-    """The environment that follows from the host: its GPUs, all of them and in one order, and its network interface."""
-    if host.gpus:
+    if host is not None and host.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(host.gpus)
-    name = interface_of(host.address)
+    os.environ |= job.env
+    name = None if host is None else interface_of(host.address)
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 

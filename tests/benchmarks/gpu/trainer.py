@@ -11,14 +11,15 @@ from torch import nn
 from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import AlgorithmConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
 from rlx.models.build import BuildOptions, build_model, freeze
-from rlx.parallel.context import ParallelContext, build_context, choose_device, connect
+from rlx.parallel.context import ParallelContext, build_context, connect
+from rlx.processes.device import take_device
 from rlx.types.layout import ParallelDims
 
 LIMIT_S = 120.0
 
 
 def one_rank() -> ParallelContext:
-    device = choose_device("cuda", 0)
+    device = take_device("cuda", 0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

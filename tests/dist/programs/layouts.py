@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rlx.data.plan import plan_batch
-from rlx.parallel.context import ParallelContext, build_context, choose_device, connect, shut_down
+from rlx.parallel.context import ParallelContext, build_context, connect, shut_down
 from rlx.types.layout import BatchPlan, ParallelDims
 from rlx.types.rollout import TrainSample
 
@@ -22,7 +22,7 @@ from rlx.types.rollout import TrainSample
 @contextmanager
 def context_of(layout: dict[str, Any], world_size: int) -> Iterator[ParallelContext]:
     """The context of one layout; its groups are forgotten afterwards, so that another can follow."""
-    device = choose_device("cpu", 0)
+    device = torch.device("cpu")
     yield build_context(ParallelDims(world_size=world_size, **layout), device, seed=1, timeout_s=60)
     parallel_state.destroy_model_parallel()
 
@@ -48,9 +48,8 @@ def main(program: Callable[[dict[str, Any], int], None]) -> None:
     """Join the world, run ``program(arguments, world_size)``, leave."""
     torch.set_num_threads(1)
     arguments, world_size = json.loads(sys.argv[1]), int(os.environ["WORLD_SIZE"])
-    connect(
-        init_method="env://", rank=int(os.environ["RANK"]), world_size=world_size, device=choose_device("cpu", 0), timeout_s=90
-    )
+    device = torch.device("cpu")
+    connect(init_method="env://", rank=int(os.environ["RANK"]), world_size=world_size, device=device, timeout_s=90)
     program(arguments, world_size)
     dist.barrier()
     shut_down()

@@ -20,7 +20,8 @@ def test_a_package_that_wants_a_gpu_driver_does_not_end_a_trainer_on_cpus(tmp_pa
     """As SGLang's flash_mla beside Megatron: its library asks the loader for libcuda.so.1."""
     (tmp_path / "flash_mla").mkdir()
     (tmp_path / "flash_mla" / "__init__.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')\n")
-    code = "import rlx.parallel; from megatron.core.transformer import attention; print(attention.HAVE_FMLA)"
+    code = "from rlx.processes.device import take_device; take_device('cpu', 0)\n"
+    code += "from megatron.core.transformer import attention; print(attention.HAVE_FMLA)"
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=env, timeout=120, check=False)

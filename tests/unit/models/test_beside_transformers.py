@@ -1,4 +1,4 @@
-"""Megatron's CPU answers leave the rest of the process as it was."""
+"""The CPU backend is there for who asks for it, and leaves the rest of the process as it was."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 PROGRAM = """
 import sys
-import rlx.parallel
 import torch
+from rlx.processes.device import take_device
+take_device("cpu", 0)
+import rlx.parallel.context
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sizes = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
