@@ -25,7 +25,7 @@ class PythonFunction:
 
     def __init__(self, name: str, args: Mapping[str, object]) -> None:
         path, _, function = name.rpartition(":")
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise ValueError(f"reward.name: no such file: {path} (from {name!r})")
         self._neighbours = _Neighbours(Path(path).resolve().parent)
         with self._neighbours.importable():
