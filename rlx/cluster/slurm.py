@@ -36,7 +36,7 @@ _OWN_OPTIONS |= dict.fromkeys(("ntasks", "ntasks-per-node", "requeue", "open-mod
 _SUBMIT_LIMIT_S = 60.0
 SHARED = (Path("/tmp"),)
 """What a container has of its node in any case."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,7 +75,7 @@ def run_ray(config: Config, address: RayAddress) -> int:
     the last lines of stderr), 128 + N after signal N. Raises ConfigError, with nothing left, for a plan that no such cluster
     holds.
     """
-    with open_run_dir(config) as run_dir, Interrupts(saves=True) as interrupts:
+    with open_run_dir(config) as run_dir, Interrupts(saves=not config.evaluation.only) as interrupts:
         (run_dir / "config.yaml").write_text(dump_config(config))
         progress = Progress(run_dir, total_steps=config.run.steps)
         launch = RayLaunch(config, address, run_dir, progress, interrupts)
