@@ -37,6 +37,7 @@ COMMANDS = {
     "check": Command("rlx.cli.check", "validate a configuration and print it resolved; start nothing"),
     "reward": Command("rlx.cli.reward", "rlx reward try CONFIG: what the reward says of given answers, without a model"),
     "score": Command("rlx.cli.score", "log-probs of given tokens under a model"),
+    "export": Command("rlx.cli.export", "a checkpoint of a run as a Hugging Face folder, also while it runs"),
     "report": Command("rlx.cli.report", "an HTML page with plots of one run, or of several together"),
     "doctor": Command("rlx.cli.doctor", "what is installed here, what fits together, what is missing"),
     "launch": Command("rlx.cli.launch", "a job for a scheduler: rlx launch slurm CONFIG ..."),

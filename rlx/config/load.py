@@ -70,6 +70,14 @@ def config_files(path: str | os.PathLike[str]) -> list[Path]:
     return [where, *(file for base in bases for file in config_files(where.parent / base))]
 
 
+def load_run(run_dir: Path) -> Config:
+    """What a run wrote of its configuration when it began; the files that it names need not be here any more."""
+    config, problems = to_config(read_tree(run_dir / "config.yaml"))
+    if problems.messages:
+        raise ConfigError(problems.messages)
+    return config
+
+
 def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The merged and resolved tree, before any typing. Raises ``ConfigError`` for files and overrides that do not parse."""
     merged = _load_file(Path(path), ())

@@ -63,8 +63,8 @@ def open_run_dir(config: Config) -> Iterator[Path]:
                 [f"run.dir: another launcher is at work in {run_dir}; wait for it or take another run.dir"]
             ) from None
         if config.run.overwrite:
-            for name in _OURS:
-                _remove(run_dir / name)
+            for path in (*(run_dir / name for name in _OURS), *run_dir.glob("hf-step-*")):
+                _remove(path)
         for announced in (run_dir / ENDPOINTS, *run_dir.glob("engines-*.json"), run_dir / "engines"):
             _remove(announced)
         (run_dir / "logs").mkdir(exist_ok=True)

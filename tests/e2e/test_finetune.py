@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -136,6 +137,15 @@ def test_reward_model_scores_as_transformers_loads_it(demo: Path, tmp_path: Path
     chosen, rejected = scores("chosen"), scores("rejected")
     assert float((chosen > rejected).float().mean()) == pytest.approx(last["eval/accuracy"])
     assert float(chosen.mean()) == pytest.approx(last["eval/chosen"], rel=1e-4)
+
+    # Its checkpoint has the head too: for an evaluation alone, and for an export that is the final one.
+    options = [*overrides(demo, "rm", tmp_path / "run", 300), "finetune.center_coefficient=0.01", "run.resume=auto"]
+    rlx("eval", *options, "data.train=null")
+    evaluated = {key: value for key, value in last.items() if key.startswith("eval/")}
+    assert numbers(tmp_path / "run" / "eval")[0] == pytest.approx({"step": 300} | evaluated)
+    rlx("export", str(tmp_path / "run"), "--out", str(tmp_path / "exported"))
+    found, expected = load_file(tmp_path / "exported" / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
     # Its own export is a start: the head comes along.
     rlx("rm", *overrides(demo, "rm", tmp_path / "again", 1), f"model.path={folder}", "finetune.center_coefficient=0.01")

@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlx.obs.metrics import read_metrics
 from tests.e2e.job import demo_overrides, gpu_machine, make_demo, numbers, rlx
+from tests.unit.obs.test_glossary import unexplained
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,7 @@ def test_run_folder_is_complete(whole: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "logs", "hf"} <= {path.name for path in whole.iterdir()}
     assert {"trainer-0.log", "trainer-1.log", "engine-0.log"} <= {path.name for path in (whole / "logs").iterdir()}
     AutoModelForCausalLM.from_pretrained(whole / "hf")
+    assert not unexplained(key for row in read_metrics(whole / "metrics.jsonl") for key in row.metrics)
 
 
 def test_no_process_of_a_run_on_cpus_sees_a_gpu(whole: Path) -> None:
@@ -42,7 +46,7 @@ def test_no_process_of_a_run_on_cpus_sees_a_gpu(whole: Path) -> None:
 
 
 def test_resume_gives_the_same_numbers(demo: Path, whole: Path, tmp_path: Path) -> None:
-    """And an evaluation of its last checkpoint those of the training's own."""
+    """And an evaluation of its last checkpoint those of the training's own; its export is the whole run's."""
     run_dir = tmp_path / "run"
     evaluation = [f"evaluation.data={demo / 'eval.jsonl'}", "evaluation.max_prompts=20"]
     rlx("train", *demo_overrides(demo, run_dir, 3), "run.resume=auto", "checkpoint.every=2")
@@ -53,6 +57,10 @@ def test_resume_gives_the_same_numbers(demo: Path, whole: Path, tmp_path: Path) 
     done = rlx("eval", *demo_overrides(demo, run_dir, 6), *evaluation, "run.resume=auto", "data.train=null")
     assert numbers(run_dir / "eval") == [{"step": 6, **evaluated}]
     assert f"cut_off_share  {evaluated['eval/cut_off_share']:.4f}" in done.stdout
+    assert rlx("export", str(run_dir)).stdout.splitlines()[-1] == str(run_dir / "hf-step-6")
+    found, expected = load_file(run_dir / "hf-step-6" / "model.safetensors"), load_file(whole / "hf" / "model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert {path.name for path in (run_dir / "hf-step-6").iterdir()} == {path.name for path in (whole / "hf").iterdir()}
 
 
 def test_replay_needs_no_engine_and_gives_the_same_losses(demo: Path, whole: Path, tmp_path: Path) -> None:

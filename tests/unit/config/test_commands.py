@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +14,8 @@ import yaml
 
 from rlx.cli.main import COMMANDS, Command, main
 from rlx.config.convert import to_tree
-from rlx.config.load import ConfigError, load_config
-from rlx.config.schema import Config
+from rlx.config.load import ConfigError, dump_config, load_config
+from rlx.config.schema import Config, ModelConfig
 
 
 def test_check_prints_a_configuration_that_loads_back(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +97,29 @@ def test_eval_is_a_job_of_its_own(run_yaml: Path, monkeypatch: pytest.MonkeyPatc
     assert main(["train", str(run_yaml), held_out, "evaluation.only=true"]) == 2
     assert "evaluation.only is not for rlx train; use rlx eval" in capsys.readouterr().err
     assert len(started) == 2
+
+
+def test_export_says_what_is_missing_before_it_starts(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*arguments: str) -> str:
+        assert main(["export", *arguments]) == 2
+        return capsys.readouterr().err
+
+    run_dir = run_yaml.parent / "run"
+    assert "not a run folder" in told(str(run_dir))
+    run_dir.mkdir()
+    # Data that is gone is no reason.
+    config = load_config(run_yaml)
+    (run_yaml.parent / "train.jsonl").unlink()
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    (run_dir / "checkpoints" / "step-00000004.partial").mkdir(parents=True)
+    assert "no whole checkpoint yet" in told(str(run_dir))
+    for step in (2, 12):
+        (run_dir / "checkpoints" / f"step-{step:08d}").mkdir()
+    assert "--step 4: " in (error := told(str(run_dir), "--step", "4")) and "steps 2, 12" in error
+    (run_dir / "hf-step-12").mkdir()
+    assert "hf-step-12 is there already" in told(str(run_dir))
+    (run_dir / "config.yaml").write_text(dump_config(replace(config, model=ModelConfig(path="models/gone"))))
+    assert "model.path: no such folder models/gone" in told(str(run_dir), "--step", "2")
 
 
 def test_every_command_has_its_module() -> None:
