@@ -115,10 +115,10 @@ def test_two_stages_deliver_halves_and_share_failures(urls, tmp_path):
 
 
 class Load:
-    """Clients that keep requests in flight and resubmit prompt + partial answer when a sync aborts them."""
+    """Clients that keep requests in flight, which syncs interrupt."""
 
     def __init__(self, urls: list[str], num_clients: int) -> None:
-        self.aborted = 0
+        self.spanning = 0  # answers that weights of several versions wrote
         self.finished: queue.Queue[tuple[str, list[int], str]] = queue.Queue()
         self.errors: list[BaseException] = []
         self._stop = threading.Event()
@@ -130,15 +130,12 @@ class Load:
         try:
             with httpx.Client(timeout=30) as client:
                 while not self._stop.is_set():
-                    tokens, left = [random.randrange(VOCAB) for _ in range(5)], 40
-                    while left > 0 and not self._stop.is_set():
-                        sampling = {"max_new_tokens": left, "temperature": 1.0, "ignore_eos": True}
-                        body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True}
-                        answer = client.post(f"{url}/generate", json=body).raise_for_status().json()
-                        tokens, left = tokens + answer["output_ids"], left - len(answer["output_ids"])
-                        self.aborted += answer["meta_info"]["finish_reason"]["type"] == "abort"
-                    if left <= 0:
-                        self.finished.put((url, tokens, answer["meta_info"]["weight_version"]))
+                    tokens = [random.randrange(VOCAB) for _ in range(5)]
+                    sampling = {"max_new_tokens": 40, "temperature": 1.0, "ignore_eos": True}
+                    body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True}
+                    answer = client.post(f"{url}/generate", json=body).raise_for_status().json()
+                    self.spanning += len(answer["meta_info"]["weight_versions"]) > 1
+                    self.finished.put((url, tokens + answer["output_ids"], answer["meta_info"]["weight_version"]))
         except BaseException as error:
             self.errors.append(error)
 
@@ -165,9 +162,9 @@ def test_twenty_syncs_under_load(urls):
     finally:
         load.stop()
         publisher.close()
-    assert not load.errors and load.aborted > 5
+    assert not load.errors and load.spanning > 5
     assert max(worst_difference(url, models[0]) for url in urls) < 1e-4
-    print(f"syncs under load: first {seconds[0]:.3f} s, then {sum(seconds[1:]) / 19:.3f} s; {load.aborted} aborted")
+    print(f"syncs under load: first {seconds[0]:.3f} s, then {sum(seconds[1:]) / 19:.3f} s; {load.spanning} answers over several")
     _, tokens, version = list(load.finished.queue)[-1]
     assert version == "20" and len(tokens) == 45
     assert all(score <= 0 for score in reference_scores(models[0], [tokens])[0])

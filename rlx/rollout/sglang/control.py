@@ -69,17 +69,19 @@ class EngineControl:
     def stop(self) -> None:
         """Pause; when this returns nothing runs and nothing is cached.
 
-        Requests go on by themselves after ``resume`` where a paused engine lets go of its cache, as today's SGLang does; others
-        answer them with what they have so far, which takes SGLang a second.
+        Requests go on by themselves after ``resume`` where a paused engine lets go of its cache. SGLang does so since it has
+        sessions; before, it would lose what retracted requests have so far. Elsewhere they are answered with that, which takes
+        SGLang a second.
         """
-        self.pause("retract")
-        try:
-            self.flush_cache()
-        except EngineControlError as error:
-            if not error.refused:
-                raise
-            self.pause("abort")
-            self._drain()
+        if self._sessions():
+            self.pause("retract")
+            try:
+                return self.flush_cache()
+            except EngineControlError as error:
+                if not error.refused:
+                    raise
+        self.pause("abort")
+        self._drain()
 
     def _drain(self) -> None:
         """Wait until nothing is left to run. SGLang answers aborted requests a pass before its scheduler is idle, and ends itself

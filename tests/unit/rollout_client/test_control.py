@@ -59,15 +59,23 @@ def test_a_session_left_open_is_ended_and_begun_anew(start) -> None:
 
 
 @pytest.mark.parametrize("busy", [0, 3])
-@pytest.mark.parametrize("flushes_paused", [True, False])
-def test_running_requests_are_kept_where_a_paused_engine_lets_go_of_its_cache(start, busy: int, flushes_paused: bool) -> None:
-    peer = start(flushes_paused=flushes_paused)
+@pytest.mark.parametrize(
+    ("sessions", "flushes_paused", "modes"),
+    [
+        (True, True, ["retract"]),
+        (True, False, ["retract", "abort"]),
+        (False, False, ["abort"]),  # a retract would lose what requests have so far
+    ],
+)
+def test_running_requests_are_kept_where_a_paused_engine_lets_go_of_its_cache(
+    start, busy: int, sessions: bool, flushes_paused: bool, modes: list[str]
+) -> None:
+    peer = start(sessions=sessions, flushes_paused=flushes_paused)
     peer.busy = busy
     with closing(EngineControl(peer.url, timeout_s=5, keys=peer.keys)) as control:
         control.stop()
-    kept = [("/pause_generation", {"mode": "retract"}), ("/flush_cache", {})]
-    aborted = [("/pause_generation", {"mode": "abort"}), ("/flush_cache", {})]
-    assert peer.calls == (kept if flushes_paused or not busy else kept + aborted)
+    tried = modes if busy else modes[:1]
+    assert peer.calls == [call for mode in tried for call in (("/pause_generation", {"mode": mode}), ("/flush_cache", {}))]
     assert peer.busy == (busy if flushes_paused else 0)
 
 
