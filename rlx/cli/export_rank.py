@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from pathlib import Path
+from importlib import import_module
 
-from rlx.config.load import load_run
-from rlx.config.schema import Config, ParallelConfig
-from rlx.parallel.context import build_context, choose_device, connect, shut_down
-from rlx.trainer.finetune_worker import FinetuneWorker
-from rlx.trainer.worker import Worker
-from rlx.types.layout import ParallelDims
-
-_TIMEOUT_S = 600.0
+from rlx.processes.device import take_device
 
 
 def main(run_dir: str, checkpoint: str, out: str) -> int:
-    config = _to_read(load_run(Path(run_dir)))
-    device = choose_device("cpu", 0)
-    connect(init_method="env://", rank=0, world_size=1, device=device, timeout_s=_TIMEOUT_S)
-    context = build_context(ParallelDims(world_size=1), device, seed=0, timeout_s=_TIMEOUT_S)
-    worker = FinetuneWorker(config, context) if config.is_finetuning else Worker(config, context)
-    worker.load(checkpoint)
-    worker.export(out)
-    shut_down()
+    device = take_device("cpu", 0)
+    # It imports Megatron, which is to find the device settled.
+    import_module("rlx.cli.export_model").export(run_dir, checkpoint, out, device)
     return 0
-
-
-def _to_read(config: Config) -> Config:
-    """The run's models without what training takes, on one rank without a GPU."""
-    return replace(
-        config,
-        evaluation=replace(config.evaluation, only=True),
-        cluster=replace(config.cluster, colocated=False, device="cpu", num_trainer_ranks=1),
-        model=replace(config.model, layer_spec="auto"),
-        parallel=ParallelConfig(),
-    )
 
 
 if __name__ == "__main__":
