@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 from converters.books import Books
 from converters.cli import layout_of, parser
 from converters.plan import DTYPES
-from converters.source import CONVERTIBLE, described_by, find_companions, resolve
+from converters.source import described_by, find_companions, resolve
 from rlx.arch.architecture import parse_config_json
 from rlx.config.utf8 import enter_utf8_mode
+from rlx.models.hf.whole import LOADABLE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +98,7 @@ def _prepare_estimate(args: argparse.Namespace) -> Callable[[], int]:
     arch = described_by(file)
     config = parse_config_json(file)
     own = str(config.get("dtype") or config.get("torch_dtype"))
-    dtype = DTYPES[args.dtype] if args.dtype else own if own in CONVERTIBLE else "bfloat16"
+    dtype = DTYPES[args.dtype] if args.dtype else own if own in LOADABLE else "bfloat16"
     lines = list(importlib.import_module("converters.estimate").estimate(arch, layout_of(args), dtype, args.out))
 
     def show() -> int:

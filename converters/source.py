@@ -12,11 +12,11 @@ from rlx.arch.architecture import Architecture, parse_config_json
 from rlx.arch.families.registry import architecture_of
 from rlx.models.hf.companions import Companions
 from rlx.models.hf.files import HEAD, HfFiles, refuse_untied
+from rlx.models.hf.whole import tensor_problems
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 NO_TOKENIZER = "none"
-CONVERTIBLE = ("float32", "bfloat16", "float16")  # by torch's names
 # Recomputed from the configuration by every reader.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq$")
 
@@ -68,16 +68,7 @@ def check_tensors(source: HfFiles, wanted: list[Parameter], arch: Architecture) 
     """
     expected = {name: shape for p in wanted for name, shape in zip(p.hf_names, p.hf_shapes, strict=True)}
     present = source.files
-    problems = [f"no tensor {name}, which {arch.model_type} needs" for name in expected if name not in present]
-    for name in present:
-        stored = source.tensor(name)
-        file = source.path / stored.file
-        if name not in expected:
-            continue
-        if stored.shape != expected[name]:
-            problems.append(f"{file}: {name} has shape {list(stored.shape)}, config.json implies {list(expected[name])}")
-        if stored.dtype not in CONVERTIBLE:
-            problems.append(f"{file}: {name} has dtype {stored.dtype}; convertible: {', '.join(CONVERTIBLE)}")
+    problems = list(tensor_problems(source, expected))
     left_out = list(_left_out(source, expected, arch))
     unknown = sorted(set(present) - expected.keys() - set(left_out))
     problems += [f"{source.path / present[name]}: {name} is unknown to {arch.model_type}" for name in unknown]

@@ -106,6 +106,12 @@ class Architecture:
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
         return (self.model_type, self.vocab_size, self.num_layers, self.hidden_size, heads, self.ffn_hidden_size, experts)
 
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """ValueError for a token id that has no row in the embedding."""
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+            raise ValueError(f"token {wrong} is outside the vocabulary of {self.vocab_size}")
+
     def softmax_scale(self) -> float | None:
         """What attention scores are multiplied by, a rotary embedding's own factor included; None for 1 / sqrt(head_dim)."""
         if not isinstance(self.rope, LongRope):

@@ -1,9 +1,15 @@
-"""``rlx check``: validate a configuration, print it resolved, say in a few lines what would run. Starts nothing."""
+"""``rlx check``: validate a configuration and the files that it names, print it resolved, say in a few lines what would run.
+
+Starts nothing. What ``rlx train`` refuses is refused here, but for what only later rows of a file or another machine show.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
 from rlx.arch.families.registry import read_architecture
@@ -11,15 +17,19 @@ from rlx.arch.sizes import sizes_of
 from rlx.config.load import ConfigError, dump_config, load_config, on_paper
 from rlx.config.memory import describe, estimate, memory_problems
 from rlx.config.packaged import packaged
-from rlx.config.schema import Config
+from rlx.config.schema import Config, RewardConfig
 from rlx.config.sharing import describe_phases, shared_phases, sharing_problems
 from rlx.placement.from_config import check_spanning, seats_of
 from rlx.placement.seats import PlacementError, picture
+from rlx.processes.without_torch import torch_hidden
+
+NUM_ROWS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file's")
+    parser.add_argument("--all-rows", action="store_true", help=f"read data files to their end, not {NUM_ROWS:,} rows of each")
     add_on_paper(parser)
 
 
@@ -50,10 +60,30 @@ def main(args: argparse.Namespace) -> int:
     paper = architectures(args.on_paper)
     config = load_config(args.config, args.overrides, paper)
     lines = [*summary(config), *plan(on_paper(config, paper))]
+    if paper is None:
+        _look(config, None if args.all_rows else NUM_ROWS, owns_process=getattr(args, "owns_process", False))
     print(dump_config(config), end="")
     for line in lines:
         print(f"# {line}")
     return 0
+
+
+def _look(config: Config, num_rows: int | None, owns_process: bool) -> None:
+    """Everything that ``rlx train`` looks at; ConfigError lists what is wrong. A process of our own does it without torch."""
+    with torch_hidden() if owns_process and not _loads_models(config.reward) else nullcontext():
+        preflight = import_module("rlx.cluster.preflight")
+    found = preflight.inspect(config, num_rows)
+    for problem in preflight.environment_problems(config):
+        found.warnings.append(f"{problem} (no matter if the run is on another machine)")
+    found.say_warnings()
+    if found.problems:
+        raise ConfigError(found.problems)
+
+
+def _loads_models(reward: RewardConfig) -> bool:
+    """Whether a file of the reward's may want transformers' models while it is imported."""
+    files = re.findall(r"[^'\"\s]+\.py(?=:)", f"{reward.name} {reward.args}")
+    return any("transformers" in Path(file).read_text(errors="replace") for file in files if Path(file).is_file())
 
 
 def plan(config: Config) -> list[str]:

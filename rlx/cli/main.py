@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = import_module(COMMANDS[chosen].module) if chosen in COMMANDS else None
         args = _parser(chosen, module).parse_args(_on_paper_last(arguments))
         assert module is not None, "argparse ends on an unknown command"
+        args.owns_process = argv is None
         return int(module.main(args))
     except ConfigError as error:
         print(error, file=sys.stderr)

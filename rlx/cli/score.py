@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
+from rlx.arch.layout import layout_problems
 from rlx.config.load import ConfigError
-from rlx.models.hf.files import check_folder
+from rlx.models.hf.whole import check_weights
 from rlx.processes.environment import hide_gpus
 from rlx.processes.local_ranks import run_local_ranks, this_module
 from rlx.types.layout import ParallelDims
@@ -33,8 +34,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         arch = read_architecture(args.model)
         read_sequences(args.tokens, arch)
-        check_folder(args.model, is_tied=arch.tied_embeddings)
-        num_ranks = dims_of(args).world_size
+        check_weights(args.model, arch)
+        num_ranks = dims_of(args, arch).world_size
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     argv = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key in _OPTIONS and value is not None]
@@ -45,11 +46,11 @@ def main(args: argparse.Namespace) -> int:
 _OPTIONS = ("model", "tokens", "out", "tp", "pp", "cp", "ep", "etp", "dtype", "device", "max_tokens")
 
 
-def dims_of(args: argparse.Namespace) -> ParallelDims:
-    """The layout asked for, on as many ranks as it takes."""
+def dims_of(args: argparse.Namespace, arch: Architecture) -> ParallelDims:
+    """The layout asked for, on as many ranks as it takes; ValueError when the model cannot be cut so."""
     expert_tp = args.tp if args.etp is None else args.etp
     world_size = lcm(args.tp * args.cp, expert_tp * args.ep) * args.pp
-    return ParallelDims(
+    dims = ParallelDims(
         world_size=world_size,
         tp=args.tp,
         pp=args.pp,
@@ -58,6 +59,9 @@ def dims_of(args: argparse.Namespace) -> ParallelDims:
         etp=args.etp,
         sequence_parallel=args.tp > 1,
     )
+    for dimension, problem in layout_problems(arch, dims):
+        raise ValueError(f"--{dimension}: {problem}")
+    return dims
 
 
 def read_sequences(file: Path, arch: Architecture) -> list[list[int]]:
@@ -72,9 +76,10 @@ def read_sequences(file: Path, arch: Architecture) -> list[list[int]]:
             raise ValueError(f'{file}:{number}: expected {{"input_ids": [...]}}: {error!r}') from error
         if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
             raise ValueError(f"{file}:{number}: input_ids must be a list of at least one whole number")
-        wrong = [token for token in tokens if not 0 <= token < arch.vocab_size]
-        if wrong:
-            raise ValueError(f"{file}:{number}: token {wrong[0]} is outside the vocabulary of {arch.vocab_size}")
+        try:
+            arch.check_ids(tokens)
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: {error}") from error
         sequences.append(tokens)
     if not sequences:
         raise ValueError(f"{file} holds no lines")

@@ -28,7 +28,7 @@ def score(
 ) -> list[list[float]] | None:
     """Join the world, build this rank's part, score. The rows, on rank 0; None elsewhere."""
     connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=_TIMEOUT_S)
-    context = build_context(dims_of(args), device, seed=0, timeout_s=_TIMEOUT_S)
+    context = build_context(dims_of(args, arch), device, seed=0, timeout_s=_TIMEOUT_S)
     chunks = build_model(arch, context, BuildOptions(dtype=args.dtype))
     load_weights(chunks, arch, args.model, context)
     freeze(chunks)

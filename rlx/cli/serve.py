@@ -29,31 +29,14 @@ from rlx.processes.environment import hide_gpus
 from rlx.rollout.embedded.api import Api
 from rlx.rollout.embedded.engine import Engine
 from rlx.rollout.embedded.keycheck import KeyCheck
-from rlx.rollout.embedded.model import DTYPES, LanguageModel
+from rlx.rollout.embedded.model import LanguageModel
+from rlx.rollout.embedded.options import add_options as add_arguments
 from rlx.rollout.embedded.protocol import RequestParser
 from rlx.rollout.embedded.weights import WeightStore
 from rlx.rollout.keys import EngineKeys
 
 _DRAIN_S = 1  # for answers to leave after a signal
 _WORKER_END_S = 0.3
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``rlx serve``."""
-    parser.add_argument("--model", required=True, type=Path, help="Hugging Face folder")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", default=0, type=int, help="0: taken from the system")
-    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES), help="type of weights and activations")
-    parser.add_argument("--enable-fp32-lm-head", action="store_true", help="logits in fp32 whatever --dtype is")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda when visible")
-    parser.add_argument("--threads", type=int, help="CPU threads of the model; none: torch's choice")
-    parser.add_argument("--seed", type=int, help="makes the draws of requests without a sampling_seed repeatable")
-    parser.add_argument("--max-running", default=512, type=int, help="sequences decoded together")
-    parser.add_argument("--weight-timeout-s", default=300.0, type=float, help="limit of joining a group and of a broadcast")
-    parser.add_argument("--await-weights", action="store_true", help="read none: a trainer sends them before the first request")
-    parser.add_argument("--rank", default=0, type=int, help="this engine's number in the log")
-    parser.add_argument("--config", type=Path, help="JSON file with api-key and admin-api-key, which requests then must show")
-    parser.add_argument("--parent-pipe", type=int, metavar="FD", help="end when this inherited pipe reaches its end")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -92,10 +75,6 @@ def _usage_problem(args: argparse.Namespace) -> str | None:
         return f"--model {args.model}: no config.json in it; wanted a Hugging Face folder"
     if args.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: no CUDA device is visible"
-    for name in ("threads", "max_running"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            return f"--{name.replace('_', '-')} {value}: wanted at least 1"
     return None
 
 

@@ -1,23 +1,32 @@
-"""What a launcher looks at before it starts anything: prompts or examples, tokenizer, verifier, the folder of weight syncs."""
+"""What a launcher looks at before it starts anything: models, tokenizer, prompts or examples, verifier, engines.
+
+Every command that starts a run calls ``preflight``; ``rlx check`` calls ``inspect``, which is all of it but for what only this
+machine or rows further down can show.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import ceil
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from transformers import PreTrainedTokenizerBase
 
+from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
+from rlx.cluster.checks.models import model_problems, vocabulary_problems, vocabulary_warnings
+from rlx.cluster.checks.services import check_sync_folder, engine_problems, environment_problems
+from rlx.config.checks.unused import unused_keys
 from rlx.config.load import ConfigError
 from rlx.config.schema import Config
-from rlx.data.examples import ExampleSource, check_examples
+from rlx.data.examples import check_examples
 from rlx.data.prompts import check_prompts
+from rlx.data.rows import Look
 from rlx.data.tokenizer import load_tokenizer
-from rlx.models.hf.auto_classes import classifier_class
-from rlx.models.hf.files import check_folder
+from rlx.rewards.base import check_prompt
 from rlx.rewards.registry import label_use, make_verifier
 
 
@@ -25,79 +34,102 @@ def preflight(config: Config) -> Config:
     """The configuration to run, with what only the data says filled in (the steps of ``finetune.epochs``), and for an
     evaluation alone the folder ``eval`` of the run's, so that the run itself may be there and go on.
 
-    Raises ConfigError with everything found wrong that the configuration alone does not show.
+    Raises ConfigError with everything found wrong that the configuration alone does not show. Warnings go to standard error.
     """
-    problems: list[str] = []
+    found = inspect(config)
+    found.say_warnings()
+    found.attempt(lambda: found.problems.extend(environment_problems(config)))
+    if not config.is_finetuning:
+        found.attempt(lambda: check_sync_folder(config))
+    if found.problems:
+        raise ConfigError(found.problems)
+    if config.evaluation.only:
+        return replace(config, run=replace(config.run, dir=str(Path(config.run.dir) / "eval")))
+    if config.is_finetuning and config.finetune.epochs is not None:
+        # As many steps as deal every example so many times.
+        steps = max(1, ceil(config.finetune.epochs * found.num_examples / config.finetune.examples_per_step))
+        return replace(config, run=replace(config.run, steps=steps))
+    return config
 
-    def attempt(check: Callable[[], object]) -> None:
+
+@dataclass(slots=True, kw_only=True)
+class Findings:
+    """``problems`` forbid to start, ``warnings`` are for the user to see. ``num_examples`` is how many rows of data.train can be
+    learnt from, when fine-tuning."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    num_examples: int = 0
+
+    def attempt(self, check: Callable[[], object]) -> None:
+        """A ValueError of ``check`` is a problem."""
         try:
             check()
         except ValueError as error:
-            problems.append(str(error))
+            if str(error) not in self.problems:  # a tokenizer that cannot be loaded is wanted more than once
+                self.problems.append(str(error))
 
-    attempt(lambda: _check_weights(config))
-    if config.is_finetuning:
-        attempt(lambda: _check_model(config))
-        attempt(lambda: _check_examples(config))
-    else:
-        attempt(lambda: make_verifier(config.reward))
-        attempt(lambda: problems.extend(_check_data(config)))
-        attempt(lambda: _check_sync_folder(config))
-    if problems:
-        raise ConfigError(problems)
-    if config.evaluation.only:
-        return replace(config, run=replace(config.run, dir=str(Path(config.run.dir) / "eval")))
-    return config if config.finetune.epochs is None or not config.is_finetuning else _in_steps(config, config.finetune.epochs)
+    def say_warnings(self) -> None:
+        for warning in self.warnings:
+            print(f"rlx: warning: {warning}", file=sys.stderr, flush=True)
 
 
-def _check_weights(config: Config) -> None:
-    for key in ("path", "reference_path", "critic_path"):
-        folder = getattr(config.model, key)
-        if folder is not None:
-            try:
-                check_folder(folder, is_tied=read_architecture(folder).tied_embeddings)
-            except ValueError as error:
-                raise ValueError(f"model.{key}: {error}") from error
+def inspect(config: Config, num_rows: int | None = None) -> Findings:
+    """Look at everything that the run will read, of data files at the first ``num_rows`` rows (None: all). Starts nothing."""
+    return _Inspection(config, num_rows).run()
 
 
-def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    return load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
+class _Inspection:
+    def __init__(self, config: Config, num_rows: int | None) -> None:
+        self._config, self._num_rows = config, num_rows
+        self._found = Findings()
 
+    def run(self) -> Findings:
+        config, found = self._config, self._found
+        found.warnings += unused_keys(config, self._arch)
+        found.problems += model_problems(config)
+        found.attempt(self._tokens)
+        if config.is_finetuning:
+            found.attempt(self._examples)
+        else:
+            found.attempt(self._prompts)
+            found.problems += engine_problems(config, self._num_rows)
+        return found
 
-def _check_data(config: Config) -> list[str]:
-    # Millions of prompts that no evaluation asks need not be read.
-    read = replace(config, data=replace(config.data, train=None, sources={})) if config.evaluation.only else config
-    return check_prompts(read, _tokenizer(config), lambda source: label_use(config.reward, source))
+    @cached_property
+    def _arch(self) -> Architecture:
+        return read_architecture(self._config.model.path)
 
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self._config.model.tokenizer_path or self._config.model.path, self._config.data.chat_template)
 
-def _check_sync_folder(config: Config) -> None:
-    if config.transport == "disk" and config.sync.dir is not None and not config.rollout.replay:
+    def _tokens(self) -> None:
+        self._found.problems += vocabulary_problems(self._tokenizer, self._arch)
+        self._found.warnings += vocabulary_warnings(self._tokenizer, self._arch)
+
+    def _examples(self) -> None:
+        config, look = self._config, Look(num_rows=self._num_rows, check_ids=self._arch.check_ids)
+        if not config.evaluation.only:
+            self._found.num_examples = self._looked("data.train", config.examples_path, look)
+        if config.evaluation.data is not None:
+            self._looked("evaluation.data", config.evaluation.data, look)
+
+    def _looked(self, key: str, path: str, look: Look) -> int:
         try:
-            Path(config.sync.dir).mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=config.sync.dir):
-                pass
-        except OSError as error:
-            raise ValueError(f"sync.dir: cannot write to {config.sync.dir}: {error.strerror or error}") from error
+            return check_examples(path, self._config, self._tokenizer, look)
+        except ValueError as error:
+            self._found.problems.append(f"{key}: {error}")
+            return 0
 
-
-def _check_model(config: Config) -> None:
-    arch = read_architecture(config.model.path)
-    if config.finetune.objective == "rm" and classifier_class(arch.model_type) is None:
-        raise ValueError(f"model.path: transformers has no sequence classification for {arch.model_type!r} to export to")
-
-
-def _check_examples(config: Config) -> None:
-    tokenizer = _tokenizer(config)
-    for key, path in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
-        if path is not None and not (config.evaluation.only and key == "data.train"):
-            try:
-                check_examples(path, config, tokenizer)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from error
-
-
-def _in_steps(config: Config, epochs: float) -> Config:
-    """With as many steps as deal every example ``epochs`` times."""
-    num_examples = len(ExampleSource(config.examples_path, config, _tokenizer(config)))
-    steps = max(1, ceil(epochs * num_examples / config.finetune.examples_per_step))
-    return replace(config, run=replace(config.run, steps=steps))
+    def _prompts(self) -> None:
+        config = self._config
+        verifier = make_verifier(config.reward)
+        # Millions of prompts that no evaluation asks need not be read.
+        read = replace(config, data=replace(config.data, train=None, sources={})) if config.evaluation.only else config
+        look = Look(
+            num_rows=self._num_rows,
+            check_ids=self._arch.check_ids,
+            check_prompt=lambda prompt: check_prompt(verifier, prompt),
+        )
+        self._found.problems += check_prompts(read, self._tokenizer, lambda source: label_use(config.reward, source), look)

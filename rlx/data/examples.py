@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from rlx.data.chat_mask import MaskedTokens, encode_chat, encode_text_pair
 from rlx.data.order import EpochOrder
 from rlx.data.plan import plan_batch, round_up
 from rlx.data.questions import tools_of
-from rlx.data.rows import Row, column, placed, read_rows
+from rlx.data.rows import EVERY_ROW, Look, Row, column, placed, read_rows
 from rlx.data.tokenizer import Limit
 from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
 from rlx.types.rollout import TrainSample
@@ -92,25 +93,25 @@ class ExampleSource:
                 yield example
 
 
-def check_examples(path: str, config: Config, tokenizer: PreTrainedTokenizerBase, num_encoded: int = 1000) -> None:
-    """Look for faults in ``path`` before a run: every row is read, the first ``num_encoded`` are tokenised too.
+def check_examples(path: str, config: Config, tokenizer: PreTrainedTokenizerBase, look: Look = EVERY_ROW) -> int:
+    """Look for faults in ``path`` before a run, as ``look`` says; how many of its rows can be learnt from.
 
     Raises ValueError with file and line, as ``ExampleSource`` would.
     """
-    num_rows, num_usable = 0, 0
+    num_usable = 0
     drops: Counter[str] = Counter()
-    for num_rows, (where, row) in enumerate(read_rows(path), start=1):
+    for where, row in islice(read_rows(path), look.num_rows):
         try:
             with placed(where):
-                if num_rows <= num_encoded:
-                    _to_example(row, config, tokenizer)
-                else:
-                    _dialogues(row, config)
+                example, _ = _to_example(row, config, tokenizer)
+                for side in example:
+                    look.check_ids(side.token_ids)
             num_usable += 1
         except _UnusableError as reason:
             drops[str(reason)] += 1
-    if not num_usable:
+    if not num_usable and drops.total() != look.num_rows:
         raise ValueError(_nothing_left(path, drops, config))
+    return num_usable
 
 
 def to_train_samples(examples: Sequence[Example]) -> list[TrainSample]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from rlx.config.sources import EvaluationSetConfig, SourceConfig
 from rlx.data.mixture import next_source, shares_of
 from rlx.data.order import Curriculum, EpochOrder
 from rlx.data.questions import Question, check_questions, columns_of, fingerprint, read_questions
+from rlx.data.rows import EVERY_ROW, Look
 from rlx.data.tasks import EVALUATION_SEEDS
 from rlx.obs.log import logger
 from rlx.types.rollout import LabelUse, Prompt
@@ -142,16 +144,18 @@ def first_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, source: st
     return prompts
 
 
-def check_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, use_of: Callable[[str], LabelUse]) -> list[str]:
+def check_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, use_of: Callable[[str], LabelUse], look: Look = EVERY_ROW
+) -> list[str]:
     """What is wrong with the prompts of a run, a line for each source and evaluation set. ``use_of`` says of a source's name
-    what its reward does with labels: where it needs them, some rows must have one."""
+    what its reward does with labels: where it needs them, some rows must have one. ``look`` says how rows are looked at."""
     found = []
     seeds = ((config.data.by_name, config.run.seed), (config.evaluation.by_name, EVALUATION_SEEDS + config.run.seed))
     for sources, seed in seeds:
         for name, one in sources.items():
             use = use_of(name or one.path)
             try:
-                is_labelled = check_questions(one, config.data, tokenizer, use, seed)
+                is_labelled = check_questions(one, config.data, tokenizer, use, replace(look, source=name), seed)
             except ValueError as error:
                 found.append(str(error))
                 continue

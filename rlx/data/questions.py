@@ -11,19 +11,19 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
 from rlx.config.schema import DataConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig, task_name
 from rlx.data.chat import Chat, for_template, read_messages, read_tools, render
-from rlx.data.rows import Row, column, label_in, placed, read_rows
+from rlx.data.rows import Look, Row, column, label_in, placed, read_rows
 from rlx.data.tasks import read_task
 from rlx.data.tokenizer import encode_part, encode_text, is_surely_longer, most_bytes
 from rlx.types.rollout import LabelUse, Prompt
 
 Source = SourceConfig | EvaluationSetConfig
-NUM_ENCODED = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,39 +64,39 @@ def read_questions(
             questions.append(question)
         if fate is not None:
             counts[fate] += 1
-    if not questions and counts:
-        raise ValueError(
-            f"{source.path}: all {counts.total()} prompts are longer than data.max_prompt_tokens = {data.max_prompt_tokens}"
-        )
-    if not questions:
-        raise ValueError(f"{source.path} holds no rows")
+    _refuse_nothing(source, data, counts.total(), len(questions))
     return questions, counts
 
 
 def check_questions(
-    source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, use: LabelUse, default_seed: int = 0
+    source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, use: LabelUse, look: Look, default_seed: int = 0
 ) -> bool:
-    """Look for faults before a run: every row of a file is read and the first NUM_ENCODED are tokenised too; of a task
-    only so many questions are made. Returns whether any of them has a label.
+    """Look for faults before a run, as ``look`` says. Returns whether any of the rows has a label.
 
     Raises ValueError with file and line, as ``read_questions`` would, and for a label that ``use`` has no use for.
     """
     data = columns_of(source, data)
-    num_rows, is_labelled = 0, False
-    for where, row in _rows(source, data, default_seed):
-        if num_rows == NUM_ENCODED and task_name(source.path) is not None:
-            break
+    num_rows, num_kept, is_labelled = 0, 0, False
+    for num_rows, (where, row) in enumerate(islice(_rows(source, data, default_seed), look.num_rows), start=1):
         with placed(where):
-            if num_rows < NUM_ENCODED:
-                _to_question(row, source, data, tokenizer)
-            else:
-                _prompt_of(row, data)
-                _level_of(row, source, data)
+            question, _ = _to_question(row, source, data, tokenizer)
             is_labelled |= _checked_label(row, data, use) is not None
-        num_rows += 1
+            if question is not None:
+                num_kept += 1
+                look.check_ids(question.token_ids)
+                look.check_prompt(question.ask(num_rows, look.source or source.path))
+    if num_rows != look.num_rows:
+        _refuse_nothing(source, data, num_rows, num_kept)
+    return is_labelled
+
+
+def _refuse_nothing(source: Source, data: DataConfig, num_rows: int, num_kept: int) -> None:
     if not num_rows:
         raise ValueError(f"{source.path} holds no rows")
-    return is_labelled
+    if not num_kept:
+        raise ValueError(
+            f"{source.path}: all {num_rows} prompts are longer than data.max_prompt_tokens = {data.max_prompt_tokens}"
+        )
 
 
 def columns_of(source: Source, data: DataConfig) -> DataConfig:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import cast
@@ -14,10 +15,26 @@ from typing import cast
 import pyarrow
 import pyarrow.parquet
 
+from rlx.types.rollout import Prompt
+
 Row = dict[str, object]
 
 # Far above what rows hold, and far below where pickling and writing them again would end.
 MAX_DEPTH = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """How rows are looked at before a run: at the first ``num_rows`` of each file (None: all), which belong to
+    ``source`` ("": the file's own name), and what a row's token ids and prompts must be beside readable (or ValueError)."""
+
+    num_rows: int | None = None
+    source: str = ""
+    check_ids: Callable[[Sequence[int]], None] = lambda token_ids: None
+    check_prompt: Callable[[Prompt], None] = lambda prompt: None
+
+
+EVERY_ROW = Look()
 
 
 @contextmanager

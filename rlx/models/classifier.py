@@ -18,10 +18,9 @@ from rlx.models.hf.auto_classes import classifier_class
 from rlx.models.hf.companions import Companions
 from rlx.models.hf.folder import HfFolder
 from rlx.models.hf.io import stage_weights, write_hf
+from rlx.models.hf.whole import SCORE, check_score
 from rlx.models.layers import ValueHead
 from rlx.parallel.context import ParallelContext
-
-SCORE = "score.weight"
 
 
 def score_weights(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -32,7 +31,7 @@ def score_weights(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Paramet
             yield SCORE, head.weight
 
 
-def load_score(chunks: Sequence[nn.Module], folder: str | Path) -> None:
+def load_score(chunks: Sequence[nn.Module], arch: Architecture, folder: str | Path) -> None:
     """Start from the head of a reward model, where the folder holds one; a language model's leaves the start values."""
     if is_megatron_checkpoint(folder):
         return
@@ -40,8 +39,7 @@ def load_score(chunks: Sequence[nn.Module], folder: str | Path) -> None:
     for name, weight in score_weights(chunks):
         if name not in source.files:
             continue
-        if source.shape(name) != tuple(weight.shape):
-            raise ValueError(f"{folder}: {name} has shape {source.shape(name)}, a reward model's is {tuple(weight.shape)}")
+        check_score(folder, arch)
         with torch.no_grad():
             weight.copy_(source.read(name, 0, 0, 1))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import nn
 
 from rlx.arch.architecture import Architecture, is_megatron_checkpoint
-from rlx.models.hf.companions import MANIFEST
 from rlx.models.hf.io import load_hf
+from rlx.models.hf.whole import check_manifest
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import content_metadata
 
@@ -65,12 +64,10 @@ def _fill(chunk: nn.Module, loaded: Mapping[str, Any]) -> None:
 
 
 def _problem(folder: Path, states: Sequence[Mapping[str, Any]]) -> ValueError | None:
-    manifest = folder / MANIFEST
-    if manifest.is_file():
-        for name, size in json.loads(manifest.read_text())["files"].items():
-            found = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if found != size:
-                return ValueError(f"{folder / name} has {found} bytes, {MANIFEST} says {size}: the checkpoint is not whole")
+    try:
+        check_manifest(folder)
+    except ValueError as error:
+        return error
     stored: Mapping[str, ShardedTensor] = dist_checkpointing.load_tensors_metadata(str(folder))
     for entry in (entry for state in states for entry in state.values()):
         for piece in entry.build() if isinstance(entry, ShardedTensorFactory) else (entry,):

@@ -32,6 +32,21 @@ def warm_up(verifier: Verifier) -> None:
         verifier.warm_up()
 
 
+@runtime_checkable
+class Particular(Protocol):
+    """A verifier that not every prompt suits."""
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Raise ValueError where no answer to ``prompt`` could be judged."""
+        ...
+
+
+def check_prompt(verifier: Verifier, prompt: Prompt) -> None:
+    """ValueError for a prompt that ``verifier`` could not judge any answer to, as far as it can say without one."""
+    if isinstance(verifier, Particular):
+        verifier.check_prompt(prompt)
+
+
 class MissingLabelError(ValueError):
     """A verifier that compares with the label met a prompt without one."""
 

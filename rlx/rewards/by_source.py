@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlx.rewards.base import Verifier, warm_up
+from rlx.rewards.base import Verifier, check_prompt, warm_up
 from rlx.types.rollout import Completion, Prompt, Reward
 
 
@@ -30,6 +30,9 @@ class BySource:
 
     def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
         return of_source(self.sources, prompt.source, self.otherwise)(prompt, response_text, completion)
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        check_prompt(of_source(self.sources, prompt.source, self.otherwise), prompt)
 
     def warm_up(self) -> None:
         for verifier in (*self.sources.values(), *([] if self.otherwise is None else [self.otherwise])):

@@ -67,6 +67,10 @@ class CodeTests:
                 return Reward(value=0.0)
         return Reward(value=passed / len(tests))
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        with contextlib.suppress(MissingLabelError):
+            self._tests_of(prompt)
+
     def _tests_of(self, prompt: Prompt) -> Sequence[object]:
         found = prompt.extra.get(self.tests_key, prompt.label)
         if found is None:

@@ -45,7 +45,12 @@ class JudgeModel:
         self._request |= {key: rest.pop(key) for key in request_keys if key in rest}
         self._poster = Poster(url=url if url.endswith("/chat/completions") else url.rstrip("/") + "/chat/completions", **rest)
         self._template, self._scale = template, scale
-        self._pattern = re.compile(pattern)
+        try:
+            self._pattern = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"reward.args.pattern {pattern!r} is not a regular expression: {error}") from error
+        if self._pattern.groups > 1:
+            raise ValueError(f"reward.args.pattern {pattern!r} has {self._pattern.groups} groups; the score is one")
         self._fill("", "", "")
 
     def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +31,7 @@ class PythonFunction:
         self._neighbours = _Neighbours(Path(path).resolve().parent)
         with self._neighbours.importable():
             self._function = _load_function(path, function)
-        self._args = dict(args)
+        self._name, self._args = name, dict(args)
 
     def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
         extra = {**prompt.extra, **self._args}
@@ -41,6 +42,21 @@ class PythonFunction:
         if len(result) != 2 or not isinstance(result[1], Mapping):
             return invalid(f"the verifier returned {result!r}; expected a number or (number, parts)")
         return checked_reward(result[0], result[1])
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Bind the prompt to the function's arguments."""
+        try:
+            signature = inspect.signature(self._function)
+        except ValueError:
+            return  # written in C: it does not say
+        try:
+            signature.bind(prompt.text, "", prompt.label, **{**prompt.extra, **self._args})
+        except TypeError as error:
+            by_name = ", ".join({**prompt.extra, **self._args}) or "none here"
+            raise ValueError(
+                f"reward.name: {self._name}{signature} cannot be called with this row: {error}; after prompt text, response and"
+                f" label it gets by name the row's other columns and reward.args ({by_name})"
+            ) from error
 
 
 class _Neighbours:

@@ -36,19 +36,27 @@ class ReasoningGym:
         tag = re.escape(self.tag)
         object.__setattr__(self, "_pattern", re.compile(f"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", re.DOTALL))
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        _origin_of(prompt)
+
     def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        origin = prompt.extra.get("reasoning_gym")
-        if not isinstance(origin, Mapping):
-            raise MissingLabelError(
-                f"prompt {prompt.prompt_id} of {prompt.source or 'the prompt file'} is no question of reasoning-gym"
-                " (data.sources.NAME.path: reasoning-gym:TASK)"
-            )
+        origin = _origin_of(prompt)
         found = self._pattern.findall(response_text)
         if not found and self.tagged_only:
             return Reward(value=0.0)
         answer = (found[-1] if found else response_text).strip()
         scorer = _scorer(str(origin["task"]), json.dumps(origin["args"], sort_keys=True))
         return checked_reward(scorer(answer, origin["entry"]))
+
+
+def _origin_of(prompt: Prompt) -> Mapping[str, Any]:
+    origin = prompt.extra.get("reasoning_gym")
+    if not isinstance(origin, Mapping):
+        raise MissingLabelError(
+            f"prompt {prompt.prompt_id} of {prompt.source or 'the prompt file'} is no question of reasoning-gym"
+            " (data.sources.NAME.path: reasoning-gym:TASK)"
+        )
+    return origin
 
 
 @lru_cache(maxsize=256)

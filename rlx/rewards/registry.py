@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import NoneType
+from typing import get_args, get_type_hints
 
+from rlx.config.options import Limits, broken_limits
 from rlx.config.schema import RewardConfig
 from rlx.rewards.base import Verifier
 from rlx.rewards.by_source import BySource
@@ -20,6 +23,7 @@ from rlx.rewards.numeric import NumericMatch
 from rlx.rewards.python_function import PythonFunction
 from rlx.rewards.reasoning_gym import ReasoningGym
 from rlx.rewards.regex import RegexMatch
+from rlx.rewards.remote import Poster
 from rlx.rewards.weighted import Part, WeightedSum
 from rlx.types.rollout import LabelUse
 
@@ -58,10 +62,40 @@ def make_verifier(config: RewardConfig) -> Verifier:
     if config.name not in VERIFIERS:
         known = ", ".join([*VERIFIERS, SUM, BY_SOURCE])
         raise ValueError(f"reward.name must be one of {known}, or path/to/file.py:function; got {config.name!r}")
+    _check_arguments(config)
     try:
         return VERIFIERS[config.name](**config.args)
     except TypeError as error:
         raise ValueError(f"reward.args do not fit the verifier {config.name}: {error}") from error
+
+
+# What a number under one of these names must be, whichever verifier takes it.
+_LIMITS: Mapping[str, Limits] = {
+    "timeout_s": {"above": 0},
+    "pause_s": {"minimum": 0},
+    "max_wait_s": {"minimum": 0},
+    "max_retries": {"minimum": 0},
+    "memory_mb": {"minimum": 1},
+    "batch_size": {"minimum": 1},
+    "max_tokens": {"minimum": 1},
+    "temperature": {"minimum": 0},
+    "scale": {"above": 0},
+    "label_index": {"minimum": 0},
+}
+
+
+def _check_arguments(config: RewardConfig) -> None:
+    """ValueError for an argument of another kind than the verifier declares, or a number beyond its limits."""
+    kinds = {**get_type_hints(Poster), **get_type_hints(VERIFIERS[config.name].__init__)}
+    for name, value in config.args.items():
+        wanted = {kind for kind in (get_args(kinds.get(name)) or (kinds.get(name),)) if kind in (bool, int, float, str, NoneType)}
+        found = type(value)
+        if wanted and found not in wanted and not (found is int and float in wanted):
+            words = " or ".join(sorted(kind.__name__ for kind in wanted))
+            raise ValueError(f"reward.args.{name}: {config.name} expects {words}, got {value!r}")
+        if found in (int, float):
+            for words in broken_limits(value, _LIMITS.get(name, {})):
+                raise ValueError(f"reward.args.{name}: must be {words}, got {value}")
 
 
 def label_use(config: RewardConfig, source: str) -> LabelUse:
@@ -118,7 +152,7 @@ class PartConfig:
         ):
             raise ValueError(f"reward.args.parts: each part has name and perhaps args, weight and called; got {row!r}")
         weight = row.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or broken_limits(weight, {}):
             raise ValueError(f"reward.args.parts: weight must be a number, got {weight!r}")
         self.config = replace(whole, name=row["name"], args=row.get("args", {}))
         self.called = str(row.get("called", row["name"].rpartition(":")[2]))

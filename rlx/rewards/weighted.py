@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlx.rewards.base import Verifier, invalid, warm_up
+from rlx.rewards.base import Verifier, check_prompt, invalid, warm_up
 from rlx.types.rollout import Completion, Prompt, Reward
 
 
@@ -27,6 +27,10 @@ class WeightedSum:
 
     def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
         return combine([(part, part.verifier(prompt, response_text, completion)) for part in self.parts])
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        for part in self.parts:
+            check_prompt(part.verifier, prompt)
 
     def warm_up(self) -> None:
         for part in self.parts:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import cast, get_args
 
@@ -140,6 +141,27 @@ class RolloutReplay:
         if len(group.completions) != sampling.num_samples:
             raise ValueError(f"{where}: {len(group.completions)} samples recorded, {sampling.num_samples} asked for")
         return group
+
+
+def check_recording(path: str | Path, check_ids: Callable[[Sequence[int]], None], num_rows: int | None = None) -> None:
+    """ValueError names file and line of what cannot be replayed: no group, or one with a token that ``check_ids`` refuses. Of a
+    long file at most ``num_rows`` lines are read; a torn last line is left to whoever comes that far."""
+    num_read = 0
+    with Path(path).open("rb") as lines:
+        for num_read, line in enumerate(islice(lines, num_rows), start=1):
+            if not line.endswith(b"\n"):
+                break
+            where = f"rollout.replay: {path}:{num_read}"
+            row = _parse_line(line, where)
+            try:
+                prompt = Prompt(prompt_id=0, token_ids=tuple(row["prompt_tokens"]), text="")  # type: ignore[arg-type]
+                group = _from_json(row, prompt)
+                for ids in (prompt.token_ids, *(completion.token_ids for completion in group.completions)):
+                    check_ids(ids)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{where}: {error if type(error) is ValueError else repr(error)}") from error
+    if not num_read:
+        raise ValueError(f"rollout.replay: {path} holds no groups")
 
 
 def _to_json(step: int, group: RolloutGroup) -> dict[str, object]:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from rlx.arch.architecture import is_megatron_checkpoint
 from rlx.config.schema import Config
 from rlx.rollout.flags import flags
+from rlx.rollout.server_args import server_args
 from rlx.rollout.sglang.client import EngineError
 
 _READY = re.compile(r"^rlx-serve ready port=(\d{1,5})\s*$")
-_RESERVED = ("model", "host", "port", "dtype", "device", "rank", "parent_pipe", "config")
 _POLL_S = 0.1
 _ONE_CHECK_S = 20.0
 # Engines are our own or named by the user; a proxy from the environment must not stand between.
@@ -39,10 +39,7 @@ def engine_command(config: Config, *, index: int, port: int, python: str, parent
         command.append("--await-weights")  # it cannot read them; the trainers publish theirs before the first request
     if parent_pipe is not None:
         command += ["--parent-pipe", str(parent_pipe)]
-    for name in rollout.server_args:
-        if name.replace("-", "_") in _RESERVED:
-            raise ValueError(f"rollout.server_args.{name} is set by rlx itself; remove it")
-    return command + flags(rollout.server_args)
+    return command + flags(server_args(rollout))
 
 
 def parse_ready_port(line: str) -> int | None:

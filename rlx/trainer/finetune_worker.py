@@ -48,7 +48,7 @@ class FinetuneWorker(RankWorker):
             chunks = build_model(self.arch, self.context, self._options, head="score" if self.is_reward_model else "token")
             load_weights(chunks, self.arch, folder, self.context)
             if self.is_reward_model:
-                load_score(chunks, folder)
+                load_score(chunks, self.arch, folder)
             model = self._to_train(chunks, self.config.optimizer, self.config.run.steps)
         head = value_head if self.is_reward_model else self._token_head
         aggregation = "seq-mean-token-mean" if self.config.finetune.is_paired else "token-mean"

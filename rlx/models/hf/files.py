@@ -17,8 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rlx.arch.architecture import is_megatron_checkpoint
-
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -155,16 +153,6 @@ def prevailing(sizes: Iterable[tuple[str, int]]) -> str:
     for dtype, size in sizes:
         totals[dtype] += size
     return totals.most_common(1)[0][0]
-
-
-def check_folder(folder: str | Path, *, is_tied: bool) -> None:
-    """ValueError for a Hugging Face folder that has no weights, or some that readers would read differently."""
-    if is_megatron_checkpoint(folder):
-        return
-    source = HfFiles(folder)
-    if source.files and is_tied:
-        refuse_untied(source)
-    source.close()
 
 
 def refuse_untied(source: HfFiles) -> None:

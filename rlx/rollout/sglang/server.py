@@ -16,28 +16,9 @@ from rlx.config.schema import Config
 from rlx.config.sharing import MEM_FRACTION_STATIC
 from rlx.rollout.flags import flags
 from rlx.rollout.keys import EngineKeys
+from rlx.rollout.server_args import server_args
 from rlx.rollout.sglang.shared_tensors import RECEIVER, RECEIVER_MODULE
 
-RESERVED = frozenset(
-    {
-        "model",
-        "model_path",
-        "host",
-        "port",
-        "dtype",
-        "device",
-        "tp",
-        "tp_size",
-        "tensor_parallel_size",
-        "api_key",
-        "admin_api_key",
-        "config",
-        "nnodes",
-        "node_rank",
-        "dist_init_addr",
-        "nccl_init_addr",
-    }
-)
 # SGLang 0.5.15 ends itself unless port + 10000 is a port as well, for a service that is off by default.
 ROOM_ABOVE_PORT = 10000
 # Inherited, they make other servers of the engines: one of gRPC, which refuses keys, and one that takes no weights; or they name
@@ -91,12 +72,7 @@ class SGLangSite:
 def sglang_command(config: Config, site: SGLangSite) -> list[str]:
     """The command line. ``rollout.server_args`` win over the defaults; ValueError for those that rlx sets itself."""
     rollout = config.rollout
-    given = {name.replace("-", "_"): value for name, value in rollout.server_args.items()}
-    taken = sorted(RESERVED & given.keys())
-    if taken:
-        raise ValueError(f"rollout.server_args.{taken[0]} is set by rlx itself; remove it")
-    if str(given.get("log_level", "warning")).lower() in ("debug", "info"):
-        raise ValueError("rollout.server_args.log_level: below warning, SGLang writes its keys into its log; use warning")
+    given = server_args(rollout)
     dtype = config.model.dtype if rollout.dtype == "auto" else rollout.dtype
     fixed: dict[str, object] = {
         "model_path": config.model.path,
@@ -110,7 +86,7 @@ def sglang_command(config: Config, site: SGLangSite) -> list[str]:
     if site.span is not None:
         fixed |= {"nnodes": site.span.num_nodes, "node_rank": site.span.rank, "dist_init_addr": site.span.address}
     # Engines that shared a seed would give the same draws to the same prompt.
-    defaults = {**_DEFAULTS, "random_seed": config.run.seed * 1009 + site.index}
+    defaults = {**_DEFAULTS, "random_seed": (config.run.seed * 1009 + site.index) % 2**31}
     if dtype != "fp32":
         defaults["enable_fp32_lm_head"] = config.model.fp32_head
     if site.device == "cpu":
