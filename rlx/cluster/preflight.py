@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from transformers import PreTrainedTokenizerBase
-
 from rlx.arch.families.registry import read_architecture
+from rlx.cluster.began_with import other_content
+from rlx.cluster.resumption import find_resumption, with_template_date
 from rlx.config.load import ConfigError
 from rlx.config.schema import Config
 from rlx.data.examples import ExampleSource, check_examples
 from rlx.data.prompts import check_prompts
-from rlx.data.tokenizer import load_tokenizer
+from rlx.data.tokenizer import tokenizer_of
 from rlx.models.hf.auto_classes import classifier_class
 from rlx.models.hf.files import check_folder
 from rlx.rewards.registry import label_use, make_verifier
 
 
 def preflight(config: Config) -> Config:
-    """The configuration to run, with what only the data says filled in (the steps of ``finetune.epochs``), and for an
-    evaluation alone the folder ``eval`` of the run's, so that the run itself may be there and go on.
+    """The configuration to run, with what it leaves open filled in (the steps of ``finetune.epochs``, the day of templates), and
+    for an evaluation alone the folder ``eval`` of the run's, so that the run itself may be there and go on.
 
-    Raises ConfigError with everything found wrong that the configuration alone does not show.
+    Raises ConfigError with everything found wrong that the configuration alone does not show. Of a run that goes on, it tells
+    on standard error what is different.
     """
     problems: list[str] = []
+    config = with_template_date(config)
 
     def attempt(check: Callable[[], object]) -> None:
         try:
@@ -47,7 +50,16 @@ def preflight(config: Config) -> Config:
         raise ConfigError(problems)
     if config.evaluation.only:
         return replace(config, run=replace(config.run, dir=str(Path(config.run.dir) / "eval")))
-    return config if config.finetune.epochs is None or not config.is_finetuning else _in_steps(config, config.finetune.epochs)
+    if config.is_finetuning and config.finetune.epochs is not None:
+        config = _in_steps(config, config.finetune.epochs)
+    found = find_resumption(config)
+    if found is not None:
+        problems += other_content(found, config)
+    if problems:
+        raise ConfigError(problems)
+    for note in found.notes if found else ():
+        print(f"rlx: {note}", file=sys.stderr, flush=True)
+    return config
 
 
 def _check_weights(config: Config) -> None:
@@ -60,14 +72,10 @@ def _check_weights(config: Config) -> None:
                 raise ValueError(f"model.{key}: {error}") from error
 
 
-def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    return load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
-
-
 def _check_data(config: Config) -> list[str]:
     # Millions of prompts that no evaluation asks need not be read.
     read = replace(config, data=replace(config.data, train=None, sources={})) if config.evaluation.only else config
-    return check_prompts(read, _tokenizer(config), lambda source: label_use(config.reward, source))
+    return check_prompts(read, tokenizer_of(config), lambda source: label_use(config.reward, source))
 
 
 def _check_sync_folder(config: Config) -> None:
@@ -87,7 +95,7 @@ def _check_model(config: Config) -> None:
 
 
 def _check_examples(config: Config) -> None:
-    tokenizer = _tokenizer(config)
+    tokenizer = tokenizer_of(config)
     for key, path in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
         if path is not None and not (config.evaluation.only and key == "data.train"):
             try:
@@ -98,6 +106,6 @@ def _check_examples(config: Config) -> None:
 
 def _in_steps(config: Config, epochs: float) -> Config:
     """With as many steps as deal every example ``epochs`` times."""
-    num_examples = len(ExampleSource(config.examples_path, config, _tokenizer(config)))
+    num_examples = len(ExampleSource(config.examples_path, config, tokenizer_of(config)))
     steps = max(1, ceil(epochs * num_examples / config.finetune.examples_per_step))
     return replace(config, run=replace(config.run, steps=steps))
