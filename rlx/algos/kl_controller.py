@@ -12,7 +12,8 @@ MAX_ERROR = 0.2
 
 @dataclass(slots=True, kw_only=True)
 class KLController:
-    """``coefficient`` is the whole state: save it, and set it again on resume. ``target`` None keeps it fixed."""
+    """``coefficient`` is the whole state: save it, and set it again on resume where it is steered. ``target`` None keeps it
+    fixed."""
 
     coefficient: float
     target: float | None = None

@@ -19,7 +19,7 @@ from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
 from rlx.data.prompts import first_prompts
 from rlx.data.rows import read_rows
-from rlx.data.tokenizer import answer_decoder, encode_part, load_tokenizer
+from rlx.data.tokenizer import answer_decoder, encode_part, tokenizer_of
 from rlx.rewards.pool.pools import make_reward_service
 from rlx.rewards.pool.service import AllVerdictsInvalidError
 from rlx.types.rollout import Completion, Prompt, Reward, RolloutGroup
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     if config.is_finetuning:
         raise ConfigError([f"finetune.objective: {config.finetune.objective} has no reward to try"])
     try:
-        tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
+        tokenizer = tokenizer_of(config)
         groups = _answered(config, tokenizer, args)
         service = make_reward_service(config.reward, answer_decoder(config, tokenizer))
     except ValueError as error:

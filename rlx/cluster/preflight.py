@@ -17,25 +17,29 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
+from rlx.cluster.began_with import other_content
 from rlx.cluster.checks.models import model_problems, vocabulary_problems, vocabulary_warnings
 from rlx.cluster.checks.services import check_sync_folder, engine_problems, environment_problems
+from rlx.cluster.resumption import find_resumption, with_template_date
 from rlx.config.checks.unused import unused_keys
 from rlx.config.load import ConfigError
 from rlx.config.schema import Config
 from rlx.data.examples import check_examples
 from rlx.data.prompts import check_prompts
 from rlx.data.rows import Look
-from rlx.data.tokenizer import load_tokenizer
+from rlx.data.tokenizer import tokenizer_of
 from rlx.rewards.base import check_prompt
 from rlx.rewards.registry import label_use, make_verifier
 
 
 def preflight(config: Config) -> Config:
-    """The configuration to run, with what only the data says filled in (the steps of ``finetune.epochs``), and for an
-    evaluation alone the folder ``eval`` of the run's, so that the run itself may be there and go on.
+    """The configuration to run, with what it leaves open filled in (the steps of ``finetune.epochs``, the day of templates), and
+    for an evaluation alone the folder ``eval`` of the run's, so that the run itself may be there and go on.
 
-    Raises ConfigError with everything found wrong that the configuration alone does not show. Warnings go to standard error.
+    Raises ConfigError with everything found wrong that the configuration alone does not show. Warnings, and what is different
+    in a run that goes on, are told on standard error.
     """
+    config = with_template_date(config)
     found = inspect(config)
     found.say_warnings()
     found.attempt(lambda: found.problems.extend(environment_problems(config)))
@@ -48,7 +52,14 @@ def preflight(config: Config) -> Config:
     if config.is_finetuning and config.finetune.epochs is not None:
         # As many steps as deal every example so many times.
         steps = max(1, ceil(config.finetune.epochs * found.num_examples / config.finetune.examples_per_step))
-        return replace(config, run=replace(config.run, steps=steps))
+        config = replace(config, run=replace(config.run, steps=steps))
+    resumption = find_resumption(config)
+    if resumption is not None:
+        problems = other_content(resumption, config)
+        if problems:
+            raise ConfigError(problems)
+        for note in resumption.notes:
+            print(f"rlx: {note}", file=sys.stderr, flush=True)
     return config
 
 
@@ -102,7 +113,7 @@ class _Inspection:
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self._config.model.tokenizer_path or self._config.model.path, self._config.data.chat_template)
+        return tokenizer_of(self._config)
 
     def _tokens(self) -> None:
         self._found.problems += vocabulary_problems(self._tokenizer, self._arch)

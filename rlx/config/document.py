@@ -8,6 +8,7 @@ from typing import Any
 
 from rlx.config.convert import Entry, row_class, section_entries, type_words
 from rlx.config.options import limit_words
+from rlx.config.resume import effect_of
 from rlx.config.schema import Config
 
 _HEAD = """# Configuration
@@ -18,6 +19,8 @@ Every key, as written in a YAML file or given as `section.key=value` on the comm
 A file may begin with `defaults: [other.yaml]`, paths relative to the file, whose keys come first and yield to the file's
 own. `${section.key}` refers to another key. `rlx check CONFIG.yaml [key=value ...]` reports every problem at once
 and prints the resolved tree.
+
+The last column says what becomes of a key that is changed before a run goes on ([resuming.md](resuming.md)).
 """
 
 
@@ -40,12 +43,13 @@ def _section(section: Entry) -> str:
 
 
 def _table(keys: Sequence[Entry]) -> list[str]:
-    return ["| key | type | default | meaning |", "|---|---|---|---|", *(_row(entry) for entry in keys)]
+    head = ["| key | type | default | meaning | on resume |", "|---|---|---|---|---|"]
+    return [*head, *(_row(entry) for entry in keys)]
 
 
 def _row(entry: Entry) -> str:
     default = "**required**" if entry.is_required else f"`{_yaml(entry.default())}`"
-    return f"| `{entry.key}` | {_type(entry)} | {default} | {_cell(entry.field.metadata['doc'])} |"
+    return f"| `{entry.key}` | {_type(entry)} | {default} | {_cell(entry.field.metadata['doc'])} | {effect_of(entry.key)} |"
 
 
 def _type(entry: Entry) -> str:

@@ -131,6 +131,9 @@ class DataConfig:
     curriculum_key: str | None = option(None, "column of numbers to order epochs by, low to high; column.field reaches into one")
     curriculum_epochs: int = option(1, "epochs of each source in that order; later ones as data.shuffle says", minimum=1)
     chat_template: str | None = option(None, "Jinja file used instead of the tokenizer's own chat template")
+    template_date: str | None = option(
+        None, "the day, as 2025-01-31, of chat templates that write today's date; none: that of the run's first start"
+    )
 
     @property
     def by_name(self) -> Mapping[str, SourceConfig]:
@@ -190,7 +193,7 @@ class OptimizerConfig:
 
     lr: float = option(1e-6, "peak learning rate", minimum=0)
     min_lr: float = option(0.0, "learning rate at the end of the decay", minimum=0)
-    warmup_steps: int = option(0, "optimizer steps of linear warm-up", minimum=0)
+    warmup_steps: int = option(0, "optimizer steps of linear warm-up, from 0 in the first on, as in transformers", minimum=0)
     decay_steps: int | None = option(None, "optimizer steps to min_lr; none: run.steps x steps an iteration", minimum=1)
     schedule: str = option("constant", "shape after warm-up", choices=("constant", "linear", "cosine"))
     weight_decay: float = option(0.0, "decoupled weight decay", minimum=0)

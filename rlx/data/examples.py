@@ -6,10 +6,12 @@ Rows that nothing can be learnt from are dropped with a counted reason; rows tha
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,8 +21,8 @@ from rlx.data.chat_mask import MaskedTokens, encode_chat, encode_text_pair
 from rlx.data.order import EpochOrder
 from rlx.data.plan import plan_batch, round_up
 from rlx.data.questions import tools_of
-from rlx.data.rows import EVERY_ROW, Look, Row, column, placed, read_rows
-from rlx.data.tokenizer import Limit
+from rlx.data.rows import EVERY_ROW, Look, Row, column, placed, read_rows, row_digest
+from rlx.data.tokenizer import GIVE_BACK, Limit, template_digest
 from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
 from rlx.types.rollout import TrainSample
 
@@ -51,6 +53,8 @@ class ExampleSource:
     def __init__(self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         self.drops: Counter[str] = Counter()
         self.num_truncated = 0
+        self._path, self._template = path, template_digest(tokenizer)
+        self._rows = hashlib.blake2b(digest_size=16)
         self._examples = list(self._load(path, config, tokenizer))
         if not self._examples:
             raise ValueError(_nothing_left(path, self.drops, config))
@@ -73,12 +77,21 @@ class ExampleSource:
         """The first ``num`` in file order, fewer where there are fewer: for evaluation; moves nothing."""
         return self._examples[:num]
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """What ``load_state`` needs to go on exactly here (JSON-able)."""
-        return self._order.state()
+        return {**self._order.state(), "rows": self._rows.hexdigest(), "template": self._template}
 
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on where ``state`` was taken; ValueError when the file holds another number of examples now."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken; ValueError when the file holds other examples now, or the template is another.
+        Older checkpoints know the number of examples alone."""
+        if state.get("template", self._template) != self._template:
+            raise ValueError(f"data.chat_template: the chat template is another than when the state was saved; {GIVE_BACK}")
+        now = {"num_rows": len(self), "rows": self._rows.hexdigest()}
+        was = {name: state.get(name, value) for name, value in now.items()}
+        if was != now:
+            raise ValueError(
+                f"data.train: {self._path} is not what it was when the state was saved: {was} then, {now} now; {GIVE_BACK}"
+            )
         self._order.load_state(state)
 
     def _load(self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
@@ -90,6 +103,7 @@ class ExampleSource:
                 self.drops[str(reason)] += 1
             else:
                 self.num_truncated += was_cut
+                self._rows.update(row_digest(row))
                 yield example
 
 

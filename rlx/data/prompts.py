@@ -17,9 +17,17 @@ from rlx.config.schema import Config, DataConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig
 from rlx.data.mixture import next_source, shares_of
 from rlx.data.order import Curriculum, EpochOrder
-from rlx.data.questions import Question, check_questions, columns_of, fingerprint, read_questions
+from rlx.data.questions import (
+    Question,
+    check_questions,
+    columns_of,
+    fingerprint,
+    read_questions,
+    rendered_fingerprint,
+)
 from rlx.data.rows import EVERY_ROW, Look
 from rlx.data.tasks import EVALUATION_SEEDS
+from rlx.data.tokenizer import GIVE_BACK, template_digest
 from rlx.obs.log import logger
 from rlx.types.rollout import LabelUse, Prompt
 
@@ -38,6 +46,7 @@ class PromptSource:
             questions, drops = read_questions(source, config, tokenizer, default_seed=seed)
             self.drops += drops
             self._dealers.append(_Dealer(name, source, questions, seed, config))
+        self._template = template_digest(tokenizer)
         self._shares = shares_of([dealer.source.weight for dealer in self._dealers])
         self._next_id = 0
 
@@ -58,13 +67,19 @@ class PromptSource:
 
     def state(self) -> dict[str, Any]:
         """What ``load_state`` needs to go on exactly here (JSON-able)."""
-        return {"next_prompt_id": self._next_id, "sources": {dealer.name: dealer.state() for dealer in self._dealers}}
+        return {
+            "next_prompt_id": self._next_id,
+            "template": self._template,
+            "sources": {dealer.name: dealer.state() for dealer in self._dealers},
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken; ValueError when the sources hold other prompts, weights or orders now."""
         saved, present = ([name or "data.train" for name in names] for names in (state["sources"], self.state()["sources"]))
         if saved != present:
             raise ValueError(f"data.sources are {', '.join(present)}, but were {', '.join(saved)} when the state was saved")
+        if state.get("template", self._template) != self._template:
+            raise ValueError(f"data.chat_template: the chat template is another than when the state was saved; {GIVE_BACK}")
         for dealer in self._dealers:
             dealer.load_state(state["sources"][dealer.name])
         self._next_id = int(state["next_prompt_id"])
@@ -93,7 +108,7 @@ class _Dealer:
         # What the same numbers would mean something else without.
         self._identity = {
             "usable prompts": len(questions),
-            "fingerprint": fingerprint(questions),
+            "rows": fingerprint(questions),
             "weight": source.weight,
             "shuffle": config.shuffle,
             "curriculum epochs": config.curriculum_epochs if levelled else 0,
@@ -108,10 +123,18 @@ class _Dealer:
         return {"num_dealt": self.num_dealt, "order": self.order.state(), **self._identity}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        changed = [name for name, value in self._identity.items() if state.get(name) != value]
+        identity, advice = dict(self._identity), GIVE_BACK
+        if "rows" not in state:  # an older checkpoint
+            del identity["rows"]
+            identity["fingerprint"] = rendered_fingerprint(self.questions)
+            advice = f"{GIVE_BACK} (a chat template that writes a date needs data.template_date, the day of the first start)"
+        changed = [name for name, value in identity.items() if state.get(name) != value]
         if changed:
-            was, now = ({name: of.get(name) for name in changed} for of in (state, self._identity))
-            raise ValueError(f"{self.source.path} is not what it was when the state was saved: {was} then, {now} now")
+            was, now = ({name: of.get(name) for name in changed} for of in (state, identity))
+            key = f"data.sources.{self.name}.path" if self.name else "data.train"
+            raise ValueError(
+                f"{key}: {self.source.path} is not what it was when the state was saved: {was} then, {now} now; {advice}"
+            )
         self.order.load_state(state["order"])
         self.num_dealt = int(state["num_dealt"])
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rlx.config.schema import DataConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig, task_name
 from rlx.data.chat import Chat, for_template, read_messages, read_tools, render
-from rlx.data.rows import Look, Row, column, label_in, placed, read_rows
+from rlx.data.rows import Look, Row, column, label_in, placed, read_rows, row_digest
 from rlx.data.tasks import read_task
 from rlx.data.tokenizer import encode_part, encode_text, is_surely_longer, most_bytes
 from rlx.types.rollout import LabelUse, Prompt
@@ -28,13 +28,14 @@ Source = SourceConfig | EvaluationSetConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One row, ready to be asked. ``level`` is its number in the curriculum's column (0 without one)."""
+    """One row, ready to be asked. ``level`` is its number in the curriculum's column (0 without one); ``digest`` names it."""
 
     token_ids: tuple[int, ...]
     text: str
     label: object
     level: float
     extra: Mapping[str, object]
+    digest: bytes
 
     def ask(self, prompt_id: int, source: str) -> Prompt:
         """The prompt ``prompt_id`` of a run."""
@@ -107,7 +108,12 @@ def columns_of(source: Source, data: DataConfig) -> DataConfig:
 
 
 def fingerprint(questions: list[Question]) -> str:
-    """Names this list: other token ids, labels, levels or another order give another fingerprint."""
+    """Names the rows of this list and their order, however they are rendered."""
+    return hashlib.blake2b(b"".join(question.digest for question in questions), digest_size=16).hexdigest()
+
+
+def rendered_fingerprint(questions: list[Question]) -> str:
+    """As older checkpoints name a list: by its token ids, labels and levels."""
     digest = hashlib.blake2b(digest_size=16)
     for question in questions:
         digest.update(repr((question.token_ids, question.label, question.level)).encode())
@@ -162,6 +168,7 @@ def _to_question(
         label=label_in(row, data.label_key),
         level=_level_of(row, source, data),
         extra={key: value for key, value in row.items() if key not in used},
+        digest=row_digest(row),
     )
     if not is_long and len(token_ids) <= limit:
         return question, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -44,6 +45,24 @@ def placed(where: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def row_digest(row: Row) -> bytes:
+    """Names what a row says: other values give another one; how a file spells them (key order, nulls) does not matter."""
+    return hashlib.blake2b(json.dumps(_said(row), sort_keys=True).encode(), digest_size=16).digest()
+
+
+def _said(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _said(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_said(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if value is None or isinstance(value, str | int | float):
+        return value
+    # An object that does not describe itself would be named by its address.
+    return type(value).__name__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Row]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from datetime import datetime
+from functools import lru_cache, partial
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -19,8 +21,20 @@ _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.t
 _BYTES_A_TOKEN = 128
 
 
-def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder ``path``; ``chat_template`` (a Jinja file) replaces its own template.
+# What to do when a run's data cannot be gone on with.
+GIVE_BACK = "give what the run began with, or begin a new run in another run.dir"
+_PROBE = "The quick brown fox: 12 + 34 = 46.\n\tna\u00efve \u4f60\u597d \U0001f642 def f(x): return x<|im_end|></s>"
+
+
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run reads and writes with."""
+    data = config.data
+    return load_tokenizer(config.model.tokenizer_path or config.model.path, data.chat_template, data.template_date)
+
+
+def load_tokenizer(path: str, chat_template: str | None = None, template_date: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder ``path``; ``chat_template`` (a Jinja file) replaces its own template, ``template_date`` (ISO)
+    is the day that templates take for today.
 
     Raises ValueError naming what is missing: the folder, its vocabulary, or the template file.
     """
@@ -35,7 +49,24 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
         raise ValueError(f"model.tokenizer_path: the tokenizer in {path} cannot be loaded: {error}") from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
+    if template_date is not None:
+        # A variable of the rendering hides transformers' global of that name; what a caller passes wins over both.
+        now = datetime.fromisoformat(template_date).strftime
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, strftime_now=now)  # type: ignore[method-assign]
     return tokenizer
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names the text of the chat template."""
+    return hashlib.blake2b(repr(tokenizer.chat_template).encode(), digest_size=16).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names the vocabulary, the special tokens and how a text with everything in it is cut."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    cut = tokenizer.encode(_PROBE, add_special_tokens=False)
+    return hashlib.blake2b(repr((vocabulary, special, cut)).encode(), digest_size=16).hexdigest()
 
 
 def answer_decoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:

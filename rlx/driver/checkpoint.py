@@ -1,6 +1,7 @@
 """Checkpoint folders of a run: named by step, written beside and renamed, so that a folder that is there is whole.
 
-``RUN_DIR/checkpoints/step-00000012/`` holds one folder a trained model and ``driver.json`` (data cursor, versions, ...).
+``RUN_DIR/checkpoints/step-00000012/`` holds one folder a trained model and ``driver.json``: data cursor, versions, the
+configuration and what the run began with.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,35 @@ def whole_checkpoints(root: Path) -> list[tuple[int, Path]]:
         return []
     found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
     return sorted(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedRun:
+    """A run as its newest checkpoint has it. ``config`` is the tree it was saved under, ``origin`` what it began with
+    (``origin_of``); both are empty in older checkpoints."""
+
+    step: int
+    folder: Path
+    state: Mapping[str, Any]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.state.get("config", {})
+        return found
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.state.get("origin", {})
+        return found
+
+
+def newest_checkpoint(root: Path) -> SavedRun | None:
+    """What ``run.resume=auto`` goes on from. ValueError when its state cannot be read."""
+    found = whole_checkpoints(root)
+    if not found:
+        return None
+    step, folder = found[-1]
+    return SavedRun(step=step, folder=folder, state=read_driver_state(folder))
 
 
 def write_checkpoint(

@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.config.schema import Config
 from rlx.data.examples import Example, ExampleSource
-from rlx.data.tokenizer import load_tokenizer
+from rlx.data.tokenizer import tokenizer_of
 from rlx.driver.finetune import Batches, FinetuneTrainer
 from rlx.driver.keeping import evaluate_alone, train
 from rlx.driver.ranks import Ranks
+from rlx.models.hf.fingerprint import origin_of
 from rlx.obs.log import logger, phase
 from rlx.types.layout import BatchPlan
 from rlx.types.rollout import StepReport, TrainSample, UpdateStats
@@ -38,6 +39,9 @@ class RankedModel:
         means: Mapping[str, float] = self._ranks.call("validate")
         return means
 
+    def origin(self) -> Mapping[str, object]:
+        return origin_of(self._ranks.worker.config)
+
     def save(self, path: str) -> None:
         self._ranks.call("save", path)
 
@@ -55,7 +59,7 @@ def drive_finetuning(config: Config, ranks: Ranks, *, stop_asked: Callable[[], b
     """
     batches = Batches(config, ranks.worker.context.dims, RankedModel(ranks))
     with phase("read examples"):
-        tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
+        tokenizer = tokenizer_of(config)
         held_out = _held_out(config, tokenizer)
     if config.evaluation.only:
         evaluate_alone(config, batches.model, lambda step: batches.validate(held_out, step))

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from rlx.config.convert import to_tree
+from rlx.config.resume import compare
 from rlx.config.schema import Config
-from rlx.driver.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
+from rlx.driver.checkpoint import SavedRun, newest_checkpoint, write_checkpoint
 from rlx.driver.loop import Trainer, iterate
 from rlx.obs.log import logger, notice, phase
 from rlx.obs.metrics import MetricsWriter
@@ -19,7 +21,9 @@ from rlx.types.rollout import StepReport
 
 
 class KeptModels(Protocol):
-    """The trained models behind all ranks; ``export_hf`` writes the one that users want."""
+    """The trained models behind all ranks; ``export_hf`` writes the one that users want, ``origin`` says what they began as."""
+
+    def origin(self) -> Mapping[str, object]: ...
 
     def save(self, path: str) -> None: ...
 
@@ -47,6 +51,7 @@ def train(
         for tracker in trackers:
             stack.callback(tracker.close)
         _resume(config, trainer, models, writer)
+        about = {"config": to_tree(config), "origin": models.origin()}
         since_last_row: dict[str, float] = {}
 
         def report(row: StepReport) -> None:
@@ -58,8 +63,8 @@ def train(
         def save() -> None:
             timer = StepTimer()
             with phase("save", trainer.num_steps_done), timer("save"):
-                keep = config.checkpoint.keep
-                write_checkpoint(config.checkpoints, trainer.num_steps_done, trainer.state(), models.save, keep)
+                state = {**trainer.state(), **about}
+                write_checkpoint(config.checkpoints, trainer.num_steps_done, state, models.save, config.checkpoint.keep)
             since_last_row["perf/save_s"] = timer.metrics()["perf/save_s"]
 
         begin()
@@ -81,13 +86,14 @@ def train(
 
 def _resume(config: Config, trainer: Trainer, models: KeptModels, writer: MetricsWriter) -> None:
     """Go on from the newest whole checkpoint where ``run.resume`` asks for it; metrics after it are dropped."""
-    found = _newest(config)
-    if found is not None:
-        step, folder = found
-        with phase("resume", step):
-            models.load(str(folder))
-            trainer.load_state(read_driver_state(folder))
-        logger.info("resumed from %s", folder)
+    saved = _newest(config)
+    if saved is not None:
+        with phase("resume", saved.step):
+            models.load(str(saved.folder))
+            trainer.load_state(saved.state)
+        logger.info("resumed from %s", saved.folder)
+        for change in compare(saved.config, config) if saved.config else ():
+            logger.info("resumed with %s", change)
     # A run that begins anew measures what it begins with anew.
     writer.truncate_after(trainer.num_steps_done or -1)
 
@@ -95,16 +101,16 @@ def _resume(config: Config, trainer: Trainer, models: KeptModels, writer: Metric
 def evaluate_alone(config: Config, models: KeptModels, measure: Callable[[int], Mapping[str, float]]) -> None:
     """Append one row to metrics.jsonl: ``measure(step)`` of the newest checkpoint where ``run.resume`` asks for it, else of
     the model that training would start from (step 0)."""
-    step, folder = _newest(config) or (0, None)
-    if folder is not None:
-        with phase("load checkpoint", step):
-            models.load(str(folder))
-    notice(f"evaluating {folder or config.model.path}")
+    saved = _newest(config)
+    if saved is not None:
+        with phase("load checkpoint", saved.step):
+            models.load(str(saved.folder))
+    notice(f"evaluating {saved.folder if saved else config.model.path}")
+    step = saved.step if saved else 0
     with closing(MetricsWriter(Path(config.run.dir) / "metrics.jsonl", in_order=False)) as writer:
         writer.write(StepReport(step=step, metrics=measure(step)))
 
 
-def _newest(config: Config) -> tuple[int, Path] | None:
-    """Step and folder of the newest whole checkpoint, where ``run.resume`` asks for it and there is one."""
-    found = whole_checkpoints(config.checkpoints) if config.run.resume == "auto" else []
-    return found[-1] if found else None
+def _newest(config: Config) -> SavedRun | None:
+    """The newest whole checkpoint, where ``run.resume`` asks for it and there is one."""
+    return newest_checkpoint(config.checkpoints) if config.run.resume == "auto" else None

@@ -102,7 +102,8 @@ class PPOTrainer:
         if state["seed"] != self.config.run.seed:
             raise ValueError(f"run.seed={self.config.run.seed}, but the checkpoint was made with {state['seed']}")
         self.num_steps_done = int(str(state["step"]))
-        self.controller.coefficient = float(str(state["kl_coefficient"]))
+        if self.controller.target is not None:  # a fixed one is the configuration's
+            self.controller.coefficient = float(str(state["kl_coefficient"]))
         prompts = state["prompts"]
         assert isinstance(prompts, Mapping)
         self.roles.prompts.load_state(prompts)

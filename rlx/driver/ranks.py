@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from rlx.models.hf.fingerprint import origin_of
 from rlx.obs.log import Phase, current_phase, enter_phase
 from rlx.trainer.rank_worker import RankWorker
 from rlx.types.layout import BatchPlan
@@ -104,6 +105,9 @@ class RankedPolicy:
 
     def publish(self, version: int) -> WeightManifest | None:
         return None if self._engines is None else self._engines.publish(version)
+
+    def origin(self) -> Mapping[str, object]:
+        return origin_of(self._ranks.worker.config)
 
     def save(self, path: str) -> None:
         with self._room():

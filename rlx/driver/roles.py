@@ -51,6 +51,10 @@ class PolicyGroup(Protocol):
         """Send the present weights to every engine as ``version`` and verify them when due; None without engines."""
         ...
 
+    def origin(self) -> Mapping[str, object]:
+        """What the run's models began as, to be known again when it goes on (JSON-able)."""
+        ...
+
     def save(self, path: str) -> None:
         """Write the trained models of all roles into the folder ``path``."""
         ...

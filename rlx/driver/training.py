@@ -13,7 +13,7 @@ from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.registry import make_algorithm
 from rlx.config.schema import Config
 from rlx.data.prompts import PromptSource
-from rlx.data.tokenizer import answer_decoder, load_tokenizer
+from rlx.data.tokenizer import answer_decoder, tokenizer_of
 from rlx.driver.evaluate import Evaluation
 from rlx.driver.keeping import evaluate_alone, train
 from rlx.driver.ppo import PPOTrainer
@@ -40,7 +40,7 @@ def drive(config: Config, ranks: Ranks, engines: Path, *, stop_asked: Callable[[
     False when ``stop_asked`` ended it early; what was done is saved.
     """
     with ExitStack() as stack:
-        tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
+        tokenizer = tokenizer_of(config)
         trainer = _make_trainer(config, ranks, engines, tokenizer, stack)
         roles = trainer.roles
         evaluation = Evaluation(config, roles.rollout, roles.reward, trainer.sampling, tokenizer)
@@ -56,7 +56,7 @@ def drive(config: Config, ranks: Ranks, engines: Path, *, stop_asked: Callable[[
 def drive_evaluation(config: Config, ranks: Ranks, engines: Path) -> None:
     """Publish the weights to the engines and evaluate them there. Runs on rank 0 while the other ranks serve."""
     with ExitStack() as stack:
-        tokenizer = load_tokenizer(config.model.tokenizer_path or config.model.path, config.data.chat_template)
+        tokenizer = tokenizer_of(config)
         publisher, rollout, reward = _make_services(config, ranks, engines, tokenizer, stack)
         policy = RankedPolicy(ranks, publisher)
         evaluation = Evaluation(config, rollout, reward, sampling_of(config, tokenizer), tokenizer)

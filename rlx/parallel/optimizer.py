@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlx.config.schema import OptimizerConfig
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.cpu_backend import gpu_type_names
+from rlx.parallel.moments import load_moments, sharded_moments
 
 _make_optimizer = gpu_type_names()(get_megatron_optimizer)
 
@@ -82,7 +83,7 @@ class Trainable:
 
     @gpu_type_names()
     def step(self) -> StepResult:
-        """Clip and apply the accumulated gradients. The schedule moves first, so that warm-up does not waste a step at 0.
+        """Clip and apply the accumulated gradients, then move the schedule on. A step that Megatron refuses does not count.
 
         FloatingPointError, on every rank and before any weight is changed, when they are not finite: Megatron clips them by
         their norm, which would make every weight NaN.
@@ -91,35 +92,28 @@ class Trainable:
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradients are not finite (their norm is {norm}); no weight was changed")
-        self.schedule.step(increment=1)
-        succeeded, grad_norm, _ = self.optimizer.step()
         rate = float(self.optimizer.param_groups[0]["lr"])
+        succeeded, grad_norm, _ = self.optimizer.step()
+        if succeeded:
+            self.schedule.step(increment=1)
         return StepResult(grad_norm=float(grad_norm or 0.0), learning_rate=rate, skipped=not succeeded)
 
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        """What a distributed checkpoint holds of this model: weights, optimizer and schedule."""
+        """What a distributed checkpoint holds of this model: weights, Adam's moments and how many updates there were."""
         model = {
-            f"chunk{index}": chunk.sharded_state_dict(metadata=_METADATA)  # type: ignore[operator]
+            f"chunk{index}": chunk.sharded_state_dict(metadata=content_metadata())  # type: ignore[operator]
             for index, chunk in enumerate(self.chunks)
         }
-        if is_loading:
-            for part in self._parts():
-                part._init_optimizer_states_with_dummy_values()
-        flat = {key: value for chunk in model.values() for key, value in chunk.items()}
-        optimizer = self.optimizer.sharded_state_dict(flat, is_loading=is_loading, metadata=_METADATA)
-        return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
+        moments = sharded_moments(self._parts(), model, is_loading=is_loading)
+        return {"model": model, "moments": moments, "schedule": {"num_steps": self.schedule.num_steps}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what ``sharded_state`` described, as read from a checkpoint."""
+        """Take back what ``sharded_state`` described, as read from a checkpoint; everything else is the configuration's."""
         for index, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state["model"][f"chunk{index}"])
-        hooks = [part.optimizer.register_load_state_dict_post_hook(_hide_step_tensors) for part in self._parts()]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for hook in hooks:
-            hook.remove()
-        for part in self._parts():
-            _separate_step_tensors(part.optimizer)
-        self.schedule.load_state_dict(state["schedule"])
+        num_updates = int(state["schedule"]["num_steps"])
+        load_moments(self._parts(), state["moments"], num_updates)
+        self.schedule.step(increment=num_updates - self.schedule.num_steps)
 
     def gradient_buffers(self) -> Iterator[Tensor]:
         """Megatron's gradient buffers; every gradient is a view of one."""
@@ -152,28 +146,9 @@ class Trainable:
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
 
-def _hide_step_tensors(optimizer: torch.optim.Optimizer) -> None:
-    # Torch's Adam keeps a step tensor a parameter, which Megatron's load would look for among the saved moments.
-    for state in optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = float(state["step"])
-
-
-def _separate_step_tensors(optimizer: torch.optim.Optimizer) -> None:
-    # Each parameter needs a tensor of its own: Adam advances a shared one once a parameter.
-    for state in optimizer.state.values():
-        if "step" in state:
-            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
-
-
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
+_METADATA = {"singleton_local_shards": False}
 
 
 def content_metadata() -> dict[str, Any]:
-    """How the optimizer's shards are written; goes into the checkpoint beside them."""
+    """How the tensors are written; goes into the checkpoint beside them."""
     return dict(_METADATA)

@@ -6,6 +6,7 @@ Every message names the keys it is about and what would be right. Files are look
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -111,6 +112,9 @@ def _data(config: Config) -> Iterator[str]:
     template = config.data.chat_template
     if template is not None and not os.path.isfile(template):
         yield f"data.chat_template: no such file {template}"
+    day = config.data.template_date
+    if day is not None and not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", day):
+        yield f"data.template_date: {day!r} is no day such as 2025-01-31"
 
 
 def _data_file(key: str, path: str) -> Iterator[str]:

@@ -125,12 +125,17 @@ _ALWAYS = (
 )
 
 
+def is_unused(key: str, config: Config) -> bool:
+    """Whether a key changes nothing, whatever the model is."""
+    return any(rule.applies(config) and _covers(rule, key) for rule in _rules(config))
+
+
 def unused_keys(config: Config, arch: Architecture) -> list[str]:
     """A line for each reason that keys of this configuration, of a model of ``arch``, change nothing. None for ``rlx eval``,
     which is given the configurations of other commands."""
     if config.evaluation.only:
         return []
-    rules = [*(_FINETUNING if config.is_finetuning else _REINFORCEMENT), *_ALWAYS]
+    rules = _rules(config)
     if arch.experts is None:
         rules.append(Rule("model.moe_aux_loss_coefficient moe_z_loss_coefficient", _always, "model.path has no experts"))
         rules.append(Rule("parallel.etp", _always, "model.path has no experts"))
@@ -143,6 +148,10 @@ def unused_keys(config: Config, arch: Architecture) -> list[str]:
             if found:
                 lines.append(f"{', '.join(found)}: changes nothing: {rule.why.format(config.command)}")
     return lines
+
+
+def _rules(config: Config) -> list[Rule]:
+    return [*(_FINETUNING if config.is_finetuning else _REINFORCEMENT), *_ALWAYS]
 
 
 def _covers(rule: Rule, key: str) -> bool:

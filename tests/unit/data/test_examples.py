@@ -261,7 +261,7 @@ def test_an_interrupted_run_draws_what_an_uninterrupted_one_draws(tmp_path: Path
     second = source_of(tmp_path, numbered(10))
     second.load_state(json.loads(json.dumps(first.state())))
     assert drawn(second, 40 - stop) == whole[stop:]
-    with pytest.raises(ValueError, match="9 usable rows"):
+    with pytest.raises(ValueError, match=r"data\.train: .*'num_rows': 10.* then, .*'num_rows': 9"):
         source_of(tmp_path, numbered(9)).load_state(first.state())
 
 
@@ -296,3 +296,14 @@ def test_the_sides_of_a_pair_stay_side_by_side(lengths: list[tuple[int, int]], d
 def test_sequences_are_kept_small(tmp_path: Path) -> None:
     ((sequence,),) = source_of(tmp_path, numbered(1)).first(1)
     assert memoryview(sequence.token_ids).itemsize == 4 and isinstance(sequence.loss_mask, bytes)  # type: ignore[arg-type]
+
+
+def test_other_rows_or_another_template_are_refused_on_resume(tmp_path: Path) -> None:
+    state = source_of(tmp_path, numbered(5)).state()
+    rows = numbered(5)
+    with pytest.raises(ValueError, match=r"data\.train: .*'rows'.*begin a new run"):
+        source_of(tmp_path, [*rows[1:], rows[0]]).load_state(state)
+    with pytest.raises(ValueError, match=r"data\.chat_template: "):
+        source_of(tmp_path, rows, template=MARKED).load_state(state)
+    older = {key: value for key, value in state.items() if key in ("epoch", "offset", "num_rows")}
+    source_of(tmp_path, [*rows[1:], rows[0]]).load_state(older)  # knew the number of rows alone

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
+from rlx.config.sources import SourceConfig
 from rlx.data.prompts import PromptSource
+from rlx.data.questions import read_questions, rendered_fingerprint
+from rlx.data.rows import row_digest
 from rlx.data.tokenizer import answer_decoder, load_tokenizer
 from rlx.types.rollout import Prompt
 
@@ -83,8 +87,66 @@ def test_state_of_another_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"p\.jsonl is not what it was.*'usable prompts': 5.* then, .*'usable prompts': 4"):
         source.load_state(state)
     rows = [*numbered(4), {"prompt": "a a", "label": "another"}]
-    with pytest.raises(ValueError, match="fingerprint"):
+    with pytest.raises(ValueError, match=r"data\.train: .*'rows'"):
         PromptSource(write(tmp_path / "p.jsonl", rows), tokenizer_of(), seed=0).load_state(state)
+
+
+def chats(num: int) -> list[dict[str, object]]:
+    return [{"messages": [{"role": "user", "content": "a " * (index + 1)}], "label": index} for index in range(num)]
+
+
+def test_rows_are_compared_and_not_their_rendering(tmp_path: Path) -> None:
+    """A template that writes the date says something else tomorrow; another template is another run."""
+    config, dated = write(tmp_path / "p.jsonl", chats(5)), "{{ strftime_now('%d') }} " + TEMPLATE
+    first = PromptSource(config, dated_tokenizer(tmp_path, dated, "2025-01-31"), seed=0)
+    first.next(3)
+    later = PromptSource(config, dated_tokenizer(tmp_path, dated, "2025-02-01"), seed=0)
+    later.load_state(json.loads(json.dumps(first.state())))
+    rest = [(prompt.label, prompt.text[3:]) for prompt in later.next(4)]
+    assert rest == [(prompt.label, prompt.text[3:]) for prompt in first.next(4)]
+    with pytest.raises(ValueError, match=r"data\.chat_template: .*another.*begin a new run"):
+        PromptSource(config, tokenizer_of(TEMPLATE), seed=0).load_state(first.state())
+
+
+def test_a_template_takes_the_runs_day_for_today(tmp_path: Path) -> None:
+    config = write(tmp_path / "p.jsonl", chats(1))
+    template = "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}"
+    (prompt,) = PromptSource(config, dated_tokenizer(tmp_path, template, "2025-01-31"), seed=0).next(1)
+    assert prompt.text == "31 Jan 2025a "
+
+
+def dated_tokenizer(folder: Path, template: str, day: str) -> PreTrainedTokenizerBase:
+    tokenizer_of(template).save_pretrained(folder / "tokenizer")
+    return load_tokenizer(str(folder / "tokenizer"), template_date=day)
+
+
+def test_the_state_of_an_older_checkpoint_is_known_by_what_was_rendered(tmp_path: Path) -> None:
+    def older(source: PromptSource) -> dict[str, Any]:
+        state = source.state()
+        del state["template"], state["sources"][""]["rows"]
+        questions, _ = read_questions(SourceConfig(path=str(config.train)), config, tokenizer_of())
+        state["sources"][""]["fingerprint"] = rendered_fingerprint(questions)
+        return state
+
+    config = write(tmp_path / "p.jsonl", numbered(7))
+    first = PromptSource(config, tokenizer_of(), seed=0)
+    first.next(4)
+    second = PromptSource(config, tokenizer_of(), seed=0)
+    second.load_state(older(first))
+    assert second.next(9) == first.next(9)
+    state = older(first)
+    changed = write(tmp_path / "p.jsonl", [*numbered(6), {"prompt": "d"}])
+    with pytest.raises(ValueError, match=r"'fingerprint'.*data\.template_date"):
+        PromptSource(changed, tokenizer_of(), seed=0).load_state(state)
+
+
+def test_how_a_file_spells_a_row_does_not_matter() -> None:
+    row: dict[str, object] = {"prompt": "a", "label": 1, "meta": {"x": [1, {"y": 2.5}], "none": None}}
+    same: dict[str, object] = {"none": None, "meta": {"x": [1, {"y": 2.5, "z": None}]}, "label": 1, "prompt": "a"}
+    assert row_digest(row) == row_digest(same)
+    others: list[dict[str, object]] = [{**row, "label": 2}, {**row, "label": "1"}, {**row, "meta": {"x": [1]}}, {"prompt": "a"}]
+    assert len({row_digest(other) for other in [row, *others]}) == 5
+    assert row_digest({"a": {"x", "y"}, "b": object()}) == row_digest({"a": {"y", "x"}, "b": object()})
 
 
 def test_too_long_prompts_are_dropped_and_counted(tmp_path: Path) -> None:

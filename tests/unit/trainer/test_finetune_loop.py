@@ -38,6 +38,9 @@ class FakeModel:
         self.calls.append("validate")
         return {"loss": 0.9, "accuracy": 0.25}
 
+    def origin(self) -> Mapping[str, object]:
+        return {}
+
     def save(self, path: str) -> None: ...
 
     def load(self, path: str) -> None: ...

@@ -80,6 +80,9 @@ class FakePolicy:
         self.calls.names.append(f"publish {version}")
         return WeightManifest(version=version, tensors=(), num_bytes=7, seconds=0.5)
 
+    def origin(self) -> Mapping[str, object]:
+        return {}
+
     def save(self, path: str) -> None:
         (Path(path) / "weights").write_text("w")
 

@@ -1,0 +1,79 @@
+"""Which keys the run that ``run.dir`` holds can follow, and what it could not know: looked at before any process starts.
+
+Files of the run folder alone, no torch; ``began_with`` compares models, tokenizer and rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rlx.config.load import ConfigError, read_tree
+from rlx.config.resume import REFUSED, Change, compare, refusal
+from rlx.config.schema import Config
+from rlx.driver.checkpoint import SavedRun, newest_checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """A run that goes on: its checkpoint, and the keys that are not what they were."""
+
+    saved: SavedRun
+    changes: tuple[Change, ...]
+    before: Mapping[str, Any]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user is to see: what is followed, what could not be compared."""
+        examples = self.saved.state.get("examples", {"rows": ""})
+        unknown = {
+            "the configuration": not self.before,
+            "the models and the tokenizer that the run began with": not self.saved.origin,
+            "the rows of data.train": "rows" not in examples,
+            "the day of its first start (data.template_date)": not _day(self.before),
+        }
+        names = ", ".join(name for name, is_unknown in unknown.items() if is_unknown)
+        older = [f"{self.saved.folder.name} was saved by an older rlx, so these could not be compared: {names}"] if names else []
+        return [*(f"resume with {change}" for change in self.changes), *older]
+
+
+def find_resumption(config: Config) -> Resumption | None:
+    """What ``run.resume=auto`` goes on from; None where a run begins. ConfigError for keys that it cannot follow, or when the
+    checkpoint cannot be read."""
+    try:
+        saved = newest_checkpoint(Path(config.run.dir) / "checkpoints") if config.run.resume == "auto" else None
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    if saved is None:
+        return None
+    before = saved.config or _launched(config)
+    changes = tuple(compare(before, config)) if before else ()
+    where = f"the run that {config.run.dir} holds ({saved.folder.name})"
+    problems = [refusal(change, where) for change in changes if change.effect == REFUSED]
+    if problems:
+        raise ConfigError(problems)
+    return Resumption(saved=saved, changes=changes, before=before)
+
+
+def with_template_date(config: Config) -> Config:
+    """With ``data.template_date`` filled in: the day of the run's first start, today for a run that starts now."""
+    if config.data.template_date is not None:
+        return config
+    known = _day(_launched(config)) if config.run.resume == "auto" else None
+    return replace(config, data=replace(config.data, template_date=known or date.today().isoformat()))
+
+
+def _day(tree: Mapping[str, Any]) -> str | None:
+    found: str | None = tree.get("data", {}).get("template_date")
+    return found
+
+
+def _launched(config: Config) -> Mapping[str, Any]:
+    """The configuration of the last launch into the run folder, empty where there was none."""
+    try:
+        return read_tree(Path(config.run.dir) / "config.yaml")
+    except ConfigError:
+        return {}

@@ -1,0 +1,197 @@
+"""What a launcher finds before it starts a process of a run that goes on: keys, models, tokenizer, data, the day of templates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlx.cluster.preflight import preflight
+from rlx.config.convert import to_tree
+from rlx.config.load import ConfigError, dump_config
+from rlx.config.schema import AlgorithmConfig, Config, DataConfig, FinetuneConfig, ModelConfig, RewardConfig, RunConfig
+from rlx.data.examples import ExampleSource
+from rlx.data.prompts import PromptSource
+from rlx.data.tokenizer import tokenizer_of
+from rlx.driver.checkpoint import write_checkpoint
+from rlx.models.hf.fingerprint import model_fingerprint, origin_of
+
+DAY = "2025-01-31"
+
+
+def make_model(folder: Path, words: str = "abcd", seed: int = 0) -> Path:
+    folder.mkdir()
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 4, "vocab_size": len(words) + 1}
+    more = {
+        "num_key_value_heads": 1,
+        "intermediate_size": 4,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096,
+    }
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **shape, **more}))
+    drawn = torch.Generator().manual_seed(seed)
+    save_file({"a": torch.randn(8, 4, generator=drawn), "b": torch.randn(8, generator=drawn)}, folder / "model.safetensors")
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*words, "?"])}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", chat_template=template).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["rl", "sft"])
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Config:
+    """The configuration of a run of which ``tmp_path / "run"`` holds a checkpoint of step 2."""
+    rows = [{"prompt": "a " * (index + 1), "response": "b", "label": "b"} for index in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config(
+        model=ModelConfig(path=str(make_model(tmp_path / "model"))),
+        data=DataConfig(train=str(tmp_path / "rows.jsonl"), template_date=DAY),
+        reward=RewardConfig(name="exact"),
+        algorithm=AlgorithmConfig(name="grpo", kl_placement="loss", kl_coefficient=0.1),
+        finetune=FinetuneConfig(objective="sft" if request.param == "sft" else "none"),
+        run=RunConfig(dir=str(tmp_path / "run"), resume="auto"),
+    )
+    state: dict[str, Any] = {"step": 2, "seed": 0, "config": to_tree(config), "origin": origin_of(config)}
+    if config.is_finetuning:
+        state["examples"] = ExampleSource(config.examples_path, config, tokenizer_of(config)).state()
+    else:
+        state["prompts"] = PromptSource(config.data, tokenizer_of(config), 0).state()
+    write_checkpoint(tmp_path / "run" / "checkpoints", 2, state, lambda folder: None, keep=1)
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    return config
+
+
+def with_model(config: Config, **keys: Any) -> Config:
+    return replace(config, model=replace(config.model, **keys))
+
+
+def with_data(config: Config, **keys: Any) -> Config:
+    return replace(config, data=replace(config.data, **keys))
+
+
+def refused(config: Config) -> str:
+    with pytest.raises(ConfigError) as error:
+        preflight(config)
+    return str(error.value)
+
+
+def test_the_same_run_goes_on_wherever_its_files_are(saved: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preflight(saved) == saved
+    assert capsys.readouterr().err == ""
+    for name in ("model", "rows.jsonl", "run"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    moved = with_data(with_model(saved, path=str(tmp_path / "moved-model")), train=str(tmp_path / "moved-rows.jsonl"))
+    moved = replace(moved, run=replace(moved.run, dir=str(tmp_path / "moved-run")))
+    assert preflight(moved) == moved
+    said = capsys.readouterr().err
+    assert f"rlx: resume with model.path: {tmp_path}/model -> {tmp_path}/moved-model" in said and "data.train" in said
+
+
+def test_what_takes_effect_is_told_and_a_refused_key_is_an_error(saved: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    faster = replace(saved, optimizer=replace(saved.optimizer, lr=0.5), run=replace(saved.run, steps=7))
+    assert preflight(faster) == faster
+    assert capsys.readouterr().err.splitlines() == [
+        "rlx: resume with run.steps: 100 -> 7",
+        "rlx: resume with optimizer.lr: 1e-06 -> 0.5",
+    ]
+    assert "run.seed: 4, but 0 in the run that" in refused(replace(saved, run=replace(saved.run, seed=4)))
+
+
+@pytest.mark.parametrize(
+    ("change", "part"), [({"seed": 1}, "weights"), ({"words": "abcde"}, "config.json"), ({"words": "abdc"}, "tokenizer")]
+)
+def test_another_model_or_vocabulary_is_refused(saved: Config, tmp_path: Path, change: dict[str, Any], part: str) -> None:
+    other = make_model(tmp_path / "other", **change)
+    said = refused(with_model(saved, path=str(other)))
+    assert said.startswith("model.path: ") and part in said and "begin a new run" in said
+    shutil.rmtree(tmp_path / "model")
+    other.rename(tmp_path / "model")  # other files under the same name
+    assert part in refused(saved)
+
+
+def test_another_reference_is_followed_where_it_is_asked_for(saved: Config, tmp_path: Path) -> None:
+    if saved.is_finetuning:
+        return
+    other = make_model(tmp_path / "other", seed=1)
+    assert preflight(with_model(saved, reference_path=str(other))).model.reference_path == str(other)
+
+
+def _swap(rows: list[str]) -> list[str]:
+    return [*rows[1:], rows[0]]
+
+
+@pytest.mark.parametrize("edit", [lambda rows: rows[:5], _swap, lambda rows: [*rows[:5], rows[0]]])
+def test_other_rows_are_refused(saved: Config, tmp_path: Path, edit: Callable[[list[str]], list[str]]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(edit(file.read_text().splitlines(keepends=True))))
+    assert f"data.train: {file} is not what it was when the state was saved" in refused(saved)
+
+
+def test_a_limit_is_followed_unless_it_changes_which_rows_are_used(saved: Config) -> None:
+    def limited(num: int) -> Config:
+        if saved.is_finetuning:
+            return replace(saved, finetune=replace(saved.finetune, max_tokens=num))
+        return with_data(saved, max_prompt_tokens=num)
+
+    assert preflight(limited(50)) == limited(50)
+    key = "finetune.max_tokens" if saved.is_finetuning else "data.max_prompt_tokens"
+    assert f"(changed: {key}: 1024 -> 4)" in refused(limited(4))
+
+
+def test_the_day_of_templates_is_that_of_the_first_start(saved: Config, tmp_path: Path) -> None:
+    anew = with_data(saved, template_date=None)
+    assert preflight(anew).data.template_date == DAY
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # ended before its first checkpoint
+    assert preflight(anew).data.template_date == DAY
+    fresh = replace(anew, run=replace(anew.run, resume="never", overwrite=True))
+    assert preflight(fresh).data.template_date == date.today().isoformat()
+
+
+def test_an_older_checkpoint_goes_on_with_a_line_about_what_is_not_known(
+    saved: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = (tmp_path / "run").glob("checkpoints/*/driver.json")
+    state = json.loads(file.read_text())
+    del state["config"], state["origin"]
+    state.get("examples", {}).pop("rows", None)
+    file.write_text(json.dumps(state))
+    assert "data.shuffle: false, but true" in refused(with_data(saved, shuffle=False))  # RUN_DIR/config.yaml knows
+    (tmp_path / "run" / "config.yaml").unlink()
+    capsys.readouterr()
+    assert preflight(with_data(saved, template_date=None)).data.template_date == date.today().isoformat()
+    said = capsys.readouterr().err
+    assert "could not be compared: the configuration, the models and the tokenizer" in said and "data.template_date" in said
+    assert ("the rows of data.train" in said) == saved.is_finetuning
+
+
+def test_a_broken_checkpoint_is_named(saved: Config, tmp_path: Path) -> None:
+    (file,) = (tmp_path / "run").glob("checkpoints/*/driver.json")
+    file.write_text("{")
+    assert str(file) in refused(saved)
+
+
+def test_a_model_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "whole")
+    weights = {"a": torch.arange(32.0).view(8, 4), "b": torch.arange(8.0)}
+    save_file(weights, folder / "model.safetensors")
+    whole = model_fingerprint(str(folder))
+    parts = make_model(tmp_path / "parts")
+    (parts / "model.safetensors").unlink()
+    for name, tensor in weights.items():
+        save_file({name: tensor}, parts / f"{name}.safetensors")
+    (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {n: f"{n}.safetensors" for n in weights}}))
+    assert model_fingerprint(str(parts)) == whole
+    save_file(weights | {"b": weights["b"].bfloat16()}, folder / "model.safetensors")
+    changed = model_fingerprint(str(folder))
+    assert changed["config.json"] == whole["config.json"] and changed["tensors"] != whole["tensors"]
