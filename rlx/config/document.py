@@ -17,8 +17,8 @@ Every key, as written in a YAML file or given as `section.key=value` on the comm
 `python -m rlx.config.document > docs/config.md`.
 
 A file may begin with `defaults: [other.yaml]`, paths relative to the file, whose keys come first and yield to the file's
-own. `${section.key}` refers to another key. `rlx check CONFIG.yaml [key=value ...]` reports every problem at once
-and prints the resolved tree.
+own. Every other path is relative to the folder that the command is started in. `${section.key}` refers to another key.
+`rlx check CONFIG.yaml [key=value ...]` reports every problem at once and prints the resolved tree.
 
 The last column says what becomes of a key that is changed before a run goes on ([resuming.md](resuming.md)).
 """
