@@ -96,7 +96,7 @@ class EngineProcess:
     log: Path = field(default_factory=Path)
     pipe: int = -1
 
-    def wait_ready(self, limit_s: float = 90.0) -> None:
+    def wait_ready(self, limit_s: float = 300.0) -> None:
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], limit_s)
         line = self.process.stdout.readline().decode() if ready else ""
