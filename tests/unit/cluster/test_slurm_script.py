@@ -163,7 +163,7 @@ def test_container(config: Path, capsys: pytest.CaptureFixture[str], runtime: st
     assert str(image) in script and ",/data\n" in script
     assert ("--container-image=" in script) == (runtime == "pyxis")
     assert ("apptainer exec --nv --cleanenv" in script) == (runtime == "apptainer")
-    assert "export PYTHON=python3 " in script and sys.executable not in script, "the container's own interpreter"
+    assert " PYTHON=python3 " in script and sys.executable not in script, "the container's own interpreter"
     assert "LD_LIBRARY_PATH" not in script
 
 
