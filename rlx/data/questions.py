@@ -65,7 +65,7 @@ def read_questions(
             questions.append(question)
         if fate is not None:
             counts[fate] += 1
-    _refuse_nothing(source, data, counts.total(), len(questions))
+    _refuse_nothing(source, data, counts.total() + len(questions), len(questions))
     return questions, counts
 
 
