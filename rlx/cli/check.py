@@ -69,12 +69,17 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _look(config: Config, num_rows: int | None, owns_process: bool) -> None:
-    """Everything that ``rlx train`` looks at; ConfigError lists what is wrong. A process of our own does it without torch."""
+    """Everything that ``rlx train`` looks at; ConfigError lists what is wrong. What this machine and this run folder are in the
+    way of is a warning. A process of our own does it without torch."""
     with torch_hidden() if owns_process and not _loads_models(config.reward) else nullcontext():
         preflight = import_module("rlx.cluster.preflight")
     found = preflight.inspect(config, num_rows)
-    for problem in preflight.environment_problems(config):
-        found.warnings.append(f"{problem} (no matter if the run is on another machine)")
+    found.warnings += preflight.environment_problems(config)
+    for look, told in ((preflight.check_run_dir, found.warnings), (preflight.find_resumption, found.problems)):
+        try:
+            look(config)
+        except ConfigError as error:
+            told += error.problems
     found.say_warnings()
     if found.problems:
         raise ConfigError(found.problems)

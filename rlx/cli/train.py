@@ -13,7 +13,6 @@ from rlx.cluster.ray.address import find_cluster, prepare_environment
 from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
 from rlx.processes.environment import hide_gpus
-from rlx.processes.rundir import check_run_dir
 
 _STARTS = "launch/torchrun.sh and rlx launch slurm"
 
@@ -37,10 +36,9 @@ def start(path: str, overrides: Sequence[str], command: str) -> int:
             key = f"finetune.objective: {config.finetune.objective}" if config.is_finetuning else "evaluation.only"
             raise ConfigError([f"{key} is not for rlx {command}; use rlx {config.command}"])
         hide_gpus(config.cluster.device)
-        config = preflight(config)
         if config.cluster.launcher == "torchrun":
             raise ConfigError([f"cluster.launcher: torchrun is not started by rlx {command}; see {_STARTS}"])
-        check_run_dir(config)
+        config = preflight(config)
         return _run_ray(config) if config.cluster.launcher == "ray" else run_local(config)
     except ConfigError as error:
         for problem in error.problems:

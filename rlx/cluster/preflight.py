@@ -28,6 +28,7 @@ from rlx.data.examples import check_examples
 from rlx.data.prompts import check_prompts
 from rlx.data.rows import Look
 from rlx.data.tokenizer import tokenizer_of
+from rlx.processes.rundir import check_run_dir
 from rlx.rewards.base import check_prompt
 from rlx.rewards.registry import label_use, make_verifier
 
@@ -39,6 +40,7 @@ def preflight(config: Config) -> Config:
     Raises ConfigError with everything found wrong that the configuration alone does not show. Warnings, and what is different
     in a run that goes on, are told on standard error.
     """
+    check_run_dir(config)  # before rows are read, which may take minutes
     config = with_template_date(config)
     found = inspect(config)
     found.say_warnings()

@@ -27,10 +27,6 @@ def log_path(run_dir: Path, role: str, rank: int, node: int = 0) -> Path:
 def check_run_dir(config: Config) -> None:
     """Change nothing; ConfigError when the folder holds a run that this launch would write over or mix with."""
     run_dir = Path(config.run.dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError([f"run.dir: {run_dir} is a file; name a folder"])
-    if config.run.overwrite and config.run.resume == "auto":
-        raise ConfigError(["run.overwrite=true removes what run.resume=auto would go on from; choose one"])
     begins_anew = config.run.resume == "never" and not config.run.overwrite and not config.evaluation.only
     if begins_anew and (run_dir / "metrics.jsonl").exists():
         raise ConfigError(

@@ -33,6 +33,10 @@ def check(config: Config, *, on_paper: bool = False) -> list[str]:
 
 def _outputs(config: Config) -> Iterator[str]:
     """Whether there can be files of these names: no loop of links, no file as a folder, no name too long."""
+    if config.run.overwrite and config.run.resume == "auto":
+        yield "run.overwrite: true removes what run.resume=auto would go on from; choose one"
+    if os.path.isfile(config.run.dir):
+        yield f"run.dir: {config.run.dir} is a file; name a folder"
     for key, path in (("run.dir", config.run.dir), ("sync.dir", config.sync.dir), ("rollout.record", config.rollout.record)):
         try:
             os.stat(path or ".")

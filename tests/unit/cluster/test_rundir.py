@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from rlx.config.checks.contradictions import check
 from rlx.config.load import ConfigError
 from rlx.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig, RewardConfig, RunConfig
-from rlx.processes.rundir import check_run_dir, open_run_dir
+from rlx.processes.rundir import open_run_dir
+from tests.tiny import write_model
 
 
 def config_for(run_dir: Path, **run: object) -> Config:
@@ -54,11 +56,12 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_contradiction_and_file_in_the_way(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="choose one"):
-        check_run_dir(config_for(tmp_path, overwrite=True, resume="auto"))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
-        check_run_dir(config_for(tmp_path / "file"))
+    model, rows = write_model(tmp_path / "model"), tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1"}')
+    run = replace(config_for(rows), model=ModelConfig(path=str(model)), data=DataConfig(train=str(rows)))
+    assert [line.partition(":")[0] for line in check(run)] == ["run.dir"]
+    both = replace(run, run=RunConfig(dir=str(tmp_path / "run"), overwrite=True, resume="auto"))
+    assert [line.partition(":")[0] for line in check(both)] == ["run.overwrite"]
     with pytest.raises(ConfigError, match="cannot write"), open_run_dir(config_for(Path("/proc/nowhere/run"))):
         pass
 
