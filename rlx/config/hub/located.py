@@ -58,7 +58,9 @@ def located(config: Config, problems: Problems) -> Config:
         return model_folder(key, name, weights=key != "model.tokenizer_path")
 
     def places(section: str, rows: Mapping[str, Place]) -> dict[str, Place]:
-        return {name: replace(row, path=at(f"{section}.{name}.path", row.path, data_path)) for name, row in rows.items()}
+        return {
+            name: replace(row, path=at(f"{section}.{name}.path", row.path, data_path) or row.path) for name, row in rows.items()
+        }
 
     found: dict[str, Any] = {key: at(f"model.{key}", getattr(config.model, key), model) for key in _MODELS}
     data, evaluation = config.data, config.evaluation
