@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 from converters.books import Books
 from converters.cli import layout_of, parser
 from converters.plan import DTYPES
-from converters.source import described_by, find_companions, resolve
+from converters.source import described_by, find_companions
 from rlx.arch.architecture import parse_config_json
+from rlx.config.hub.located import model_folder
 from rlx.config.utf8 import enter_utf8_mode
 from rlx.models.hf.whole import LOADABLE
 
@@ -62,7 +63,7 @@ def _prepare(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
         return _prepare_to_hf(args, stack)
     if args.dry_run:
         return _prepare_estimate(args)
-    source = resolve(args.hf)
+    source = model_folder("--hf", args.hf)
     companions = find_companions(source, args.config, args.tokenizer)
     if args.dtype or args.verify:
         importlib.import_module("torch")  # here before the other process starts, so that it is imported once
@@ -92,7 +93,7 @@ def _prepare_to_hf(args: argparse.Namespace, stack: ExitStack) -> Callable[[], i
 
 
 def _prepare_estimate(args: argparse.Namespace) -> Callable[[], int]:
-    file = Path(args.config) if args.config else resolve(args.hf) / "config.json"
+    file = Path(args.config) if args.config else model_folder("--hf", args.hf) / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing; name the model's configuration with --config FILE")
     arch = described_by(file)

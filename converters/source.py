@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ from rlx.models.hf.companions import Companions
 from rlx.models.hf.files import HEAD, HfFiles, refuse_untied
 from rlx.models.hf.whole import tensor_problems
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 NO_TOKENIZER = "none"
 # Recomputed from the configuration by every reader.
@@ -29,18 +27,6 @@ def described_by(file: Path) -> Architecture:
     except ValueError as error:
         names = config.get("architectures")
         raise ValueError(f"{file}: {error}{f' (architectures: {names})' if names else ''}") from error
-
-
-def resolve(name: str) -> Path:
-    """A folder as it is; anything of the form owner/name is downloaded from the hub (with its progress bars)."""
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not _HUB_ID.fullmatch(name):
-        raise ValueError(f"--hf {name}: no such folder, and no hub id of the form owner/name")
-    # A module of its own because the hub's client takes long to import, and most conversions start from a folder.
-    downloaded: Path = importlib.import_module("converters.hub").download(name)
-    return downloaded
 
 
 def find_companions(folder: Path, config: str | None, tokenizer: str | None) -> Companions:

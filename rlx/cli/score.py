@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from math import lcm
 from pathlib import Path
@@ -11,7 +11,9 @@ from pathlib import Path
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
 from rlx.arch.layout import layout_problems
+from rlx.config.hub.located import model_folder
 from rlx.config.load import ConfigError
+from rlx.data.rows import placed, read_jsonl
 from rlx.models.hf.whole import check_weights
 from rlx.processes.environment import hide_gpus
 from rlx.processes.local_ranks import run_local_ranks, this_module
@@ -19,7 +21,7 @@ from rlx.types.layout import ParallelDims
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder or converted Megatron checkpoint")
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder, hub id, or converted checkpoint")
     parser.add_argument("--tokens", required=True, type=Path, metavar="IN.jsonl", help='{"input_ids": [...]} a line')
     parser.add_argument("--out", required=True, type=Path, metavar="OUT.jsonl", help='{"logprobs": [...]} a line, length L-1')
     for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
@@ -32,11 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     try:
+        args.model = str(model_folder("--model", args.model))
         arch = read_architecture(args.model)
         read_sequences(args.tokens, arch)
         check_weights(args.model, arch)
         num_ranks = dims_of(args, arch).world_size
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         raise ConfigError([str(error)]) from error
     argv = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key in _OPTIONS and value is not None]
     hide_gpus(args.device)
@@ -66,20 +69,15 @@ def dims_of(args: argparse.Namespace, arch: Architecture) -> ParallelDims:
 
 def read_sequences(file: Path, arch: Architecture) -> list[list[int]]:
     """The sequences of an input file. ValueError names the line that is not what it should be."""
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ValueError(f"--tokens: no such file: {file}")
     sequences = []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-        try:
-            tokens = json.loads(line)["input_ids"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{file}:{number}: expected {{"input_ids": [...]}}: {error!r}') from error
+    for where, row in read_jsonl(file):
+        tokens = row.get("input_ids")
         if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
-            raise ValueError(f"{file}:{number}: input_ids must be a list of at least one whole number")
-        try:
+            raise ValueError(f"{where}: input_ids must be a list of at least one whole number")
+        with placed(where):
             arch.check_ids(tokens)
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: {error}") from error
         sequences.append(tokens)
     if not sequences:
         raise ValueError(f"{file} holds no lines")

@@ -24,6 +24,7 @@ from typing import NoReturn
 import torch
 import uvicorn
 
+from rlx.config.hub.located import model_folder
 from rlx.obs.log import log_failure, logger, phase, start_log
 from rlx.processes.environment import hide_gpus
 from rlx.rollout.embedded.api import Api
@@ -43,7 +44,11 @@ def main(args: argparse.Namespace) -> int:
     """Serve until told to end, then end the process; returns the exit status only when it cannot begin."""
     start_log("engine", args.rank)
     hide_gpus(args.device)
-    problem = _usage_problem(args)
+    try:
+        args.model = model_folder("--model", str(args.model))
+        problem = _usage_problem(args)
+    except (ValueError, ConnectionError) as error:
+        problem = str(error)
     if problem:
         print(f"rlx serve: {problem}", file=sys.stderr)
         return 2
@@ -69,8 +74,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _usage_problem(args: argparse.Namespace) -> str | None:
-    if not args.model.is_dir():
-        return f"--model {args.model}: no such folder"
     if not (args.model / "config.json").is_file():
         return f"--model {args.model}: no config.json in it; wanted a Hugging Face folder"
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -134,7 +134,8 @@ def _agree(
     if place.rank:
         return agreed_run(store, meeting)
     try:
-        config = preflight(_load(path, overrides, place))
+        with at_work(store, meeting):
+            config = preflight(_load(path, overrides, place))
         check_spanning(config, seats_of(config, _machines(config, place, meeting)))
         run_dir = stack.enter_context(open_run_dir(config))
     except (ConfigError, PlacementError) as error:
@@ -148,9 +149,16 @@ def _agree(
 
 
 def agreed_run(store: TCPStore, meeting: Rendezvous) -> Path:
-    """The run folder that rank 0 made; SystemExit(2) when it refused the configuration."""
-    key = _run_key(meeting)
-    store.wait([key], timedelta(seconds=MEET_S))
+    """The run folder that rank 0 made, once it is done with models and data; SystemExit(2) when it refused the configuration."""
+    key, beats = _run_key(meeting), 0
+    while True:
+        try:
+            store.wait([key], timedelta(seconds=MEET_S))
+            break
+        except RuntimeError:
+            seen, beats = beats, store.add(_beat_key(meeting), 0)
+            if beats == seen:
+                raise
     found = json.loads(store.get(key))
     if found["problems"]:
         store.add(_TOLD_KEY, 1)
@@ -158,6 +166,24 @@ def agreed_run(store: TCPStore, meeting: Rendezvous) -> Path:
     run_dir = Path(found["run_dir"])
     wait_for_shared(run_dir / "config.yaml")
     return run_dir
+
+
+@contextmanager
+def at_work(store: TCPStore, meeting: Rendezvous) -> Iterator[None]:
+    """Rank 0 may download a model or read millions of rows in here: the others see it count, and wait on."""
+    done = threading.Event()
+
+    def count() -> None:
+        while not done.wait(MEET_S / 10):
+            store.add(_beat_key(meeting), 1)
+
+    counting = threading.Thread(target=count, daemon=True)
+    counting.start()
+    try:
+        yield
+    finally:
+        done.set()
+        counting.join()
 
 
 def _wait_until_told(store: TCPStore, num_ranks: int) -> None:
@@ -169,6 +195,10 @@ def _wait_until_told(store: TCPStore, num_ranks: int) -> None:
 
 def _run_key(meeting: Rendezvous) -> str:
     return f"rlx/run/{meeting.attempt}"
+
+
+def _beat_key(meeting: Rendezvous) -> str:
+    return f"rlx/at-work/{meeting.attempt}"
 
 
 def _load(path: str, overrides: Sequence[str], place: RankEnvironment) -> Config:

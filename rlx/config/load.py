@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlx.config.checks.contradictions import check
 from rlx.config.convert import Problems, to_config, to_tree
+from rlx.config.hub.located import located
 from rlx.config.schema import Config
 
 
@@ -35,10 +36,13 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), arc
     """The checked configuration of ``path`` under ``overrides`` (``section.key=value``, value in YAML).
 
     Raises ``ConfigError`` listing every problem: unreadable files, unknown keys with the nearest known one, wrong
-    types, values out of range, missing keys, and keys that contradict each other. With ``architectures`` models and
+    types, values out of range, missing keys, and keys that contradict each other. Ids of the hub become paths of local
+    copies. With ``architectures`` models and
     prompts need not be here: what the checks ask of models is read from there, see ``on_paper``.
     """
     config, problems = to_config(read_tree(path, overrides))
+    if architectures is None:
+        config = located(config, problems)
     found = check(on_paper(config, architectures), on_paper=architectures is not None)
     messages = problems.messages + _trusted(found, problems)
     if messages:

@@ -65,11 +65,12 @@ class ModelConfig:
     """The policy's body; reference and critic are built on the same architecture."""
 
     path: str = required(
-        "Hugging Face folder or converted checkpoint of the policy (and of the reference and critic unless named)"
+        "Hugging Face folder, hub id (owner/name) or converted checkpoint of the policy (and of the reference and critic unless"
+        " named)"
     )
-    reference_path: str | None = option(None, "Hugging Face folder of the reference; none: model.path")
-    critic_path: str | None = option(None, "Hugging Face folder of the critic's body; none: model.path")
-    tokenizer_path: str | None = option(None, "tokenizer folder; none: model.path")
+    reference_path: str | None = option(None, "Hugging Face folder or hub id of the reference; none: model.path")
+    critic_path: str | None = option(None, "Hugging Face folder or hub id of the critic's body; none: model.path")
+    tokenizer_path: str | None = option(None, "tokenizer folder or hub id; none: model.path")
     dtype: str = option("fp32", "type of weights and activations", choices=("fp32", "bf16"))
     fp32_head: bool = option(False, "keep the logits of a bf16 output layer in fp32, in trainers and the engines that rlx starts")
     layer_spec: str = option(
@@ -114,7 +115,9 @@ class DataConfig:
     rules."""
 
     train: str | None = option(
-        None, "prompts (or examples) to train on: .jsonl, .parquet or reasoning-gym:TASK; or name data.sources"
+        None,
+        "prompts (or examples) to train on: a .jsonl or .parquet file or a folder of them, owner/name:split of the hub, or"
+        " reasoning-gym:TASK; or name data.sources",
     )
     sources: Mapping[str, SourceConfig] = option({}, "a mixture of prompts instead of data.train: NAME -> source (keys below)")
     prompts_per_step: int = option(8, "prompts of one rollout batch", minimum=1)

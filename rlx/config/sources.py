@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlx.config.options import option, required
@@ -19,7 +21,7 @@ SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 class PromptsConfig:
     """Prompts from one place."""
 
-    path: str = required("a .jsonl or .parquet file, or reasoning-gym:TASK")
+    path: str = required("a .jsonl or .parquet file or a folder of them, owner/name:split of the hub, or reasoning-gym:TASK")
     args: Mapping[str, Any] = option({}, "arguments of a reasoning-gym task: its own, seed and size")
     prompt_key: str | None = option(None, "column of a text prompt")
     messages_key: str | None = option(None, "column of a chat")
@@ -43,6 +45,23 @@ class EvaluationSetConfig(PromptsConfig):
     max_prompts: int | None = option(None, "prompts used", minimum=1)
     samples_per_prompt: int | None = option(None, "answers to each", minimum=1)
     temperature: float | None = option(None, "0 is greedy", minimum=0)
+
+
+def files_of(path: str) -> list[Path]:
+    """The files of a path of data: itself, or those in a folder, by name. ValueError when it is neither."""
+    if os.path.isdir(path):
+        files = sorted(file for file in Path(path).iterdir() if file.suffix in FILE_ENDINGS)
+        if not files:
+            raise ValueError(f"the folder {path} holds no file that ends in {' or '.join(FILE_ENDINGS)}")
+        return files
+    if Path(path).suffix not in FILE_ENDINGS:
+        raise ValueError(
+            f"{path} must end in {' or '.join(FILE_ENDINGS)}, or be a folder of such files, a data set of the hub"
+            f" (owner/name:split) or {TASK_PREFIX}TASK"
+        )
+    if not os.path.isfile(path):
+        raise ValueError(f"no such file {path}")
+    return [Path(path)]
 
 
 def task_name(path: str) -> str | None:

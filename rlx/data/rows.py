@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import cast
 import pyarrow
 import pyarrow.parquet
 
+from rlx.config.sources import files_of
 from rlx.types.rollout import Prompt
 
 Row = dict[str, object]
@@ -66,19 +66,14 @@ def _said(value: object) -> object:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Row]]:
-    """Yield (where, row) for each row of ``path``; ``where`` names file and line for errors. Blank lines are skipped.
+    """Yield (where, row) for each row of ``path``, a file or a folder of files; ``where`` names file and line for errors.
+    Blank lines are skipped.
 
     Raises ValueError for a missing or unreadable file, an unknown suffix, and a line that is no JSON object, nests deeper than
     MAX_DEPTH or holds text that is no Unicode.
     """
-    file = Path(path)
-    if not os.path.isfile(file):
-        raise ValueError(f"file {path} does not exist")
-    if file.suffix == ".jsonl":
-        return read_jsonl(file)
-    if file.suffix == ".parquet":
-        return _read_parquet(file)
-    raise ValueError(f"file {path} must end in .jsonl or .parquet")
+    for file in files_of(path):
+        yield from read_jsonl(file) if file.suffix == ".jsonl" else _read_parquet(file)
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[str, Row]]:

@@ -17,7 +17,7 @@ from rlx.arch.layout import layout_problems
 from rlx.config.algorithm import KL_IN_REWARD, NEEDS_GROUPS
 from rlx.config.finetune import WITH_REFERENCE
 from rlx.config.schema import Config, OptimizerConfig
-from rlx.config.sources import FILE_ENDINGS, SOURCE_NAME, task_name
+from rlx.config.sources import SOURCE_NAME, files_of, task_name
 
 
 def check(config: Config, *, on_paper: bool = False) -> list[str]:
@@ -124,10 +124,10 @@ def _data(config: Config) -> Iterator[str]:
 def _data_file(key: str, path: str) -> Iterator[str]:
     if task_name(path) is not None:
         return  # whether there is such a task is asked of reasoning-gym itself
-    if Path(path).suffix not in FILE_ENDINGS:
-        yield f"{key}: {path} must end in {' or '.join(FILE_ENDINGS)}, or be reasoning-gym:TASK"
-    elif not os.path.isfile(path):
-        yield f"{key}: no such file {path}"
+    try:
+        files_of(path)
+    except (ValueError, OSError) as error:
+        yield f"{key}: {error}"
 
 
 def _rollout(config: Config) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--model", required=True, type=Path, help="Hugging Face folder")
+    parser.add_argument("--model", required=True, type=Path, help="Hugging Face folder or hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", default=0, type=int, help="0: taken from the system")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="type of weights and activations")
