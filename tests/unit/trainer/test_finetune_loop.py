@@ -48,7 +48,9 @@ class FakeModel:
     def export_hf(self, path: str) -> None: ...
 
 
-def make_trainer(folder: Path, objective: str = "dpo", seed: int = 0) -> tuple[FinetuneTrainer, FakeModel]:
+def make_trainer(
+    folder: Path, objective: str = "dpo", seed: int = 0, examples_per_step: int = 3
+) -> tuple[FinetuneTrainer, FakeModel]:
     path = folder / "pairs.jsonl"
     rows = [{"prompt": "a " * (index + 1), "response": "b", "chosen": "b", "rejected": "c"} for index in range(7)]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "response": "", "rejected": "b"}]))
@@ -58,7 +60,7 @@ def make_trainer(folder: Path, objective: str = "dpo", seed: int = 0) -> tuple[F
     config = Config(
         model=ModelConfig(path="m"),
         data=DataConfig(train=str(path)),
-        finetune=FinetuneConfig(objective=objective, examples_per_step=3),
+        finetune=FinetuneConfig(objective=objective, examples_per_step=examples_per_step),
         evaluation=EvaluationConfig(every=2),
         run=RunConfig(seed=seed, steps=5),
     )
@@ -98,3 +100,15 @@ def test_resume_deals_what_would_have_come(tmp_path: Path) -> None:
     assert model.batches[0] == expected.batches[3]
     with pytest.raises(ValueError, match=r"run\.seed=1"):
         make_trainer(tmp_path, seed=1)[0].load_state(first.state())
+
+
+def test_another_batch_size_is_followed_from_the_same_place(tmp_path: Path) -> None:
+    expected, _ = make_trainer(tmp_path)
+    order = expected.source.next(13)
+    first, _ = make_trainer(tmp_path)
+    first.step()
+    second, model = make_trainer(tmp_path, examples_per_step=5)
+    second.load_state(json.loads(json.dumps(first.state())))
+    second.step()
+    dealt = [list(sample.token_ids) for sample in model.batches[0]]
+    assert dealt == [list(side.token_ids) for example in order[3:8] for side in example]
