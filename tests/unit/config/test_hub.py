@@ -16,7 +16,6 @@ from rlx.config.hub.located import data_path, model_folder
 from rlx.config.hub.splits import split_files
 from rlx.config.load import ConfigError, load_config
 from rlx.data.rows import read_rows
-from tests.unit.config.conftest import SHAPE
 from tests.unit.config.hub_server import HubServer, commit_of
 
 
@@ -30,6 +29,16 @@ def parquet(*labels: str) -> bytes:
     return bytes(sink.getvalue())
 
 
+SHAPE = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "hidden_size": 96,
+    "intermediate_size": 240,
+    "vocab_size": 131,
+    "max_position_embeddings": 4096,
+}
 MODEL = {
     "config.json": json.dumps(SHAPE).encode(),
     "model.safetensors": b"weights",
