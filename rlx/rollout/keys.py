@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 
 # What the api key opens; everything else that changes or stops an engine needs the admin key.
-ASKING_PATHS = frozenset({"/generate", "/model_info", "/server_info", "/health", "/v1/models"})
+ASKING_PATHS = frozenset({"/generate", "/classify", "/model_info", "/server_info", "/health", "/v1/models"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlx.config.schema import RewardConfig
+from rlx.rewards.registry import make_verifier
+from rlx.types.rollout import Completion, Prompt
 from tests.dist.checkpoints import VOCAB_SIZE, make_qwen2
 from tests.dist.launch import run_ranks
 from tests.dist.test_invariance import relative
+from tests.unit.rollout_engine.process import start_server
 
 BETA, SMOOTHING, CENTER = 0.3, 0.1, 0.05
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -198,3 +202,22 @@ def test_reward_model_is_a_sequence_classifier(arguments: dict[str, Any], result
     assert found["numbers"]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     assert found["numbers"]["rejected"] == pytest.approx(float(scores[1].detach().mean()), rel=1e-4)
     check_gradients(model, found["grads"])
+
+
+def test_an_engine_gives_the_scores_of_the_trainer(arguments: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:
+    """The reward `model` asks `rlx serve` for the same pairs: prompt and answer make the sequence that was trained on."""
+    server = start_server(Path(arguments["folder"]) / "rm")
+    try:
+        verifier = make_verifier(RewardConfig(name="model", args={"url": server.url}))
+        for side, name in enumerate(("chosen", "rejected")):
+            values = []
+            for number, pair in enumerate(arguments["pairs"]):
+                ids, start = pair[side]["token_ids"], pair[side]["loss_mask"].index(1)
+                prompt = Prompt(prompt_id=number, token_ids=tuple(ids[:start]), text="", label="")
+                answer = Completion(token_ids=tuple(ids[start:]), rollout_logprobs=(), finish_reason="stop", weight_versions=())
+                values.append(verifier(prompt, "", answer).value)
+            trainers = results["rm"][REFERENCE]["held_out"][name]
+            assert sum(values) / len(values) == pytest.approx(trainers, rel=1e-5), name
+    finally:
+        server.process.terminate()
+        assert server.process.wait(10) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,10 +62,19 @@ def engine_config(kind: str, model: Path, folder: Path, *, tp: int = 1, **server
 class RunningEngine:
     """One engine process with keys of its own; ``stop`` ends it."""
 
-    def __init__(self, kind: str, model: Path, folder: Path, *, tp: int = 1, checksums: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str,
+        model: Path,
+        folder: Path,
+        *,
+        tp: int = 1,
+        checksums: bool = False,
+        server_args: Mapping[str, object] | None = None,
+    ) -> None:
         self.kind, self.model, self.tp, self.keys = kind, model, tp, new_keys()
         folder.mkdir(parents=True, exist_ok=True)
-        config = engine_config(kind, model, folder, tp=tp)
+        config = engine_config(kind, model, folder, tp=tp, **(server_args or {}))
         reading, self._writing = os.pipe()
         env = child_environment(config, f"test-{os.getpid()}-{id(self)}", num_engines=1)
         plan = plan_engine(config, EngineSite(index=0, run_dir=folder, parent_pipe=reading, env=env, keys=self.keys))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 VOCAB = 131
 
@@ -54,6 +54,16 @@ def make(family: str, seed: int) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def make_reward_model(family: str, seed: int) -> PreTrainedModel:
+    """As `rlx rm` exports one: one label, its logit the score."""
+    body = make(family, seed)
+    config = body.config
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    model.base_model.load_state_dict(body.base_model.state_dict())
     return model
 
 

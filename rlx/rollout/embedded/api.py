@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from rlx.rollout.embedded.engine import PAUSE_MODES, Engine
 from rlx.rollout.embedded.fields import Fields
-from rlx.rollout.embedded.protocol import RequestParser, answer
+from rlx.rollout.embedded.protocol import CheckedRequest, RequestParser, answer
 from rlx.rollout.embedded.weights import UpdatePlan, WeightStore
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -52,6 +52,7 @@ class Api:
         }
         writes: dict[str, Handler] = {
             "/generate": self.generate,
+            "/classify": self.classify,
             "/pause_generation": self.pause,
             "/continue_generation": self.resume,
             "/abort_request": self.abort,
@@ -77,7 +78,12 @@ class Api:
     # -- generating ------------------------------------------------------------------------------------------------
 
     async def generate(self, request: Request) -> Response:
-        parsed = self._parser.parse(await _body(request))
+        return await self._answer(request, self._parser.parse(await _body(request)))
+
+    async def classify(self, request: Request) -> Response:
+        return await self._answer(request, self._parser.parse_scored(await _body(request)))
+
+    async def _answer(self, request: Request, parsed: CheckedRequest) -> Response:
         if self._engine.released:
             raise ValueError("the weights are released (/release_memory_occupation); resume them first")
         rids = {sequence.rid for sequence in parsed.sequences}
@@ -140,9 +146,10 @@ class Api:
         return Response(status_code=200 if self._engine.alive else 503)
 
     async def health_generate(self, request: Request) -> Response:
-        """Generates one token, unless generation is paused: then being alive is all that can be asked."""
+        """Generates one token (or scores one), unless generation is paused: then being alive is all that can be asked."""
         if self._engine.alive and not self._engine.paused and not self._engine.released:
-            probe = self._parser.parse({"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0}})
+            parse = self._parser.parse if self._engine.info.generates else self._parser.parse_scored
+            probe = parse({"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0}})
             done, _ = await asyncio.wait({asyncio.wrap_future(self._engine.submit(probe.sequences))}, timeout=_HEALTH_LIMIT_S)
             if not done:
                 return Response(status_code=503)
@@ -154,7 +161,7 @@ class Api:
             {
                 "model_path": info.path,
                 "tokenizer_path": info.path,
-                "is_generation": True,
+                "is_generation": info.generates,
                 "preferred_sampling_params": None,
                 "weight_version": self._engine.weight_version,
                 "has_image_understanding": False,

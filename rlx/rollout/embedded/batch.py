@@ -5,6 +5,8 @@ Shapes: B rows, S columns, V vocabulary entries.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -32,7 +34,12 @@ class DecodeBatch:
         return len(self.sequences)
 
     def admit(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Run the prompts of new (or resumed) sequences and take their first token. Returns those that are done by it."""
+        """Run the prompts of new (or resumed) sequences and take their first token, or their scores. Returns those that are done
+        by it."""
+        if not self._model.info.generates:
+            for chunk in _chunks(sequences, _PREFILL_TOKENS):
+                _take_scores(chunk, self._model.scores([sequence.prompt for sequence in chunk]))
+            return sequences
         scored = [sequence for sequence in sequences if sequence.needs_scoring]
         plain = [sequence for sequence in sequences if not sequence.needs_scoring]
         done = []
@@ -105,6 +112,15 @@ def _take_tokens(sequences: list[Sequence], logits_BV: Tensor, columns: Sampling
             sequence.error = "the model's logits are not finite: its weights are broken"
         elif not sequence.done:
             sequence.add(token, logprob)
+
+
+def _take_scores(chunk: list[Sequence], scores: list[list[float]]) -> None:
+    for sequence, found in zip(chunk, scores, strict=True):
+        sequence.scores = found
+        if not all(map(math.isfinite, found)):
+            sequence.error = "the model's scores are not finite: its weights are broken"
+        else:
+            sequence.end_by_length()
 
 
 def _score_prompts(chunk: list[Sequence], rows: npt.NDArray[np.int64], logits_USV: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The model: loading it, and the two forward passes an engine needs (whole prompts, one more token).
+"""The model: loading it, and the forward passes an engine needs (whole prompts, one more token; scores of a reward model).
 
 Knows nothing of requests, scheduling or HTTP. Shapes: B rows, S columns, V vocabulary entries.
 """
@@ -13,18 +13,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from rlx.rollout.embedded.keyvalues import KeyValues, attention_mask, new_cache
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# The architecture's name in config.json says what a folder holds; this is a reward model, or another classifier.
+_CLASSIFIER = "ForSequenceClassification"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What answers about the model need, without the model."""
+    """What answers about the model need, without the model. ``generates`` False: it gives scores, not tokens."""
 
     path: str
     model_type: str
@@ -34,6 +43,7 @@ class ModelInfo:
     end_ids: frozenset[int]
     dtype: str
     device: str
+    generates: bool = True
 
     def at(self, path: str) -> ModelInfo:
         """The same model, loaded from another folder."""
@@ -41,17 +51,23 @@ class ModelInfo:
 
 
 class LanguageModel:
-    """A Hugging Face causal model in evaluation mode on one device; ``without_weights``: random ones until others come."""
+    """A Hugging Face causal model, or sequence classifier, in evaluation mode on one device; ``without_weights``: random ones
+    until others come."""
 
     def __init__(self, folder: Path, dtype: str, device: str, *, without_weights: bool = False) -> None:
         transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        generates = not any(name.endswith(_CLASSIFIER) for name in config.architectures or ())
+        auto: Any = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
         model: Any
         if without_weights:
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])  # type: ignore[no-untyped-call]
+            model = auto.from_config(config, dtype=DTYPES[dtype])
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=DTYPES[dtype], local_files_only=True)
+            model = auto.from_pretrained(folder, config=config, dtype=DTYPES[dtype], local_files_only=True)
+        self._head: Any = model.get_output_embeddings() if generates else getattr(model, "score", None)
+        if not generates and self._head is None:
+            raise ValueError(f"{folder}: {type(model).__name__} has no layer `score`, which reward models end in")
         self.module: torch.nn.Module = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.tokenizer: PreTrainedTokenizerBase | None = _load_tokenizer(folder)
@@ -65,12 +81,13 @@ class LanguageModel:
             end_ids=_end_ids(model, self.tokenizer),
             dtype=dtype,
             device=str(self.device),
+            generates=generates,
         )
 
     def keep_logits_in_fp32(self) -> None:
         """From now on the output layer gives fp32 logits of whatever type its weight has. TypeError where the model ends
         in something else than a linear layer without bias."""
-        layer = self.module.get_output_embeddings()  # type: ignore[operator]
+        layer = self._head
         if type(layer) is not torch.nn.Linear or layer.bias is not None:
             raise TypeError(f"--enable-fp32-lm-head: the model ends in {type(layer).__name__}; wanted Linear without bias")
 
@@ -84,15 +101,24 @@ class LanguageModel:
 
     def prefill(self, prompts: list[list[int]], all_logits: bool) -> tuple[Tensor, KeyValues]:
         """Run whole prompts. Returns their key/values and logits: [B, S, V] left-padded, or [B, V] of the last token."""
-        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        width = int(lengths.max())
-        tokens = np.zeros((len(prompts), width), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, width - len(prompt) :] = prompt
-        positions = np.maximum(np.arange(width) - (width - lengths[:, None]), 0)
+        tokens, positions, lengths = _left_padded(prompts)
         key_values = KeyValues(new_cache(), lengths)
-        logits = self._forward(tokens, positions, attention_mask(lengths, width, self.device), key_values, all_logits)
+        mask = attention_mask(lengths, tokens.shape[1], self.device)
+        logits = self._forward(tokens, positions, mask, key_values, all_logits)
         return (logits if all_logits else logits[:, -1]), key_values
+
+    def scores(self, rows: list[list[int]]) -> list[list[float]]:
+        """The scores (one a label) that a reward model gives each of these token sequences, read at its last token."""
+        tokens, positions, lengths = _left_padded(rows)
+        hidden = self.module.base_model(  # type: ignore[operator]
+            input_ids=torch.from_numpy(tokens).to(self.device),
+            position_ids=torch.from_numpy(positions).to(self.device),
+            attention_mask=attention_mask(lengths, tokens.shape[1], self.device),
+            use_cache=False,
+        ).last_hidden_state[:, -1]
+        # In fp32, as the trainer has it.
+        found: list[list[float]] = torch.nn.functional.linear(hidden.float(), self._head.weight.float()).tolist()
+        return found
 
     def decode(self, tokens: npt.NDArray[np.int64], key_values: KeyValues) -> Tensor:
         """Append one token [B] to every row; returns the logits [B, V] after it."""
@@ -131,6 +157,18 @@ class LanguageModel:
     def reload(self) -> None:
         """Undo ``offload``."""
         self.module.to(self.device)
+
+
+def _left_padded(
+    rows: list[list[int]],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Tokens and positions [B, S] of rows that all end in the last column, and their lengths [B]."""
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    width = int(lengths.max())
+    tokens = np.zeros((len(rows), width), dtype=np.int64)
+    for number, row in enumerate(rows):
+        tokens[number, width - len(row) :] = row
+    return tokens, np.maximum(np.arange(width) - (width - lengths[:, None]), 0), lengths
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -1,4 +1,5 @@
-"""SGLang's ``/generate`` in JSON: requests to sequences, sequences to answers. Pure; knows no engine and no HTTP."""
+"""SGLang's ``/generate`` and ``/classify`` in JSON: requests to sequences, sequences to answers. Pure; knows no engine and no
+HTTP."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "custom_params": (None, {}),
     "stream_interval": (None,),
 }
+_NO_SAMPLING = SamplingParams(max_new_tokens=0, temperature=0.0, top_p=1.0, top_k=-1, stop_ids=frozenset(), seed=0)
 _REFUSED = (
     *("stream", "input_embeds", "image_data", "audio_data", "video_data", "lora_path", "lora_id", "session_params"),
     *("return_hidden_states", "return_routed_experts", "top_logprobs_num", "token_ids_logprob", "custom_logit_processor"),
@@ -45,40 +47,51 @@ _REFUSED = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateRequest:
-    """A checked request. ``as_list``: its answer is a JSON list (several prompts, or several samples of one)."""
+class CheckedRequest:
+    """``as_list``: its answer is a JSON list (several prompts, or several samples of one)."""
 
     sequences: list[Sequence]
     as_list: bool
 
 
 class RequestParser:
-    """Checks ``/generate`` bodies against one model; ``fresh_seed`` gives the seed of requests that name none."""
+    """Checks bodies against one model; ``fresh_seed`` gives the seed of requests that name none."""
 
     def __init__(self, info: ModelInfo, tokenizer: PreTrainedTokenizerBase | None, fresh_seed: Callable[[], int]) -> None:
         self._info = info
         self._tokenizer = tokenizer
         self._fresh_seed = fresh_seed
 
-    def parse(self, body: Mapping[str, object]) -> GenerateRequest:
-        """Turn a body into sequences, prompt-major. ValueError says which field is wrong and what would be right."""
-        for name in _REFUSED:
-            if body.get(name):
-                raise ValueError(f"{name} is not supported by the embedded engine")
+    def parse(self, body: Mapping[str, object]) -> CheckedRequest:
+        """Turn a body of ``/generate`` into sequences, prompt-major. ValueError says which field is wrong and what would be
+        right."""
+        if not self._info.generates:
+            raise ValueError("this is a reward model, which gives scores and no tokens; ask /classify")
+        _check_supported(body)
         prompts, batched = self._prompts(body)
         samplings = _spread(body.get("sampling_params"), len(prompts), batched, "sampling_params")
         wants_logprobs = _spread(body.get("return_logprob"), len(prompts), batched, "return_logprob")
         starts = _spread(body.get("logprob_start_len"), len(prompts), batched, "logprob_start_len")
-        rids = _spread(body.get("rid"), len(prompts), batched, "rid")
-        if batched and isinstance(body.get("rid"), str) and len(prompts) > 1:
-            raise ValueError("rid is one text for several prompts; wanted a list of texts")
+        rids = _rids(body, len(prompts), batched)
         sequences: list[Sequence] = []
         for prompt, sampling, wants, start, rid in zip(prompts, samplings, wants_logprobs, starts, rids, strict=True):
             fields = Fields({"return_logprob": wants, "logprob_start_len": start, "rid": rid})
             sequences += self._samples(prompt, {} if sampling is None else sampling, fields)
-        if len({sequence.rid for sequence in sequences}) != len(sequences):
-            raise ValueError("rid names two prompts alike; wanted different texts")
-        return GenerateRequest(sequences=sequences, as_list=batched or len(sequences) > 1)
+        return _checked(sequences, batched)
+
+    def parse_scored(self, body: Mapping[str, object]) -> CheckedRequest:
+        """The same of ``/classify``: a sequence a row, which is to be read and not gone on with."""
+        if self._info.generates:
+            raise ValueError("this is a language model, which gives no scores; /classify asks a reward model")
+        _check_supported(body)
+        rows, batched = self._prompts(body)
+        sequences = []
+        for row, rid in zip(rows, _rids(body, len(rows), batched), strict=True):
+            if len(row) > self._info.context_length:
+                raise ValueError(f"{len(row)} tokens are more than the model's context of {self._info.context_length}")
+            given = Fields({"rid": rid}).text("rid", "")
+            sequences.append(Sequence(rid=given or uuid.uuid4().hex, prompt=row, params=_NO_SAMPLING, return_logprob=False))
+        return _checked(sequences, batched)
 
     def _prompts(self, body: Mapping[str, object]) -> tuple[list[list[int]], bool]:
         ids, text = body.get("input_ids"), body.get("text")
@@ -172,6 +185,24 @@ class RequestParser:
         )
 
 
+def _check_supported(body: Mapping[str, object]) -> None:
+    for name in _REFUSED:
+        if body.get(name):
+            raise ValueError(f"{name} is not supported by the embedded engine")
+
+
+def _rids(body: Mapping[str, object], count: int, batched: bool) -> list[object]:
+    if batched and isinstance(body.get("rid"), str) and count > 1:
+        raise ValueError("rid is one text for several prompts; wanted a list of texts")
+    return _spread(body.get("rid"), count, batched, "rid")
+
+
+def _checked(sequences: list[Sequence], batched: bool) -> CheckedRequest:
+    if len({sequence.rid for sequence in sequences}) != len(sequences):
+        raise ValueError("rid names two prompts alike; wanted different texts")
+    return CheckedRequest(sequences=sequences, as_list=batched or len(sequences) > 1)
+
+
 def _check_keys(sampling: Mapping[str, object]) -> None:
     for name, value in sampling.items():
         if name in _NEUTRAL:
@@ -192,7 +223,6 @@ def _spread(value: object, count: int, batched: bool, name: str) -> list[object]
 
 def answer(sequence: Sequence, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, object]:
     """SGLang's JSON object for one finished sequence."""
-    now = time.time()
     meta: dict[str, object] = {
         "id": sequence.rid,
         "finish_reason": sequence.finish,
@@ -200,13 +230,17 @@ def answer(sequence: Sequence, tokenizer: PreTrainedTokenizerBase | None) -> dic
         "weight_version": sequence.weight_versions[-1][0],
         "weight_versions": _stretches(sequence),
         "num_retractions": sequence.num_retractions,
+        "e2e_latency": time.monotonic() - sequence.started,
+        "response_sent_to_client_ts": time.time(),
+    }
+    if sequence.scores is not None:
+        return {"embedding": sequence.scores, "meta_info": meta}
+    meta |= {
         "reasoning_tokens": 0,
         "completion_tokens": len(sequence.output_ids),
         "cached_tokens": 0,
         "cached_tokens_details": None,
         "dp_rank": None,
-        "e2e_latency": time.monotonic() - sequence.started,
-        "response_sent_to_client_ts": now,
     }
     if sequence.return_logprob:
         meta["input_token_logprobs"] = _input_logprobs(sequence)

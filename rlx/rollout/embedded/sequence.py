@@ -31,6 +31,7 @@ class Sequence:
     logprob_start                 None, or the first prompt token to report in ``input_logprobs``
     input_logprobs                [len(prompt) - 1 - logprob_start] raw log-probs of the prompt's tokens after that one
     weight_versions               (version, end) of each stretch of the output that one version of the weights wrote
+    scores                        a reward model's, one a label
     """
 
     rid: str
@@ -41,6 +42,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[float] = field(default_factory=list)
     input_logprobs: list[float] | None = None
+    scores: list[float] | None = None
     num_retractions: int = 0
     finish: FinishReason | None = None
     error: str | None = None
