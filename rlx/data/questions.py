@@ -56,16 +56,18 @@ def read_questions(
     data = columns_of(source, data)
     counts: Counter[str] = Counter()
     questions: list[Question] = []
+    num_rows = 0
     for where, row in _rows(source, data, default_seed):
         if len(questions) == limit:
             break
+        num_rows += 1
         with placed(where):
             question, fate = _to_question(row, source, data, tokenizer)
         if question is not None:
             questions.append(question)
         if fate is not None:
             counts[fate] += 1
-    _refuse_nothing(source, data, counts.total() + len(questions), len(questions))
+    _refuse_nothing(source, data, num_rows, len(questions))
     return questions, counts
 
 

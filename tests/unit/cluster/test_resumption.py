@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rlx.arch.families.registry import architecture_of
+from rlx.arch.sizes import expected_shapes
 from rlx.cluster.preflight import preflight
 from rlx.config.convert import to_tree
 from rlx.config.load import ConfigError, dump_config
@@ -39,13 +41,17 @@ def make_model(folder: Path, words: str = "abcd", seed: int = 0) -> Path:
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 4096,
     }
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **shape, **more}))
+    config = {"model_type": "qwen2", **shape, **more}
+    (folder / "config.json").write_text(json.dumps(config))
     drawn = torch.Generator().manual_seed(seed)
-    save_file({"a": torch.randn(8, 4, generator=drawn), "b": torch.randn(8, generator=drawn)}, folder / "model.safetensors")
+    shapes = expected_shapes(architecture_of(config))
+    save_file({name: torch.randn(size, generator=drawn) for name, size in shapes.items()}, folder / "model.safetensors")
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*words, "?"])}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", chat_template=template).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", eos_token="?", chat_template=template).save_pretrained(
+        folder
+    )
     return folder
 
 

@@ -42,7 +42,7 @@ def config_of(folder: Path, *, engine: str = "sglang", transport: str = "auto", 
     """Node 0 trains, one engine of four GPUs has the other two."""
     python = folder / "python"
     if not python.exists():
-        python.write_text(f'#!/bin/sh\nexec {sys.executable} -u {SERVER} "$@"\n')
+        python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\nexec {sys.executable} -u {SERVER} "$@"\n')
         python.chmod(0o755)
         (folder / "config.json").write_text(json.dumps(SHAPE))
         (folder / "train.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n')

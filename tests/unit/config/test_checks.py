@@ -215,7 +215,7 @@ def test_reinforcement_learning_needs_a_reward(problems: Problems) -> None:
         (["data.train=null"], ["data.train: required unless data.sources"]),
         (["data.sources.a.path=x.jsonl"], ["data.sources", "leave one of the two out"]),
         (["evaluation.sets.a.path=x.jsonl"], ["evaluation.sets.a.path", "no such file x.jsonl"]),
-        (["evaluation.sets.a.path=x.csv"], ["evaluation.sets.a.path", ".jsonl or .parquet, or be reasoning-gym:TASK"]),
+        (["evaluation.sets.a.path=x.csv"], ["evaluation.sets.a.path", ".jsonl or .parquet", "reasoning-gym:TASK"]),
         (["evaluation.sets.a.path=reasoning-gym:t", "evaluation.sets.a.samples_per_prompt=4"], ["evaluation.sets.a.temperature"]),
         (["evaluation.sets={'a b': {path: 'reasoning-gym:t'}}"], ["evaluation.sets", "'a b'"]),
         (["evaluation.sets.a.tempreature=1", "evaluation.sets.a.path=reasoning-gym:t"], ["evaluation.sets.a.temperature"]),

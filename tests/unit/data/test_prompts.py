@@ -192,7 +192,7 @@ def test_faults_of_a_file_are_named_with_their_line(tmp_path: Path, text: str, m
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("prompt\na\n")
     (tmp_path / "p.parquet").write_text("no parquet")
-    for name, message in [("p.csv", "must end in"), ("p.parquet", "cannot be read as parquet"), ("gone.jsonl", "does not exist")]:
+    for name, message in [("p.csv", "must end in"), ("p.parquet", "cannot be read as parquet"), ("gone.jsonl", "no such file")]:
         with pytest.raises(ValueError, match=message):
             PromptSource(DataConfig(train=str(tmp_path / name)), tokenizer_of(), seed=0)
 

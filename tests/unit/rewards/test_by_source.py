@@ -28,8 +28,13 @@ from rlx.types.rollout import (
 class Tokenizer:
     """As much of a tokenizer as a text prompt asks for."""
 
-    def encode(self, text: str) -> list[int]:
+    bos_token_id = None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(letter) for letter in text]
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"a": ord("a")}
 
 
 class Scorer(BaseHTTPRequestHandler):

@@ -28,12 +28,12 @@ def config_of(**rollout: object) -> Config:
 
 
 def test_command_of_an_embedded_engine() -> None:
-    arguments = {"max_total_tokens": 4096, "quiet": True, "verbose": False, "names": ["a", "b"], "seed": None}
+    arguments = {"max_running": 4096, "await_weights": True, "enable_fp32_lm_head": False, "seed": None}
     config = config_of(num_engines=2, server_args=arguments)
     got = engine_command(config, index=1, port=0, python="/v/python", parent_pipe=7)
     want = "/v/python -m rlx.cli.serve --model /models/tiny --port 0 --dtype bf16"
     want += " --rank 1 --device cpu --weight-timeout-s 77.0 --threads 3 --parent-pipe 7"
-    assert got == [*want.split(), "--max-total-tokens", "4096", "--quiet", "--names", "a", "b"]
+    assert got == [*want.split(), "--max-running", "4096", "--await-weights"]
 
 
 def test_the_engine_may_have_a_dtype_of_its_own() -> None:
@@ -66,7 +66,7 @@ def test_a_server_argument_wins_over_the_fp32_head() -> None:
 
 @pytest.mark.parametrize("name", ["port", "parent_pipe", "parent-pipe", "model", "dtype"])
 def test_arguments_of_our_own_cannot_be_overridden(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"rollout\.server_args\.{name}"):
+    with pytest.raises(ValueError, match=rf"rollout\.server_args\.{name.replace('-', '_')}"):
         engine_command(config_of(server_args={name: 1}), index=0, port=0, python="py", parent_pipe=None)
 
 
