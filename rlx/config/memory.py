@@ -45,8 +45,9 @@ def estimate(config: Config, sizes: Sizes) -> Estimate:
     dense, experts = _stage(config, sizes, etp)
     dense_copies = ranks // (layout.tp * layout.pp) if config.optimizer.distributed else 1
     expert_copies = ranks // (etp * layout.ep * layout.pp) if config.optimizer.distributed else 1
-    optimizer = state * (dense / dense_copies + experts / max(1, expert_copies))
-    weights, gradients = width * (dense + experts), 4 * (dense + experts)
+    trains = 0 if config.evaluation.only else 1
+    optimizer = trains * state * (dense / dense_copies + experts / max(1, expert_copies))
+    weights, gradients = width * (dense + experts), trains * 4 * (dense + experts)
     others = weights if config.has_reference else 0
     if config.trains_critic:
         others += weights + gradients + optimizer

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rlx.cluster.preflight import preflight
+from rlx.config.load import load_config
 from rlx.obs.metrics import read_metrics
-from tests.e2e.job import demo_overrides, gpu_machine, make_demo, numbers, rlx
+from rlx.rewards.registry import make_verifier
+from rlx.types.rollout import Completion, Prompt
+from tests.e2e.job import ROOT, demo_overrides, gpu_machine, make_demo, numbers, rlx
 from tests.unit.obs.test_glossary import unexplained
 
 
@@ -121,3 +128,21 @@ def test_chat_without_a_template_is_refused(demo: Path, tmp_path: Path) -> None:
     done = rlx("train", *demo_overrides(demo, tmp_path / "run", 2), *options, check=False)
     assert done.returncode == 2
     assert "chat template" in done.stderr and "data.chat_template" in done.stderr
+
+
+def test_first_task_of_the_docs_is_in_order(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files as they stand: the rows are written, twenty lines of configuration pass every check, the reward judges."""
+    (tmp_path / ".demo").symlink_to(demo)
+    (tmp_path / "my-task").mkdir()
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "first-task.md").read_text()
+    for path, text in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", page, re.DOTALL):
+        (tmp_path / path).write_text(text)
+    assert len((tmp_path / "my-task" / "run.yaml").read_text().splitlines()) <= 20
+    subprocess.run([sys.executable, "my-task/rows.py"], check=True)
+    config = preflight(load_config("my-task/run.yaml"))
+    assert config.evaluation.data is not None and config.reward.name == "my-task/reward.py:score"
+    prompt = Prompt(prompt_id=0, token_ids=(1,), text="next 7 =", label="6")
+    answer = Completion(token_ids=(1,), rollout_logprobs=(0.0,), finish_reason="stop", weight_versions=(0,))
+    verdicts = [make_verifier(config.reward)(prompt, text, answer) for text in (" 6", " 6 7", " 8")]
+    assert [verdict.value for verdict in verdicts] == [1.0, 0.5, 0.5] and verdicts[1].parts == {"right": 1.0, "short": 0.0}

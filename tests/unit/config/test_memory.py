@@ -89,6 +89,14 @@ def test_fine_tuning_holds_what_it_trains() -> None:
     assert all(one.engine_weights == 0 for one in found.values())
 
 
+def test_an_evaluation_alone_holds_weights() -> None:
+    config = paper("qwen2.5-7b")
+    only = replace(config, evaluation=replace(config.evaluation, only=True))
+    trains, reads = (estimate(one, sizes_of(read_architecture(one.model.path))) for one in (config, only))
+    assert trains.other_models > reads.other_models == reads.gradients == reads.optimizer == 0
+    assert reads.weights == trains.weights and reads.engine_weights == trains.engine_weights
+
+
 def test_experts_are_split_over_ep_and_pipelines_take_the_fullest_stage() -> None:
     sizes = sizes_of(read_architecture(ARCHITECTURES / "DeepSeek-V3"))
     config = paper("deepseek-v3")
