@@ -328,7 +328,7 @@ def test_bad_input_is_named(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("not empty", ["not empty", "--out"]), ("tp 3", ["--tp 3", "4 attention heads"]), ("no checkpoint", [".metadata"])],
+    [("not empty", ["not empty", "--out"]), ("tp 3", ["--tp: 3", "4 attention heads"]), ("no checkpoint", [".metadata"])],
 )
 def test_bad_usage_is_named(bench: Bench, name: str, words: list[str]) -> None:
     outcome = bench.outcomes[name]

@@ -28,21 +28,22 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")  # as transformers writes it now, and as 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Companions:
     """The small files of the model in ``folder``, but for its configuration (the file ``config``), its tokenizer (the folder
-    ``tokenizer``; None: none) and its chat template (a Jinja file; None: the tokenizer's own)."""
+    ``tokenizer``; None: none) and its chat template (Jinja; None: the tokenizer's own)."""
 
     folder: Path
     config: Path
     tokenizer: Path | None
-    chat_template: Path | None = None
+    chat_template: str | None = None
 
     @classmethod
     def of(cls, folder: str | Path, tokenizer: str | Path | None = None, chat_template: str | Path | None = None) -> Self:
-        """A model folder's own, but for the tokenizer's folder and the template that are named."""
+        """A model folder's own, but for the tokenizer's folder and the template's file that are named. The template is read now:
+        it is that of a run that may go on for days."""
         return cls(
             folder=Path(folder),
             config=Path(folder) / "config.json",
             tokenizer=Path(tokenizer or folder),
-            chat_template=None if chat_template is None else Path(chat_template),
+            chat_template=None if chat_template is None else Path(chat_template).read_text(encoding="utf-8"),
         )
 
     def write(self, target: Path, dtype: str) -> None:
@@ -54,7 +55,7 @@ class Companions:
             if file.name.startswith(_OF_TOKENIZERS):
                 shutil.copy(file, target / file.name)
         if self.chat_template is not None:
-            _write_chat_template(target, self.chat_template.read_text(encoding="utf-8"))
+            _write_chat_template(target, self.chat_template)
         generation = self.config.parent / "generation_config.json"
         if generation.is_file() and not (target / generation.name).exists():
             shutil.copy(generation, target / generation.name)
