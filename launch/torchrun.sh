@@ -67,5 +67,5 @@ if ((status == 0)) && [[ -s $RLX_REQUEUE_FILE ]]; then
   exit 75
 fi
 # Below torchrun's own account: what the rank that failed first had to say.
-((status == 0)) || head -n 3 "$RLX_CAUSE_FILE" 2>/dev/null >&2
+((status == 0)) || head -n 3 "$RLX_CAUSE_FILE" >&2 2>/dev/null
 ((status == 0)) || exit "${ended:-$status}"

@@ -181,7 +181,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
     """Every token that ends an answer: by config.json, generation_config.json and the tokenizer."""
     found: set[int] = set()
-    generation = model.generation_config
+    generation = getattr(model, "generation_config", None)  # a reward model has none
     for value in (
         model.config.get_text_config(decoder=True).eos_token_id,
         generation.eos_token_id if generation is not None else None,
