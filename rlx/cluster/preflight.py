@@ -29,7 +29,7 @@ from rlx.data.prompts import check_prompts
 from rlx.data.rows import Look
 from rlx.data.tokenizer import tokenizer_of
 from rlx.processes.rundir import check_run_dir
-from rlx.rewards.base import check_prompt
+from rlx.rewards.base import Verifier, check_prompt
 from rlx.rewards.registry import label_use, make_verifier
 
 
@@ -137,12 +137,13 @@ class _Inspection:
 
     def _prompts(self) -> None:
         config = self._config
-        verifier = make_verifier(config.reward)
+        made: list[Verifier] = []
+        self._found.attempt(lambda: made.append(make_verifier(config.reward)))
         # Millions of prompts that no evaluation asks need not be read.
         read = replace(config, data=replace(config.data, train=None, sources={})) if config.evaluation.only else config
         look = Look(
             num_rows=self._num_rows,
             check_ids=self._arch.check_ids,
-            check_prompt=lambda prompt: check_prompt(verifier, prompt),
+            check_prompt=lambda prompt: check_prompt(made[0], prompt) if made else None,
         )
         self._found.problems += check_prompts(read, self._tokenizer, lambda source: label_use(config.reward, source), look)

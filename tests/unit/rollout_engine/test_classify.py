@@ -55,7 +55,7 @@ def test_scores_are_those_of_transformers_whatever_stands_beside_a_row(scorer: S
     rows = random_prompts(reward_model, [1, 90, 2, 128, 17, 17])
     want = pytest.approx(expected(reward_model, rows), abs=2e-6)
     assert embeddings(scorer.post("/classify", {"input_ids": rows})) == want
-    assert embeddings(scorer.post("/classify", {"input_ids": [row]})[0] for row in rows) == want  # type: ignore[index]
+    assert embeddings([scorer.post("/classify", {"input_ids": [row]})[0] for row in rows]) == want  # type: ignore[index]
     one: Any = scorer.post("/classify", {"input_ids": rows[1], "rid": "mine"})
     assert one["embedding"] == [pytest.approx(expected(reward_model, rows)[1], abs=2e-6)]
     meta = one["meta_info"]
