@@ -21,6 +21,7 @@ from rlx.config.schema import Config, RewardConfig
 from rlx.config.sharing import describe_phases, shared_phases, sharing_problems
 from rlx.placement.from_config import check_spanning, seats_of
 from rlx.placement.seats import PlacementError, picture
+from rlx.processes.rundir import check_run_dir
 from rlx.processes.without_torch import torch_hidden
 
 NUM_ROWS = 1000
@@ -75,11 +76,11 @@ def _look(config: Config, num_rows: int | None, owns_process: bool) -> None:
         preflight = import_module("rlx.cluster.preflight")
     found = preflight.inspect(config, num_rows)
     found.warnings += preflight.environment_problems(config)
-    for look, told in ((preflight.check_run_dir, found.warnings), (preflight.find_resumption, found.problems)):
-        try:
-            look(config)
-        except ConfigError as error:
-            told += error.problems
+    found.problems += preflight.resumption_problems(config, num_rows)
+    try:
+        check_run_dir(config)
+    except ConfigError as error:
+        found.warnings += error.problems
     found.say_warnings()
     if found.problems:
         raise ConfigError(found.problems)

@@ -15,10 +15,11 @@ from rlx.models.hf.fingerprint import origin_of
 
 def other_content(found: Resumption, config: Config) -> list[str]:
     """What the run cannot go on with, a line each."""
-    return [*_other_models(found, config)] or [*_other_rows(found, config)]
+    return [*other_models(found, config)] or [*_other_rows(found, config)]
 
 
-def _other_models(found: Resumption, config: Config) -> Iterator[str]:
+def other_models(found: Resumption, config: Config) -> Iterator[str]:
+    """Of the models and the tokenizer."""
     was, changed = found.saved.origin, {change.key for change in found.changes}
     if not was:
         return

@@ -7,7 +7,7 @@ machine or rows further down can show.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil
@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
-from rlx.cluster.began_with import other_content
+from rlx.cluster.began_with import other_content, other_models
 from rlx.cluster.checks.models import model_problems, vocabulary_problems, vocabulary_warnings
-from rlx.cluster.checks.services import check_sync_folder, engine_problems, environment_problems
+from rlx.cluster.checks.services import check_writable, engine_problems, environment_problems
 from rlx.cluster.resumption import find_resumption, with_template_date
-from rlx.config.checks.unused import unused_keys
+from rlx.config.checks.unused import schedule_warnings, unused_keys
 from rlx.config.load import ConfigError
 from rlx.config.schema import Config
 from rlx.data.examples import check_examples
@@ -46,7 +46,7 @@ def preflight(config: Config) -> Config:
     found.say_warnings()
     found.attempt(lambda: found.problems.extend(environment_problems(config)))
     if not config.is_finetuning:
-        found.attempt(lambda: check_sync_folder(config))
+        found.attempt(lambda: check_writable(config))
     if found.problems:
         raise ConfigError(found.problems)
     if config.evaluation.only:
@@ -63,6 +63,17 @@ def preflight(config: Config) -> Config:
         for note in resumption.notes:
             print(f"rlx: {note}", file=sys.stderr, flush=True)
     return config
+
+
+def resumption_problems(config: Config, num_rows: int | None) -> Sequence[str]:
+    """Why ``run.resume=auto`` could not go on, for those who start nothing; rows are compared where all may be read."""
+    try:
+        found = find_resumption(config)
+    except ConfigError as error:
+        return error.problems
+    if found is None:
+        return []
+    return other_content(found, config) if num_rows is None else [*other_models(found, config)]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,6 +111,8 @@ class _Inspection:
     def run(self) -> Findings:
         config, found = self._config, self._found
         found.warnings += unused_keys(config, self._arch)
+        if not config.evaluation.only and config.finetune.epochs is None:
+            found.warnings += schedule_warnings(config)
         found.problems += model_problems(config)
         found.attempt(self._tokens)
         if config.is_finetuning:

@@ -18,7 +18,11 @@ Every key, as written in a YAML file or given as `section.key=value` on the comm
 
 A file may begin with `defaults: [other.yaml]`, paths relative to the file, whose keys come first and yield to the file's
 own. Every other path is relative to the folder that the command is started in. `${section.key}` refers to another key.
-`rlx check CONFIG.yaml [key=value ...]` reports every problem at once and prints the resolved tree.
+
+`rlx check CONFIG.yaml [key=value ...]` reports every problem at once and prints the resolved tree. It reads what a run reads
+before it starts anything: config.json, the headers of the weights, the tokenizer, the reward (whose function is bound to the
+columns) and the first 1,000 rows of each file (`--all-rows`: all of them, as `rlx train` does). Keys that are set and change
+nothing are warned of.
 
 The last column says what becomes of a key that is changed before a run goes on ([resuming.md](resuming.md)).
 """

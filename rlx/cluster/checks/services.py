@@ -47,12 +47,20 @@ def environment_problems(config: Config) -> Iterator[str]:
             yield f"{key}: needs the package {package}, which {sys.executable} does not have"
 
 
-def check_sync_folder(config: Config) -> None:
-    """Make the folder of weight syncs; ValueError when it cannot be written to."""
-    if config.transport == "disk" and config.sync.dir is not None and not config.rollout.replay:
+def check_writable(config: Config) -> None:
+    """Make the folders of weight syncs and recordings; ValueError when one cannot be written to."""
+    if config.rollout.replay is not None:
+        return
+    folders = {
+        "sync.dir": config.sync.dir if config.transport == "disk" else None,
+        "rollout.record": config.rollout.record and str(Path(config.rollout.record).parent),
+    }
+    for key, folder in folders.items():
+        if folder is None:
+            continue
         try:
-            Path(config.sync.dir).mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=config.sync.dir):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            raise ValueError(f"sync.dir: cannot write to {config.sync.dir}: {error.strerror or error}") from error
+            raise ValueError(f"{key}: cannot write to {folder}: {error.strerror or error}") from error

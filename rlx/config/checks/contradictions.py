@@ -94,6 +94,8 @@ def _model_fits(config: Config, arch: Architecture) -> Iterator[str]:
             f"data.max_prompt_tokens + rollout.max_new_tokens: {whole} exceeds the {arch.max_positions} positions"
             " (max_position_embeddings) of model.path"
         )
+    if config.starts_engines and config.rollout.engine == "sglang" and arch.num_heads % config.rollout.tp:
+        yield f"rollout.tp: {config.rollout.tp} does not divide the {arch.num_heads} attention heads of model.path"
     outside = [token for token in config.rollout.stop_token_ids if not 0 <= token < arch.vocab_size]
     if outside:
         yield f"rollout.stop_token_ids: {outside[0]} is outside the vocabulary of {arch.vocab_size} of model.path"

@@ -103,6 +103,11 @@ _REINFORCEMENT = (
         "no engines are started with rollout.endpoints or rollout.replay",
     ),
     Rule("rollout.python", lambda config: config.rollout.engine != "sglang", "rollout.engine is not sglang"),
+    Rule(
+        "rollout.tp",
+        lambda config: config.rollout.engine != "sglang" and not config.cluster.colocated and not config.rollout.endpoints,
+        "rollout.engine is not sglang",
+    ),
     Rule("rollout.record", lambda config: config.rollout.replay is not None, "nothing is recorded while rollout.replay is read"),
     Rule("sync.*", lambda config: config.rollout.replay is not None, "there are no engines with rollout.replay"),
 )
@@ -128,6 +133,25 @@ _ALWAYS = (
 def is_unused(key: str, config: Config) -> bool:
     """Whether a key changes nothing, whatever the model is."""
     return any(rule.applies(config) and _covers(rule, key) for rule in _rules(config))
+
+
+def schedule_warnings(config: Config) -> Iterator[str]:
+    """Schedules that end before they begin, or long before the run does."""
+    algorithm = config.algorithm
+    total = config.run.steps * (1 if config.is_finetuning else algorithm.epochs * algorithm.num_mini_batches)
+    sections = {"optimizer": config.optimizer, **({"critic_optimizer": config.critic_optimizer} if config.trains_critic else {})}
+    for section, optimizer in sections.items():
+        if optimizer.warmup_steps >= total:
+            yield (
+                f"{section}.warmup_steps: {optimizer.warmup_steps} steps of a run of {total} optimizer steps: the learning rate"
+                f" does not reach {section}.lr before the end"
+            )
+        ends, falls = optimizer.decay_steps or total, optimizer.schedule != "constant" and optimizer.min_lr == 0
+        if falls and ends < total:
+            yield (
+                f"{section}.decay_steps: the learning rate is {section}.min_lr = 0 from optimizer step {ends} on, of {total}:"
+                " the rest of the run learns nothing"
+            )
 
 
 def unused_keys(config: Config, arch: Architecture) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -66,7 +66,8 @@ def _configs(section: type = Config) -> st.SearchStrategy[Any]:
     return st.builds(section, **parts)
 
 
-@settings(max_examples=20)
+# A machine that is busy is no fault of the inputs.
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(_configs())
 def test_dump_loads_back_to_an_equal_config(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:

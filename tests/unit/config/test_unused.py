@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlx.arch.families.registry import read_architecture
-from rlx.config.checks.unused import unused_keys
+from rlx.config.checks.unused import schedule_warnings, unused_keys
 from rlx.config.load import load_config, on_paper
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -54,6 +54,24 @@ LOSS = ("algorithm.kl_placement=loss", "algorithm.kl_coefficient=0.1")
 def test_each_reason(run_yaml: Path, tmp_path: Path, overrides: list[str], line: str) -> None:
     (found,) = unused(run_yaml, *(word.replace("MODEL", str(tmp_path / "model")) for word in overrides))
     assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer.warmup_steps=100"], ["optimizer.warmup_steps", "100 steps of a run of 100"]),
+        (
+            ["optimizer.schedule=linear", "optimizer.decay_steps=60"],
+            ["optimizer.decay_steps", "from optimizer step 60 on, of 100"],
+        ),
+        (["critic_optimizer.warmup_steps=400", "algorithm.epochs=4"], ["critic_optimizer.warmup_steps", "400"]),
+        ([*SFT, "run.steps=5", "optimizer.warmup_steps=5"], ["optimizer.warmup_steps"]),
+    ],
+)
+def test_schedules_that_do_not_fit_the_run(run_yaml: Path, overrides: list[str], words: list[str]) -> None:
+    (found,) = schedule_warnings(load_config(run_yaml, overrides))
+    assert all(word in found for word in words), found
+    assert not list(schedule_warnings(load_config(run_yaml, ["optimizer.warmup_steps=99", "optimizer.schedule=linear"])))
 
 
 @pytest.mark.parametrize(
