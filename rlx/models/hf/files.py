@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class StoredTensor:
         return math.prod(self.shape) * itemsize(self.dtype)
 
 
+@cache
 def itemsize(dtype: str) -> int:
     """Bytes of an element of the type that torch calls so."""
     return next(size for ending, size in _ITEM_BYTES.items() if dtype.partition("_")[0].endswith(ending))
@@ -80,8 +81,9 @@ class HfFiles:
                     f"{self.path} holds {SINGLE} and {INDEX}, which names other files: transformers loads {SINGLE}, others what"
                     " the index names; remove the one that is out of date"
                 )
-            for missing in sorted({name for name in files.values() if not (self.path / name).is_file()}):
-                raise ValueError(f"{index} names {missing}, which is not there")
+            for name in sorted(set(files.values())):
+                if not os.path.isfile(self.path / name):
+                    raise ValueError(f"{index} names {name}, which is not there")
             return files
         if (self.path / SINGLE).is_file():
             return dict.fromkeys(self._header(SINGLE), SINGLE)

@@ -14,6 +14,7 @@ import pytest
 
 from rlx.arch.families.registry import architecture_of
 from rlx.arch.sizes import expected_shapes
+from rlx.cli.main import main
 from rlx.cluster.preflight import inspect, preflight
 from rlx.config.load import ConfigError, load_config
 from tests.tiny import SHAPE, write_model, write_tokenizer, write_weights
@@ -236,6 +237,29 @@ def test_preflight_counts_examples_and_needs_the_machine(run: Run) -> None:
     config = load_config(run.yaml, ["rollout.engine=sglang", "tracker.wandb_project=x"])
     with pytest.raises(ConfigError, match="needs the package sglang"):
         preflight(config)
+
+
+def test_scoring_refuses_the_same(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = run.rows([{"input_ids": [5, 6]}], "tokens.jsonl")
+    command = ["score", "--model", str(run.model), "--tokens", str(tokens), "--out", str(run.folder / "out.jsonl")]
+    assert main([*command, "--tp", "5"]) == 2
+    assert "--tp: 5 does not divide the model's 12 attention heads" in capsys.readouterr().err
+    run.rows([{"input_ids": [5, 131]}], "tokens.jsonl")
+    assert main(command) == 2
+    assert f"{tokens}:1: token 131 is outside the vocabulary of 131" in capsys.readouterr().err
+    run.rows([{"input_ids": [5]}], "tokens.jsonl")
+    write_weights(run.model / "model.safetensors", shapes(**{NORM: None}))
+    assert main(command) == 2 and f"no tensor {NORM}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "dpo", "rm"])
+def test_every_command_refuses_before_it_starts(run: Run, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    path = run.rows([{"prompt": "1", "response": "2", "chosen": "2", "rejected": "3", "label": "1"}, {"nothing": 1}])
+    reward = [] if command == "train" else ["reward.name=''"]
+    assert main([command, str(run.yaml), *reward]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}:2: " in error and "Traceback" not in error
+    assert not (run.folder / "run").exists()
 
 
 def test_check_command_finds_it_all_without_torch(run: Run) -> None:
