@@ -41,10 +41,10 @@ from rlx.processes.children import (
 )
 from rlx.processes.interrupts import Interrupts
 from rlx.processes.orphan_guard import Guard
-from rlx.processes.ports import free_port
 from rlx.processes.rundir import ENDPOINTS, log_path, open_run_dir
 from rlx.processes.supervisor import NoEngines, Outcome, Supervisor
 from rlx.rollout.keys import EngineKeys
+from rlx.sync.ports import free_port
 
 _MAX_PORT_RETRIES = 2
 

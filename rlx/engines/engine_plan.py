@@ -16,7 +16,6 @@ from rlx.engines.fleet import Fleet, Member
 from rlx.engines.manager import EnginePlan
 from rlx.engines.nccl import check_nccl
 from rlx.processes.environment import attached_keys
-from rlx.processes.ports import free_port
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.server import engine_command
 from rlx.rollout.sglang.server import (
@@ -28,6 +27,7 @@ from rlx.rollout.sglang.server import (
     write_key_file,
     write_modules,
 )
+from rlx.sync.ports import free_port
 
 # Over a group of trainers and engines, which is NCCL's on GPUs.
 _GROUP_TRANSPORTS = ("stream", "broadcast")

@@ -37,10 +37,10 @@ from rlx.processes.children import (
     stop_all,
 )
 from rlx.processes.orphan_guard import Guard
-from rlx.processes.ports import free_port
 from rlx.processes.rundir import ENDPOINTS, log_path
 from rlx.processes.supervisor import now_text
 from rlx.rollout.sglang.server import Span
+from rlx.sync.ports import free_port
 
 # A server that inherited these would take itself for one of the trainer ranks.
 _RANK_VARIABLES = (

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from rlx.processes.environment import QUIET
-from rlx.processes.ports import free_port
+from rlx.sync.ports import free_port
 
 _POLL_S = 0.1
 

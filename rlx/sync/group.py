@@ -17,6 +17,7 @@ from rlx.rollout.sglang.control import EngineControl
 from rlx.rollout.sglang.weight_group import join_weight_group, leave_weight_group
 from rlx.sync.errors import SyncError
 from rlx.sync.fanout import call_all, describe, failures, start, unwell
+from rlx.sync.ports import free_port
 
 CLOSE_LIMIT_S = 10.0
 # Each side has the same limit; waiting this much longer lets the one that timed out say so itself.
@@ -74,7 +75,7 @@ def open_group(stage: int, engines: Sequence[Engine], backend: str, device: torc
     try:
         # A dead engine is found here, before anybody waits for it inside a rendezvous.
         call_all({engine.url: engine.control.model_info for engine in engines}, timeout_s + GRACE_S)
-        address, port = sender_address(urls), free_port()
+        address, port = sender_address(urls), free_port("")
     except SyncError as error:
         raise SyncError(f"engine side, stage {stage}, phase group: {error}", error.engines) from error
     except OSError as error:
@@ -138,13 +139,6 @@ def sender_address(urls: Sequence[str]) -> str:
     """This host's address as the engines see it: where the route to the first engine that is not local starts."""
     addresses = [_route_source(url) for url in urls]
     return next((address for address in addresses if not address.startswith("127.")), addresses[0])
-
-
-def free_port() -> int:
-    """A port of this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _route_source(url: str) -> str:

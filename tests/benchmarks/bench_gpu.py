@@ -24,10 +24,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlx.processes.ports import free_port
 from rlx.rollout.flags import flags
 from rlx.rollout.sglang.server import ROOM_ABOVE_PORT, write_modules
 from rlx.rollout.sglang.shared_tensors import RECEIVER
+from rlx.sync.ports import free_port
 from tests.benchmarks.gpu.models import write_config
 
 PARTS = ("raw", "scores", "update", "sync", "rollout")

@@ -106,6 +106,7 @@ def test_the_embedded_engine_opens_buckets_only(start, first_weights: Path) -> N
     tensor = torch.zeros(4, 4)
     good = share_bucket(tensor.flatten().view(torch.uint8), [tensor_info("lm_head.weight", tensor)])
     evil = base64.b64encode(pickle.dumps(print)).decode()
+    control.begin_update()
     for texts, load_format, says in [
         ([evil], LOAD_FORMAT, "builtins.print has no place in a bucket"),
         (["no base64!"], LOAD_FORMAT, "cannot be opened"),
@@ -116,6 +117,7 @@ def test_the_embedded_engine_opens_buckets_only(start, first_weights: Path) -> N
         with pytest.raises(EngineControlError, match=says) as caught:
             control.update_weights_from_tensor(texts, load_format=load_format, flush_cache=False, weight_version="x")
         assert caught.value.refused
+    control.end_update()
     with pytest.raises(EngineControlError, match="weights was not released"):
         control.resume_memory([WEIGHTS])
     assert control.weight_version() == "default" and worst(engine, make("llama", 1)) < TOLERANCE

@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from rlx.cluster import torchrun
 from rlx.processes.environment import Rendezvous
-from rlx.processes.ports import free_port
+from tests.ports import free_port
 
 
 @pytest.mark.parametrize("counts", [True, False])

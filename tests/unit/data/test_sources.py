@@ -207,7 +207,7 @@ def test_training_and_evaluation_share_no_question_of_a_task() -> None:
         ("reasoning-gym:chain_sum", {"terms": 3}, "do not fit.*terms"),
         ("reasoning-gym:chain_sum", {"min_terms": 5, "max_terms": 2}, "do not fit"),
         ("FILE", {"size": 3}, "only a reasoning-gym task takes args"),
-        ("gone.jsonl", {}, "does not exist"),
+        ("gone.jsonl", {}, "no such file gone.jsonl"),
     ],
 )
 def test_a_source_that_cannot_be_used_is_found_before_the_run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from rlx.rollout.sglang.weight_group import (
     join_weight_group,
     leave_weight_group,
 )
+from tests.ports import free_port
 from tests.unit.rollout_engine.process import (
     REPO,
     Server,
@@ -40,12 +40,6 @@ def trainer_world() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Trainer:
