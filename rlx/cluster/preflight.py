@@ -27,7 +27,7 @@ from rlx.config.schema import Config
 from rlx.data.examples import check_examples
 from rlx.data.prompts import check_prompts
 from rlx.data.rows import Look
-from rlx.data.tokenizer import tokenizer_of
+from rlx.data.tokenizer import end_ids, tokenizer_of
 from rlx.processes.rundir import check_run_dir
 from rlx.rewards.base import Verifier, check_prompt
 from rlx.rewards.registry import label_use, make_verifier
@@ -115,6 +115,7 @@ class _Inspection:
             found.warnings += schedule_warnings(config)
         found.problems += model_problems(config)
         found.attempt(self._tokens)
+        found.attempt(lambda: end_ids(config.model.path))
         if config.is_finetuning:
             found.attempt(self._examples)
         else:

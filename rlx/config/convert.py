@@ -133,7 +133,10 @@ def _to_entry(entry: Entry, tree: Mapping[str, Any], problems: Problems) -> Any:
     value = _to_value(entry.key, entry.hint, tree[name], problems)
     if len(problems.messages) == before and value is not None:
         _check_limits(entry, value, problems)
-    return value if len(problems.messages) == before else entry.default()
+    if len(problems.messages) == before:
+        return value
+    problems.keys.add(entry.key)  # of a list or a mapping too, of which one item is wrong
+    return entry.default()
 
 
 def _to_value(key: str, hint: Any, value: Any, problems: Problems) -> Any:
@@ -189,6 +192,8 @@ def _check_limits(entry: Entry, value: Any, problems: Problems) -> None:
     choices = entry.field.metadata["choices"]
     if choices and value not in choices:
         problems.add(entry.key, f"expected one of {', '.join(choices)}, got {_show(value)}")
+    if isinstance(value, str) and not value.strip() and not entry.field.metadata["may_be_empty"]:
+        problems.add(entry.key, "must not be empty" + ("; null leaves it out" if _is_optional(entry.hint) else ""))
     if type(value) in LARGEST:
         for words in broken_limits(value, entry.field.metadata["limits"]):
             problems.add(entry.key, f"must be {words}, got {value}")

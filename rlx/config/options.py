@@ -27,9 +27,10 @@ _HOLDS: Mapping[str, tuple[str, Callable[[float, float], bool]]] = {
 }
 
 
-def option(default: Any, doc: str, *, choices: tuple[str, ...] = (), **limits: Unpack[Limits]) -> Any:
-    """A documented field; mutable defaults are copied for each instance."""
-    metadata = {"doc": doc, "choices": choices, "limits": limits}
+def option(default: Any, doc: str, *, choices: tuple[str, ...] = (), may_be_empty: bool = False, **limits: Unpack[Limits]) -> Any:
+    """A documented field; mutable defaults are copied for each instance. Of a text that is empty, ``may_be_empty`` says that it
+    means something: a path, or the name of a column, is never that."""
+    metadata = {"doc": doc, "choices": choices, "may_be_empty": may_be_empty, "limits": limits}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -37,7 +38,7 @@ def option(default: Any, doc: str, *, choices: tuple[str, ...] = (), **limits: U
 
 def required(doc: str) -> Any:
     """A documented field without a default: leaving it out is an error that names it."""
-    return field(metadata={"doc": doc, "choices": (), "limits": Limits()})
+    return field(metadata={"doc": doc, "choices": (), "may_be_empty": False, "limits": Limits()})
 
 
 def by_algorithm(doc: str, *, choices: tuple[str, ...] = (), **limits: Unpack[Limits]) -> Any:

@@ -53,7 +53,9 @@ class ClusterConfig:
         "what co-located trainers keep in host memory while engines generate; all: weights too; auto: optimizer on GPUs",
         choices=("auto", "none", "optimizer", "all"),
     )
-    ray_address: str | None = option(None, "Ray cluster HOST:PORT; none: RAY_ADDRESS, else one that runs here, else an own one")
+    ray_address: str | None = option(
+        None, "Ray cluster HOST:PORT; none: RAY_ADDRESS, else one that runs here, else an own one", may_be_empty=True
+    )
     ray_wait_s: float = option(60.0, "limit for a Ray cluster to have the nodes and room that the job needs", minimum=0)
     threads_per_rank: int | None = option(
         None, "CPU threads of a trainer rank or engine; none: cores / processes", minimum=1, maximum=MOST
@@ -125,7 +127,9 @@ class DataConfig:
     messages_key: str = option("messages", "column of a chat (list of role/content); wins over prompt_key where present")
     tools_key: str | None = option("tools", "column of the tools (JSON schemas) that a chat's template writes; none: no column")
     label_key: str = option("label", "column of the ground truth; column.field reaches into one, as in the other keys")
-    system_prompt: str | None = option(None, "system message of chats that have none; makes a text prompt a chat")
+    system_prompt: str | None = option(
+        None, "system message of chats that have none; makes a text prompt a chat", may_be_empty=True
+    )
     max_prompt_tokens: int = option(1024, "limit of a prompt", minimum=1)
     overlong: str = option(
         "drop", "longer prompts are left out, or keep their last tokens; counted", choices=("drop", "truncate")
@@ -179,7 +183,9 @@ class RolloutConfig:
 class RewardConfig:
     """The verifier."""
 
-    name: str = option("", "a verifier of docs/rewards.md, or path/to/file.py:function; required for `rlx train`")
+    name: str = option(
+        "", "a verifier of docs/rewards.md, or path/to/file.py:function; required for `rlx train`", may_be_empty=True
+    )
     args: Mapping[str, Any] = option({}, "arguments of the verifier, by name")
     num_workers: int = option(1, "verifier processes (threads for remote verifiers)", minimum=1, maximum=MOST)
     timeout_s: float = option(30.0, "limit of one verdict", minimum=0.01)

@@ -27,7 +27,9 @@ class PromptsConfig:
     messages_key: str | None = option(None, "column of a chat")
     tools_key: str | None = option(None, "column of the tools of a chat")
     label_key: str | None = option(None, "column of the ground truth")
-    system_prompt: str | None = option(None, "system message of chats that have none; makes a text prompt a chat")
+    system_prompt: str | None = option(
+        None, "system message of chats that have none; makes a text prompt a chat", may_be_empty=True
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,9 @@ from rlx.data.chat_mask import MaskedTokens, encode_chat, encode_text_pair
 from rlx.data.order import EpochOrder
 from rlx.data.plan import plan_batch, round_up
 from rlx.data.questions import tools_of
-from rlx.data.rows import EVERY_ROW, Look, Row, column, placed, read_rows, row_digest
+from rlx.data.rows import EVERY_ROW, Look, Row, column, has_more, placed, read_rows, row_digest
 from rlx.data.tokenizer import GIVE_BACK, Limit, template_digest
+from rlx.obs.log import logger
 from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
 from rlx.types.rollout import TrainSample
 
@@ -114,7 +115,8 @@ def check_examples(path: str, config: Config, tokenizer: PreTrainedTokenizerBase
     """
     num_usable = 0
     drops: Counter[str] = Counter()
-    for where, row in islice(read_rows(path), look.num_rows):
+    rows = read_rows(path)
+    for where, row in islice(rows, look.num_rows):
         try:
             with placed(where):
                 example, _ = _to_example(row, config, tokenizer)
@@ -123,8 +125,11 @@ def check_examples(path: str, config: Config, tokenizer: PreTrainedTokenizerBase
             num_usable += 1
         except _UnusableError as reason:
             drops[str(reason)] += 1
-    if not num_usable and drops.total() != look.num_rows:
-        raise ValueError(_nothing_left(path, drops, config))
+    if not num_usable:
+        nothing = _nothing_left(path, drops, config)
+        if not has_more(rows, look):
+            raise ValueError(nothing)
+        logger.warning("rlx: warning: %s; the file has more", nothing)
     return num_usable
 
 

@@ -182,8 +182,12 @@ def check_prompts(
             except ValueError as error:
                 found.append(str(error))
                 continue
-            if not is_labelled:
-                found += _without_labels(one.path, columns_of(one, config.data).label_key, use)
+            key = columns_of(one, config.data).label_key
+            if is_labelled is False:
+                found += _without_labels(one.path, key, use)
+            if is_labelled is None and (use.is_needed or use.is_handed_on):
+                first = "the first %d rows have no %r (data.label_key)"
+                logger.warning(f"rlx: warning: %s: {first}; whether others have is not known", one.path, look.num_rows, key)
     return found
 
 

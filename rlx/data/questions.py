@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from rlx.config.schema import DataConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig, task_name
 from rlx.data.chat import Chat, for_template, read_messages, read_tools, render
-from rlx.data.rows import Look, Row, column, label_in, placed, read_rows, row_digest
+from rlx.data.rows import Look, Row, column, has_more, label_in, placed, read_rows, row_digest
 from rlx.data.tasks import read_task
 from rlx.data.tokenizer import encode_part, encode_text, is_surely_longer, most_bytes
+from rlx.obs.log import logger
 from rlx.types.rollout import LabelUse, Prompt
 
 Source = SourceConfig | EvaluationSetConfig
@@ -73,14 +74,16 @@ def read_questions(
 
 def check_questions(
     source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, use: LabelUse, look: Look, default_seed: int = 0
-) -> bool:
-    """Look for faults before a run, as ``look`` says. Returns whether any of the rows has a label.
+) -> bool | None:
+    """Look for faults before a run, as ``look`` says. Returns whether any of the rows has a label; None where none has that was
+    looked at, and there are more.
 
     Raises ValueError with file and line, as ``read_questions`` would, and for a label that ``use`` has no use for.
     """
     data = columns_of(source, data)
     num_rows, num_kept, is_labelled = 0, 0, False
-    for num_rows, (where, row) in enumerate(islice(_rows(source, data, default_seed), look.num_rows), start=1):
+    rows = _rows(source, data, default_seed)
+    for num_rows, (where, row) in enumerate(islice(rows, look.num_rows), start=1):
         with placed(where):
             question, _ = _to_question(row, source, data, tokenizer)
             is_labelled |= _checked_label(row, data, use) is not None
@@ -88,9 +91,17 @@ def check_questions(
                 num_kept += 1
                 look.check_ids(question.token_ids)
                 look.check_prompt(question.ask(num_rows, look.source or source.path))
-    if num_rows != look.num_rows:
+    if (is_labelled and num_kept) or not has_more(rows, look):
         _refuse_nothing(source, data, num_rows, num_kept)
-    return is_labelled
+        return is_labelled
+    if not num_kept:
+        logger.warning(
+            "rlx: warning: %s: the first %d prompts are all longer than data.max_prompt_tokens = %d",
+            source.path,
+            num_rows,
+            data.max_prompt_tokens,
+        )
+    return is_labelled or None
 
 
 def _refuse_nothing(source: Source, data: DataConfig, num_rows: int, num_kept: int) -> None:

@@ -38,6 +38,11 @@ class Look:
 EVERY_ROW = Look()
 
 
+def has_more(rows: Iterator[tuple[str, Row]], look: Look) -> bool:
+    """Whether there are further ``rows`` than the ``look`` was for."""
+    return look.num_rows is not None and next(rows, None) is not None
+
+
 @contextmanager
 def placed(where: str) -> Iterator[None]:
     """ValueErrors from here begin with ``where``: a file and line, or a key."""

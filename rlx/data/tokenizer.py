@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
@@ -75,14 +75,26 @@ def answer_decoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callab
     without any where ``reward.skip_special_tokens`` says so."""
     if config.reward.skip_special_tokens:
         return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
-    aside = {tokenizer.eos_token_id, tokenizer.pad_token_id, *config.rollout.stop_token_ids, *_end_ids(Path(config.model.path))}
+    aside = {tokenizer.eos_token_id, tokenizer.pad_token_id, *config.rollout.stop_token_ids, *end_ids(config.model.path)}
     return lambda ids: str(tokenizer.decode([token for token in ids if token not in aside], skip_special_tokens=False))
 
 
-def _end_ids(model: Path) -> Iterator[object]:
-    for file in (model / "config.json", model / "generation_config.json"):
-        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-        yield from ends if isinstance(ends, list) else [ends]
+def end_ids(model: str) -> list[int]:
+    """What ends an answer by the files of a model folder. ValueError for a file that cannot be read, or names no token ids."""
+    found: list[int] = []
+    for file in (Path(model) / "config.json", Path(model) / "generation_config.json"):
+        if not file.is_file():
+            continue
+        try:
+            described = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"model.path: {file} is not readable JSON: {error}") from error
+        ends = described.get("eos_token_id") if isinstance(described, dict) else described
+        named = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if not isinstance(described, dict) or not all(type(token) is int for token in named):
+            raise ValueError(f"model.path: {file}: eos_token_id must be a token id or a list of them, got {ends!r:.200}")
+        found += named
+    return found
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

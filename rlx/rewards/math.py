@@ -94,8 +94,7 @@ class MathVerify:
             raise ValueError("reward.name: math needs the package math-verify (pip install 'rlx[math]')")
 
     def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        label = label_of(prompt)
-        gold = (last_boxed(label) or label).strip().strip("$").strip()
+        gold = _gold_of(prompt)
         answer = last_boxed(response_text)
         if answer is None:
             return verdict(not self.boxed_only and _equal(gold, response_text))
@@ -106,10 +105,24 @@ class MathVerify:
             return verdict(same)
         return verdict(_equal(gold, f"\\boxed{{{answer}}}"))
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Only that there is something: reading the labels of a whole file would take minutes."""
+        if prompt.label is not None:
+            _gold_of(prompt)
+
     def warm_up(self) -> None:
         """Parsers build their tables as they meet new constructs, half a second in all."""
         for expression in _CONSTRUCTS:
             _equal(expression, f"\\boxed{{{expression}+0}}")
+
+
+def _gold_of(prompt: Prompt) -> str:
+    label = label_of(prompt)
+    boxed = last_boxed(label)
+    gold = (label if boxed is None else boxed).strip().strip("$").strip()
+    if not gold:
+        raise ValueError(f"the label {label!r} of prompt {prompt.prompt_id} holds no expression (reward.name: math)")
+    return gold
 
 
 @lru_cache(maxsize=65536)

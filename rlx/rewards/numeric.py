@@ -41,7 +41,7 @@ def _value(match: re.Match[str]) -> float | None:
 class NumericMatch:
     """1 when the last number of the response is within ``tolerance`` (relative for labels beyond 1) of the label's.
 
-    Raises ValueError for a negative tolerance at construction, and for a label that holds no number when called.
+    Raises ValueError for a negative tolerance at construction, and for a label that holds no number.
     """
 
     tolerance: float = 1e-6
@@ -51,9 +51,17 @@ class NumericMatch:
             raise ValueError(f"reward.args.tolerance must be at least 0, got {self.tolerance!r}")
 
     def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
+        wanted = self._wanted(prompt)
+        given = last_number(response_text)
+        return verdict(given is not None and abs(given - wanted) <= self.tolerance * max(1.0, abs(wanted)))
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        if prompt.label is not None:
+            self._wanted(prompt)
+
+    def _wanted(self, prompt: Prompt) -> float:
         label = label_of(prompt)
         wanted = last_number(label)
         if wanted is None:
-            raise ValueError(f"the label {label!r} of prompt {prompt.prompt_id} holds no number")
-        given = last_number(response_text)
-        return verdict(given is not None and abs(given - wanted) <= self.tolerance * max(1.0, abs(wanted)))
+            raise ValueError(f"the label {label!r:.200} of prompt {prompt.prompt_id} holds no number (reward.name: numeric)")
+        return wanted

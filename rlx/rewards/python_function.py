@@ -15,6 +15,8 @@ from types import ModuleType
 from rlx.rewards.base import checked_reward, invalid
 from rlx.types.rollout import Completion, Prompt, Reward
 
+_NOT_CALLED_FOR_A_NUMBER = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
+
 
 class PythonFunction:
     """Calls ``function(prompt_text, response, label, **extra)`` from ``path/to/file.py:function``, one call at a time.
@@ -108,5 +110,7 @@ def _load_function(path: str, function_name: str) -> Callable[..., object]:
     function = vars(module).get(function_name)
     if not callable(function):
         raise ValueError(f"reward.name: {path} has no function {function_name!r}")
+    if any(is_kind(function) for is_kind in _NOT_CALLED_FOR_A_NUMBER):
+        raise ValueError(f"reward.name: {function_name} of {path} is asynchronous or a generator; write a plain function")
     loaded: Callable[..., object] = function
     return loaded

@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx
 
+from rlx.config.urls import is_url
+
 
 class RemoteError(RuntimeError):
     """The server refused, failed or answered nonsense, after all retries."""
@@ -33,7 +35,7 @@ class Poster:
     client: httpx.Client = field(default_factory=lambda: httpx.Client(trust_env=False))
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
+        if not is_url(self.url):
             raise ValueError(f"reward.args.url must be a URL such as http://host:8000/score, got {self.url!r}")
         if self.api_key_file is not None:
             if not os.path.isfile(self.api_key_file):

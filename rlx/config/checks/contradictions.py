@@ -6,9 +6,9 @@ Every message names the keys it is about and what would be right. Files are look
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 
 from rlx.arch.architecture import Architecture
@@ -18,6 +18,7 @@ from rlx.config.algorithm import KL_IN_REWARD, NEEDS_GROUPS
 from rlx.config.finetune import WITH_REFERENCE
 from rlx.config.schema import Config, OptimizerConfig
 from rlx.config.sources import SOURCE_NAME, files_of, task_name
+from rlx.config.urls import is_url
 
 
 def check(config: Config, *, on_paper: bool = False) -> list[str]:
@@ -106,21 +107,28 @@ def _data(config: Config) -> Iterator[str]:
         yield "data.train: required unless data.sources names some (prompts to train on)"
     if config.data.train is not None and config.data.sources:
         yield "data.sources: they stand in for data.train, so leave one of the two out"
-    named: dict[str, str] = {"data.train": config.data.train or "", "evaluation.data": config.evaluation.data or ""}
+    named = {"data.train": config.data.train, "evaluation.data": config.evaluation.data}
     for section, rows in (("data.sources", config.data.sources), ("evaluation.sets", config.evaluation.sets)):
         named |= {f"{section}.{name}.path": row.path for name, row in rows.items()}
         for name in rows:
             if not SOURCE_NAME.fullmatch(name):
                 yield f"{section}: the name {name!r} may hold letters, digits, - and _ alone"
     for key, path in named.items():
-        if path:
+        if path is not None:
             yield from _data_file(key, path)
     template = config.data.chat_template
     if template is not None and not os.path.isfile(template):
         yield f"data.chat_template: no such file {template}"
     day = config.data.template_date
-    if day is not None and not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", day):
+    if day is not None and not _is_day(day):
         yield f"data.template_date: {day!r} is no day such as 2025-01-31"
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _data_file(key: str, path: str) -> Iterator[str]:
@@ -145,7 +153,7 @@ def _rollout(config: Config) -> Iterator[str]:
     if rollout.python is not None and not (os.path.isfile(rollout.python) and os.access(rollout.python, os.X_OK)):
         yield f"rollout.python: {rollout.python} is no program; name the interpreter of an environment that holds sglang"
     for url in rollout.endpoints:
-        if not url.startswith(("http://", "https://")):
+        if not is_url(url):
             yield f"rollout.endpoints: {url!r} must be a URL such as http://host:30000"
     longest, budget = config.data.max_prompt_tokens + rollout.max_new_tokens, config.batching.max_tokens_per_micro_batch
     if longest > budget and not config.evaluation.only:

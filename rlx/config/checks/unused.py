@@ -17,6 +17,7 @@ from rlx.config.schema import Config, DataConfig, ModelConfig
 WITH_DISCOUNT = ("ppo", "reinforce_pp", "prime")
 WITH_STD = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp_baseline")
 WITHOUT_DUAL_CLIP = ("gspo", "cispo")
+REMOTE_REWARDS = ("http", "model", "judge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ _FINETUNING = (
     Rule("finetune.label_smoothing", lambda config: config.finetune.objective != "dpo", "finetune.objective is not dpo"),
     Rule("finetune.center_coefficient", lambda config: config.finetune.objective != "rm", "finetune.objective is not rm"),
     Rule("model.critic_path", _always, "rlx {} has no critic"),
+    Rule("run.steps", lambda config: config.finetune.epochs is not None, "finetune.epochs says how long rlx {} is"),
 )
 _REINFORCEMENT = (
     Rule("finetune.*", _always, "not used by rlx {}"),
@@ -108,7 +110,18 @@ _REINFORCEMENT = (
         lambda config: config.rollout.engine != "sglang" and not config.cluster.colocated and not config.rollout.endpoints,
         "rollout.engine is not sglang",
     ),
+    Rule(
+        "rollout.engine dtype max_concurrent_requests request_timeout_s max_retries start_timeout_s",
+        lambda config: config.rollout.replay is not None,
+        "there are no engines with rollout.replay",
+    ),
+    Rule("reward.memory_mb", lambda config: config.reward.name in REMOTE_REWARDS, "what waits for a server takes no memory"),
     Rule("rollout.record", lambda config: config.rollout.replay is not None, "nothing is recorded while rollout.replay is read"),
+    Rule(
+        "sync.canary_tolerance",
+        lambda config: config.sync.canary_first == config.sync.canary_every == 0,
+        "no publication is verified with canary_first and canary_every 0",
+    ),
     Rule("sync.*", lambda config: config.rollout.replay is not None, "there are no engines with rollout.replay"),
 )
 _ALWAYS = (

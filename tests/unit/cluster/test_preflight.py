@@ -150,6 +150,8 @@ def plain(prompt_text, response, label): return 1.0
 def extra(prompt_text, response, label, **extra): return 1.0
 def level(prompt_text, response, label, level): return 1.0
 def only(prompt, answer, label, /, **extra): return 1.0
+async def later(prompt_text, response, label): return 1.0
+def many(prompt_text, response, label): yield 1.0
 """
 
 
@@ -165,6 +167,8 @@ def only(prompt, answer, label, /, **extra): return 1.0
         ("level", {}, "missing a required argument: 'level'"),
         ("only", {"response": "x"}, None),
         ("absent", {}, "has no function 'absent'"),
+        ("later", {}, "later of"),
+        ("many", {}, "many of"),
     ],
 )
 def test_a_reward_function_is_bound_to_the_columns(
@@ -177,7 +181,8 @@ def test_a_reward_function_is_bound_to_the_columns(
         assert found == []
     else:
         (problem,) = found
-        assert words in problem and (function == "absent" or problem.startswith(f"{path}:1: reward.name: "))
+        is_of_the_file = function in ("absent", "later", "many")
+        assert words in problem and problem.startswith("reward.name: " if is_of_the_file else f"{path}:1: reward.name: ")
 
 
 def test_a_later_row_with_other_columns(run: Run) -> None:
@@ -210,12 +215,48 @@ def test_a_later_row_with_other_columns(run: Run) -> None:
         (["rollout.server_args.port=4"], ["rollout.server_args.port is set by rlx itself"]),
         (["rollout.engine=sglang", "rollout.server_args.tp-size=4"], ["rollout.server_args.tp_size is set by rlx itself"]),
         (["rollout.engine=sglang", "rollout.server_args.context_length=99"], ["context_length: 99", "1280"]),
+        (["reward.name=http", "reward.args={url: 'http://:80/score'}"], ["reward.args.url must be a URL"]),
         (["model.tokenizer_path=HERE"], ["model.tokenizer_path", "holds no tokenizer"]),
     ],
 )
 def test_settings_that_a_process_would_end_on(run: Run, overrides: list[str], words: list[str]) -> None:
     (problem,) = run.problems(*overrides)
     assert all(word in problem for word in words), problem
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "words"),
+    [("numeric", "two", "holds no number"), ("math", "$ $", "holds no expression"), ("math", "\\boxed{}", "holds no expression")],
+)
+def test_a_label_that_no_answer_can_match(run: Run, name: str, label: str, words: str) -> None:
+    path = run.rows([{"prompt": "1+1=", "label": "2"}, {"prompt": "1+1=", "label": label}, {"prompt": "1+1="}])
+    (problem,) = run.problems(f"reward.name={name}")
+    assert problem.startswith(f"{path}:2: ") and words in problem
+    sums = f"reward.args={{parts: [{{name: exact}}, {{name: {name}}}]}}"
+    assert run.problems("reward.name=sum", sums)[0].startswith(f"{path}:2: ")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"eos_token_id": "a"}', '{"eos_token_id": [1, null]}', b"\xff"])
+@pytest.mark.parametrize("options", [(), SFT])
+def test_what_ends_an_answer_must_be_readable(run: Run, text: str | bytes, options: tuple[str, ...]) -> None:
+    run.rows([{"prompt": "1", "label": "2", "response": "2"}])
+    file = run.model / "generation_config.json"
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    (problem,) = run.problems(*options)
+    assert problem.startswith(f"model.path: {file}")
+
+
+def test_what_only_later_rows_show_is_a_warning(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "1+1=", "response": " "}] * 2
+    run.rows([*rows, {"prompt": "1+1=", "label": "2", "response": "2"}])
+    assert run.problems(num_rows=2) == [] and "the first 2 rows have no 'label'" in caplog.text
+    assert run.problems(*SFT, num_rows=2) == [] and "all 2 rows are dropped (empty_answer 2); the file has more" in caplog.text
+    assert run.problems("data.max_prompt_tokens=1", num_rows=2) == [] and "the first 2 prompts are all longer" in caplog.text
+    run.rows(rows)
+    for num_rows in (None, 2, 3):
+        assert "have no 'label'" in run.problems(num_rows=num_rows)[0]
+        assert "all 2 rows are dropped" in run.problems(*SFT, num_rows=num_rows)[0]
+        assert "all 2 prompts are longer" in run.problems("data.max_prompt_tokens=1", num_rows=num_rows)[0]
 
 
 def test_a_recording_is_read(run: Run) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from rlx.algos.registry import ALGORITHMS, make_algorithm
 from rlx.config.algorithm import NEEDS_GROUPS, PRESETS, WITH_CRITIC, AlgorithmConfig
-from rlx.rewards.registry import VERIFIERS
+from rlx.config.checks.unused import REMOTE_REWARDS
+from rlx.rewards.registry import REMOTE, VERIFIERS
 from rlx.types.layout import ParallelDims
 
 Problems = Callable[..., tuple[str, ...]]
@@ -38,6 +39,10 @@ Problems = Callable[..., tuple[str, ...]]
             ["algorithm.kl_target", "above 0"],
         ),
         (["rollout.endpoints=['host:1']"], ["rollout.endpoints", "http://"]),
+        (["rollout.endpoints=['http://']"], ["rollout.endpoints", "http://"]),
+        (["rollout.endpoints=['http://host:30k']"], ["rollout.endpoints", "http://"]),
+        (["rollout.endpoints=['http://a host:1']"], ["rollout.endpoints", "http://"]),
+        (["data.template_date=2025-02-30"], ["data.template_date", "2025-01-31"]),
         (["algorithm.num_mini_batches=9"], ["algorithm.num_mini_batches", "data.prompts_per_step", "8"]),
         (["algorithm.name=grpo"], ["rollout.samples_per_prompt", "grpo", "at least 2"]),
         (["algorithm.kl_controller=adaptive"], ["algorithm.kl_controller", "algorithm.kl_placement reward"]),
@@ -180,6 +185,7 @@ def test_layout_agrees_with_parallel_dims(problems: Problems, seed: int) -> None
 def test_names_that_config_may_not_import_agree_with_their_homes() -> None:
     assert set(PRESETS) == set(ALGORITHMS)
     assert all(make_algorithm(AlgorithmConfig(name=name)).needs_critic == (name in WITH_CRITIC) for name in ALGORITHMS)
+    assert set(REMOTE_REWARDS) == set(REMOTE)
     page = (Path(__file__).resolve().parents[3] / "docs" / "rewards.md").read_text()
     assert all(f"| `{name}` |" in page for name in VERIFIERS)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rlx.config.convert import Entry, all_entries
 from rlx.config.document import document
 from rlx.config.load import ConfigError, load_config
 from rlx.config.nearest import nearest_key
@@ -88,6 +89,22 @@ def test_cross_field_complaints_about_a_wrong_key_are_left_out(problems: Problem
     assert problems("parallel.sequence_parallel=true", "parallel.tp=two") == (
         "parallel.tp: expected an integer, got 'two' (str)",
     )
+
+
+def test_a_row_that_is_wrong_is_no_missing_section(problems: Problems) -> None:
+    assert problems("data.train=null", "data.sources={a: {path: a.jsonl, weight: 0}}") == (
+        "data.sources.a.weight: must be above 0, got 0.0",
+    )
+
+
+_TEXTS = [entry for entry in all_entries() if entry.hint in (str, str | None) and not entry.field.metadata["choices"]]
+
+
+@pytest.mark.parametrize("entry", _TEXTS, ids=lambda entry: entry.key)
+@pytest.mark.parametrize("blank", ["''", "' '"])
+def test_an_empty_text_is_refused_unless_it_means_something(problems: Problems, entry: Entry, blank: str) -> None:
+    found = [line for line in problems(f"{entry.key}={blank}") if line.startswith(f"{entry.key}: must not be empty")]
+    assert len(found) == (entry.key not in ("data.system_prompt", "reward.name", "cluster.ray_address"))
 
 
 def test_defaults_merge_in_order_and_yield_to_the_file(run_yaml: Path) -> None:

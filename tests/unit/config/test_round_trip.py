@@ -55,7 +55,9 @@ def _values(entry: Entry, hint: Any) -> st.SearchStrategy[Any]:
         )
     if hint is bool:
         return st.booleans()
-    return _TEXT if hint is str else _TREES
+    if hint is str:
+        return _TEXT if entry.field.metadata["may_be_empty"] else _TEXT.filter(lambda text: bool(text.strip()))
+    return _TREES
 
 
 def _configs(section: type = Config) -> st.SearchStrategy[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,15 @@ LOSS = ("algorithm.kl_placement=loss", "algorithm.kl_coefficient=0.1")
         (["cluster.ray_wait_s=5"], "cluster.ray_wait_s: "),
         (["rollout.endpoints=['http://a:1']", "rollout.num_engines=2"], "rollout.num_engines: "),
         (["algorithm.name=reinforce_pp", "critic_optimizer.lr=1"], "critic_optimizer.lr: "),
+        ([*SFT, "finetune.epochs=2", "run.steps=7"], "run.steps: changes nothing: finetune.epochs says how long rlx sft is"),
+        (["sync.canary_first=0", "sync.canary_every=0", "sync.canary_tolerance=1"], "sync.canary_tolerance: "),
+        (["rollout.replay=DATA", "rollout.max_retries=1"], "rollout.max_retries: "),
+        (["reward.name=http", "reward.memory_mb=99"], "reward.memory_mb: "),
     ],
 )
 def test_each_reason(run_yaml: Path, tmp_path: Path, overrides: list[str], line: str) -> None:
-    (found,) = unused(run_yaml, *(word.replace("MODEL", str(tmp_path / "model")) for word in overrides))
+    paths = {"MODEL": tmp_path / "model", "DATA": tmp_path / "train.jsonl"}
+    (found,) = unused(run_yaml, *(re.sub("MODEL|DATA", lambda name: str(paths[name[0]]), word) for word in overrides))
     assert found.startswith(line)
 
 
