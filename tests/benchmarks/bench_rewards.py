@@ -77,7 +77,7 @@ def warm(pool: ProcessPool, one: RolloutGroup) -> None:
 
 def cpu_s(pool: ProcessPool) -> float:
     """Processor time so far of this process and of the judges."""
-    judges = psutil.Process(pool._zygote.pid).children()
+    judges = psutil.Process(pool._fork_server.pid).children()
     return time.process_time() + sum(sum(judge.cpu_times()[:2]) for judge in judges)
 
 

@@ -1,13 +1,11 @@
 """The process that judges are forked from: ``python -m rlx.rewards.pool.fork_server FD``.
 
 It imports the verifiers once (seconds) and makes the configured one; each request on the socket FD then forks a judge
-within milliseconds, so that killing one costs next to nothing. Messages of a ``Channel``: the RewardConfig first; then for
-every request (one byte with a socket and a stopwatch's page attached) the answer is the judge's process id. It ends when the
-socket closes.
+within milliseconds, so that killing one costs next to nothing. The pickled RewardConfig comes from stdin. To each request (one
+byte with a socket attached) the answer is the judge's process id. It ends when the socket closes.
 
-A judge takes lists of (number, prompt, response text, completion) from its socket and answers with ``Verdicts``, in order,
-noting on the stopwatch which answer it is at. After each it restores the working directory and kills what the verifier left
-running.
+A judge takes (prompt, response text, completion) from its socket and answers with a ``Reward``. Before it does, it restores
+the working directory and kills what the verifier left running.
 """
 
 from __future__ import annotations
@@ -15,22 +13,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pickle
 import resource
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 
 from rlx.config.schema import RewardConfig
 from rlx.rewards.base import Verifier, judge, warm_up
-from rlx.rewards.pool.channel import Channel, Verdicts
+from rlx.rewards.pool.channel import Channel
 from rlx.rewards.pool.process_tree import become_subreaper, kill_below
-from rlx.rewards.pool.stopwatch import NOTHING, Stopwatch
 from rlx.rewards.registry import make_verifier
-
-# Verdicts are kept back no longer than this while more answers of the same message are judged.
-_KEEP_S = 0.005
 
 
 def main(descriptor: int) -> None:
@@ -38,27 +32,25 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the launcher's to handle
     control = socket.socket(fileno=descriptor)
     births = Channel(control)
-    config: RewardConfig = births.receive()
+    config: RewardConfig = pickle.load(sys.stdin.buffer)
     verifier = make_verifier(config)
     warm_up(verifier)
     become_subreaper()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects dead judges
     gc.freeze()
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+        message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
             return
         pid = os.fork()
         if pid == 0:
             control.close()
-            channel, stopwatch = Channel(socket.socket(fileno=descriptors[0])), Stopwatch(descriptors[1])
-            _judge_until_closed(channel, stopwatch, verifier, config)
-        for received in descriptors:
-            os.close(received)
+            _judge_until_closed(Channel(socket.socket(fileno=descriptors[0])), verifier, config)
+        os.close(descriptors[0])
         births.send(pid)
 
 
-def _judge_until_closed(channel: Channel, stopwatch: Stopwatch, verifier: Verifier, config: RewardConfig) -> None:
+def _judge_until_closed(channel: Channel, verifier: Verifier, config: RewardConfig) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     become_subreaper()
     os.setsid()
@@ -67,18 +59,11 @@ def _judge_until_closed(channel: Channel, stopwatch: Stopwatch, verifier: Verifi
     home, children = os.getcwd(), os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            rewards, written_s = [], time.monotonic()
-            for number, prompt, text, completion in channel.receive():
-                stopwatch.start(number)
-                rewards.append((number, judge(verifier, prompt, text, completion, config.max_abs)))
-                os.chdir(home)
-                _clean_up(children)
-                if time.monotonic() - written_s >= _KEEP_S:
-                    channel.send(Verdicts(rewards=rewards, seconds=time.monotonic() - written_s))
-                    rewards, written_s = [], time.monotonic()
-            stopwatch.start(NOTHING)
-            if rewards:
-                channel.send(Verdicts(rewards=rewards, seconds=time.monotonic() - written_s))
+            prompt, text, completion = channel.receive()
+            reward = judge(verifier, prompt, text, completion, config.max_abs)
+            os.chdir(home)
+            _clean_up(children)
+            channel.send(reward)
     os._exit(0)
 
 

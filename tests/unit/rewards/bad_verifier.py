@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -19,6 +20,13 @@ def judge(prompt: str, response: str, label: str | None, **extra: object) -> flo
                 os.setsid()
                 time.sleep(1000)
         time.sleep(1000)
+    if response == "pause":
+        time.sleep(0.2)
+        return 1.0
+    if response == "nonsense":
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            with contextlib.suppress(OSError):
+                os.write(descriptor, b"\0\0\0\0\0\0\0\3abc")
     if response == "leave":
         if os.fork() == 0:
             os.setsid()

@@ -41,7 +41,7 @@ def pool() -> Iterator[ProcessPool]:
     yield pool
     below = psutil.Process().children(recursive=True)
     pool.close()
-    assert not [process for process in below if process.is_running() and "zygote" in " ".join(process.cmdline())]
+    assert not [process for process in below if process.is_running() and "fork_server" in " ".join(process.cmdline())]
 
 
 def verdicts(pool: ProcessPool, *rows: Sequence[str]) -> list[list[float | str]]:
@@ -63,6 +63,7 @@ def test_verdicts_stand_beside_their_answers(pool: ProcessPool) -> None:
         ("allocate", "MemoryError"),
         ("crash", "process died"),
         ("exit", "process died"),
+        ("nonsense", "process died"),
         ("raise", "KeyError: 'no such thing'"),
         ("nan", "not a finite number"),
         ("-inf", "not a finite number"),
@@ -79,17 +80,16 @@ def test_misbehaviour_costs_its_own_sample_alone(pool: ProcessPool, answer: str,
 
 
 def test_nothing_that_a_verifier_started_stays(pool: ProcessPool) -> None:
-    verdicts(pool, ["fork", "leave", "leave", "1"])
+    # The last ones are judged after the time limit of the first, so that both judges live at the end.
+    verdicts(pool, ["fork", "leave", "leave", *["pause"] * 10])
+    server = psutil.Process(pool._fork_server.pid)
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        judges = {judge.pid for judge in pool._judges}
-        others = [
-            p for p in psutil.Process(pool._zygote.pid).children(recursive=True) if p.pid not in judges and p.status() != "zombie"
-        ]
-        if not others:
+        left = [process for process in server.children(recursive=True) if process.status() != "zombie"]
+        if len(left) == 2 and all(process.ppid() == server.pid for process in left):
             return
         time.sleep(0.05)
-    raise AssertionError(others)
+    raise AssertionError(left)
 
 
 def test_a_changed_directory_is_changed_back(pool: ProcessPool) -> None:
@@ -120,3 +120,48 @@ def test_a_decoder_that_fails_is_counted_like_a_verifier() -> None:
     pool.close()
     with pytest.raises(RuntimeError, match="closed"):
         list(pool.score(groups_of(["1"])))
+
+
+def test_a_judge_that_dies_at_rest_costs_nothing() -> None:
+    pool = ProcessPool(decode, RewardConfig(name=VERIFIER, num_workers=1))
+    assert verdicts(pool, ["1"]) == [[1.0]]
+    (judge,) = psutil.Process(pool._fork_server.pid).children()
+    judge.kill()
+    judge.wait(10)
+    assert verdicts(pool, ["1", "2"]) == [[1.0, 2.0]]
+    assert (pool.num_deaths, pool.num_timeouts) == (1, 0)
+    pool.close()
+
+
+def test_a_judge_that_never_reads_is_replaced() -> None:
+    """As by a thread that a verifier left behind and that keeps the interpreter to itself."""
+    pool = ProcessPool(decode, RewardConfig(name=VERIFIER, num_workers=1, timeout_s=LIMIT_S))
+    assert verdicts(pool, ["1"]) == [[1.0]]
+    (judge,) = psutil.Process(pool._fork_server.pid).children()
+    judge.suspend()
+    ((first, second),) = verdicts(pool, ["2" + " " * 10**6, "3"])
+    assert "no verdict within" in str(first) and second == 3.0
+    pool.close()
+
+
+def test_closing_ends_what_is_at_work() -> None:
+    pool = ProcessPool(decode, RewardConfig(name=VERIFIER, num_workers=2, timeout_s=60.0))
+    scoring = pool.score(groups_of(["1"], ["sleep", "fork", "1", "1"]))
+    assert next(scoring).prompt.prompt_id == 0
+    server = psutil.Process(pool._fork_server.pid)
+    deadline = time.monotonic() + 10
+    while len(below := server.children(recursive=True)) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(below) == 5  # two judges, and three that one verifier forked
+    pool.close()
+    _, alive = psutil.wait_procs([server, *below], timeout=5)
+    assert not alive
+
+
+def test_a_verifier_that_cannot_be_made_in_the_process_makes_verdicts_invalid(tmp_path: Path) -> None:
+    file = tmp_path / "elsewhere.py"
+    file.write_text("raise OSError('no such place')")
+    pool = ProcessPool(decode, RewardConfig(name=f"{file}:judge", num_workers=2))
+    with pytest.raises(AllVerdictsInvalidError, match="the reward processes cannot go on"):
+        verdicts(pool, ["1", "2", "3"])
+    pool.close()
