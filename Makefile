@@ -19,7 +19,8 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 IS_312 := 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'
 # More overrides for a demo (`make demo ARGS="run.steps=5"`) or more arguments for pytest.
 ARGS ?=
-export OMP_NUM_THREADS ?= 1
+# Tests run side by side and time themselves by what one thread does; a run shares out the cores by itself.
+test test-slow test-slurm test-sglang test-sglang-all bench bench-sync bench-rewards bench-convert bench-startup: export OMP_NUM_THREADS ?= 1
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

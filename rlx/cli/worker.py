@@ -29,6 +29,7 @@ from rlx.processes.environment import (
 )
 from rlx.processes.parent_watch import watch_parent
 from rlx.processes.stopping import REQUEUE_STATUS, StopRequest
+from rlx.processes.threads import forget_launchers_threads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +62,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _main_from_config(args: argparse.Namespace, where: RankEnvironment, stop: StopRequest) -> int:
     try:
-        # torch, which it meets the others by, comes in without the GPUs that the run is not to see.
+        # torch, which it meets the others by, comes in without the GPUs that the run is not to see and torchrun's own threads.
+        forget_launchers_threads()
         hide_gpus(_device_of(args))
         join_run = import_module("rlx.cluster.torchrun").join_run
         with join_run(args.run, args.overrides, where, stop.is_set) as joined:
@@ -84,7 +86,9 @@ def _device_of(args: argparse.Namespace) -> str:
 
 def _run_rank(config: Config, where: RankEnvironment, engines: Path, stop_asked: Callable[[], bool]) -> bool:
     """The models' libraries take seconds to import: not before the run is known to begin, nor before the device is settled."""
-    device = import_module("rlx.processes.device").take_device(config.cluster.device, where.local_rank)
+    settings = import_module("rlx.processes.device")
+    device = settings.take_device(config.cluster.device, where.local_rank)
+    settings.take_threads(config.cluster.threads_per_rank, where.ranks_here)
     run_rank: Callable[..., bool] = import_module("rlx.driver.rank").run_rank
     return run_rank(config, where, device, engines, stop_asked)
 

@@ -43,6 +43,7 @@ from rlx.processes.interrupts import Interrupts
 from rlx.processes.orphan_guard import Guard
 from rlx.processes.rundir import ENDPOINTS, log_path, open_run_dir
 from rlx.processes.supervisor import NoEngines, Outcome, Supervisor
+from rlx.processes.threads import thread_variables
 from rlx.rollout.keys import EngineKeys
 from rlx.sync.ports import free_port
 
@@ -100,7 +101,7 @@ class Launch:
         self._interrupts = interrupts
         self._id = uuid.uuid4().hex
         self._num_engines = config.rollout.num_engines if config.starts_engines else 0
-        self._env = child_environment(config, self._id, num_engines=self._num_engines)
+        self._env = child_environment(config, self._id, num_peers=self._num_engines)
         self._open = ExitStack()
         self._trainers: list[Child] = []
         self._engines: Engines | None = None
@@ -197,7 +198,8 @@ class Launch:
 
     def _spawn_trainer(self, rank: int, port: int) -> Child:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._config.num_trainer_ranks, "MASTER_PORT": port}
-        env = self._env | {name: str(number) for name, number in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        threads = thread_variables(self._config.cluster.threads_per_rank, os.environ, self._config.num_trainer_ranks)
+        env = self._env | threads | {name: str(number) for name, number in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
         argv = self._programs.trainer(self._run_dir, self._run_dir / ENDPOINTS, self._parent_pipe)
         return self._spawn("trainer", rank, argv, env)
 

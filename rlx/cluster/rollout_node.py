@@ -43,7 +43,8 @@ def serve_node() -> int:
     engines: NodeEngines | None = None
     words: LastWords | None = None
     try:
-        engines = NodeEngines(config, run_dir, Node(number=number, address=place.meeting.own_address()), parts)
+        here = Node(number=number, address=place.meeting.own_address(), num_engines=len(parts))
+        engines = NodeEngines(config, run_dir, here, parts)
         words = _serve(engines, pulse, asked, config.run.failure_timeout_s)
     except (OSError, ValueError) as error:
         words = _words("engines", number, f"{type(error).__name__}: {error}", None)

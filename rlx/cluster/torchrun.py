@@ -257,7 +257,7 @@ class _Duty(threading.Thread):
             self._begin_rank_0(seats if own else None)
         parts = seats.parts_of(node) if own and self._place.local_rank == 0 else {}
         if parts:
-            here = Node(number=node, address=self._meeting.own_address())
+            here = Node(number=node, address=self._meeting.own_address(), num_engines=len(parts))
             self._engines = NodeEngines(self._config, self._run_dir, here, parts)
             self._ticks.append(self._tend_engines)
         if self._place.local_rank == 0:

@@ -58,7 +58,11 @@ class ClusterConfig:
     )
     ray_wait_s: float = option(60.0, "limit for a Ray cluster to have the nodes and room that the job needs", minimum=0)
     threads_per_rank: int | None = option(
-        None, "CPU threads of a trainer rank or engine; none: cores / processes", minimum=1, maximum=MOST
+        None,
+        "CPU threads of a trainer rank or engine; none: OMP_NUM_THREADS, else the machine's cores / its ranks (engines: / its"
+        " engines), as the two take turns",
+        minimum=1,
+        maximum=MOST,
     )
 
 

@@ -57,10 +57,11 @@ _RANK_VARIABLES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """``number`` in the plan, and the address by which the other nodes reach this one."""
+    """``number`` in the plan, the address by which the other nodes reach this one, and how many engines it holds in all."""
 
     number: int
     address: str
+    num_engines: int
 
 
 class NodeEngines:
@@ -203,7 +204,7 @@ def part_path(run_dir: Path, node: int) -> Path:
 
 
 def _environment(config: Config, launch_id: str, node: Node) -> dict[str, str]:
-    env = child_environment(config, launch_id, num_engines=config.rollout.num_engines)
+    env = child_environment(config, launch_id, num_peers=node.num_engines)
     if not node.address.startswith("127.") and "GLOO_SOCKET_IFNAME" not in os.environ:
         env.pop("GLOO_SOCKET_IFNAME", None)
     return {name: value for name, value in env.items() if name not in _RANK_VARIABLES and not name.startswith("TORCHELASTIC_")}

@@ -11,24 +11,14 @@ import rlx
 from rlx.config.schema import Config
 from rlx.processes.children import LAUNCH_ID
 from rlx.processes.environment import QUIET, hidden_gpus
+from rlx.processes.threads import thread_variables
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
-
-def child_environment(config: Config, launch_id: str, *, num_engines: int) -> dict[str, str]:
-    """This process's environment plus the mark of the launch, the thread counts and where to import rlx from; on CPUs,
-    without GPUs.
-
-    Thread counts: ``cluster.threads_per_rank``, else what the environment already says, else cores / processes.
-    """
+def child_environment(config: Config, launch_id: str, *, num_peers: int) -> dict[str, str]:
+    """This process's environment plus the mark of the launch, the thread counts of one of ``num_peers`` processes and where to
+    import rlx from; on CPUs, without GPUs."""
     env = QUIET | dict(os.environ) | hidden_gpus(config.cluster.device)
-    num_processes = config.num_trainer_ranks + num_engines
-    share = max(1, len(os.sched_getaffinity(0)) // num_processes)
-    for name in _THREAD_VARIABLES:
-        if config.cluster.threads_per_rank is not None:
-            env[name] = str(config.cluster.threads_per_rank)
-        else:
-            env.setdefault(name, str(share))
+    env |= thread_variables(config.cluster.threads_per_rank, env, num_peers)
     root = str(Path(rlx.__file__).resolve().parents[1])
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     env["PYTHONUNBUFFERED"] = "1"

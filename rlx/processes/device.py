@@ -1,4 +1,4 @@
-"""The device that a rank works on, settled before anything imports Megatron."""
+"""The device that a rank works on and the threads that it has, settled before anything imports Megatron."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from rlx.parallel import cpu_backend
 from rlx.processes.environment import hide_gpus
+from rlx.processes.threads import settle_threads
 
 
 def take_device(setting: str, local_rank: int) -> torch.device:
@@ -25,3 +26,10 @@ def take_device(setting: str, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def take_threads(setting: int | None, ranks_here: int) -> None:
+    """``cluster.threads_per_rank`` resolved for this rank, one of ``ranks_here`` on its machine."""
+    found = settle_threads(setting, ranks_here)
+    if found is not None:
+        torch.set_num_threads(found)

@@ -36,11 +36,12 @@ def hide_gpus(device: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEnvironment:
-    """This process's place among the trainer ranks."""
+    """This process's place among the trainer ranks, of which ``ranks_here`` are on its machine."""
 
     rank: int
     local_rank: int
     world_size: int
+    ranks_here: int
 
 
 def rank_environment() -> RankEnvironment:
@@ -51,7 +52,8 @@ def rank_environment() -> RankEnvironment:
         if not text.isdecimal():
             raise ValueError(f"environment variable {name} must be a number, got {text!r}: start this through a launcher")
         found[name] = int(text)
-    return RankEnvironment(rank=found["RANK"], local_rank=found["LOCAL_RANK"], world_size=found["WORLD_SIZE"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", found["WORLD_SIZE"]))
+    return RankEnvironment(rank=found["RANK"], local_rank=found["LOCAL_RANK"], world_size=found["WORLD_SIZE"], ranks_here=here)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,7 @@ def rendezvous() -> Rendezvous:
     if missing:
         raise ValueError(f"environment variable {' and '.join(missing)} must be set: start this through a launcher")
     world = rank_environment()
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
+    ranks_per_node = world.ranks_here
     return Rendezvous(
         address=os.environ["MASTER_ADDR"],
         port=int(os.environ["MASTER_PORT"]),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from rlx.processes.environment import QUIET
+from rlx.processes.threads import thread_variables
 from rlx.sync.ports import free_port
 
 _POLL_S = 0.1
@@ -19,9 +20,9 @@ def run_local_ranks(command: Sequence[str], num_ranks: int) -> int:
 
     The first rank that fails decides the exit status; the others are then ended. Ranks never outlive this call.
     """
-    threads = str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
-    shared = {"OMP_NUM_THREADS": threads, "GLOO_SOCKET_IFNAME": "lo", **QUIET, **os.environ, **world}
+    threads = thread_variables(None, os.environ, num_ranks)
+    shared = {"GLOO_SOCKET_IFNAME": "lo", **QUIET, **os.environ, **threads, **world}
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(num_ranks):

@@ -76,7 +76,7 @@ class RunningEngine:
         folder.mkdir(parents=True, exist_ok=True)
         config = engine_config(kind, model, folder, tp=tp, **(server_args or {}))
         reading, self._writing = os.pipe()
-        env = child_environment(config, f"test-{os.getpid()}-{id(self)}", num_engines=1)
+        env = child_environment(config, f"test-{os.getpid()}-{id(self)}", num_peers=1)
         plan = plan_engine(config, EngineSite(index=0, run_dir=folder, parent_pipe=reading, env=env, keys=self.keys))
         if checksums:
             shim = folder / "shim"

@@ -27,6 +27,7 @@ from rlx.processes.children import JOB_ID, kill_members
 from rlx.processes.environment import RankEnvironment, interface_of
 from rlx.processes.rundir import ENDPOINTS, log_path, wait_for_shared
 from rlx.processes.stopping import REQUEUE_STATUS
+from rlx.processes.threads import VARIABLES
 
 _LOOK_S = 0.2
 _MEET_S = 300.0
@@ -51,13 +52,15 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """One node of the plan: its name, Ray's id and address of it, its keeper's process and the GPUs that it holds for us."""
+    """One node of the plan: its name, Ray's id and address of it, its keeper's process, the GPUs that it holds for us and the
+    number of engines there."""
 
     name: str
     ray_id: str
     keeper: int
     address: str = ""
     gpus: tuple[str, ...] = ()
+    num_engines: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +118,9 @@ class TrainerActor:
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's word for: the store is there already
         try:
             config = load_config(str(job.run_dir / "config.yaml"), [])
-            device = import_module("rlx.processes.device").take_device(config.cluster.device, place.local_rank)
+            settings = import_module("rlx.processes.device")
+            device = settings.take_device(config.cluster.device, place.local_rank)
+            settings.take_threads(config.cluster.threads_per_rank, place.ranks_here)
             run_rank = import_module("rlx.driver.rank").run_rank
             done: bool = run_rank(config, place, device, job.run_dir / ENDPOINTS, job.stop_file.exists)
         except Exception as error:
@@ -154,7 +159,7 @@ class EngineActor:
         logger.info("host %s, GPUs %s of the plan's", socket.gethostname(), self._part.gpus or "none")
         module = import_module("rlx.engines.node")
         config = load_config(str(self._job.run_dir / "config.yaml"), [])
-        node = module.Node(number=self._index, address=self._host.address)
+        node = module.Node(number=self._index, address=self._host.address, num_engines=self._host.num_engines)
         engines = module.NodeEngines(config, self._job.run_dir, node, {self._index: self._part}, incarnation=self._incarnation)
         try:
             while not self._stopping.wait(_LOOK_S):
@@ -177,6 +182,8 @@ def _enter(job: Job, host: Host | None = None) -> None:
         ) from error
     if host is not None and host.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(host.gpus)
+    for variable in VARIABLES:
+        os.environ.pop(variable, None)  # Ray sets one by what was reserved
     os.environ |= job.env
     name = None if host is None else interface_of(host.address)
     if name is not None:

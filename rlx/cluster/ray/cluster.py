@@ -31,11 +31,11 @@ from rlx.placement.ray_nodes import (
 from rlx.placement.seats import Seats
 from rlx.processes.children import JOB_ID, LAUNCH_ID
 from rlx.processes.environment import HANDED_ON, QUIET, hidden_gpus
+from rlx.processes.threads import VARIABLES, thread_variables
 
 _POLL_S = 0.2
 _STORE_BYTES = 80 * 2**20  # what Ray asks for at least; no tensor of ours travels through its object store
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-_HANDED_ON = (*HANDED_ON, *_THREADS)
+_HANDED_ON = (*HANDED_ON, *VARIABLES)
 # Keys of engines, which travel in a file, and marks by which other runs find their processes.
 _KEPT = ("RLX_ENGINE_", LAUNCH_ID, JOB_ID)
 Say = Callable[[str], None]
@@ -152,12 +152,11 @@ def start_environment(job_id: str) -> dict[str, str]:
 
 
 def actor_environment(config: Config, given: Mapping[str, str]) -> dict[str, str]:
-    """What the actors add to their environment: the launcher's settings of libraries, thread counts, NCCL's defaults; on CPUs,
-    that there are no GPUs."""
+    """What the actors add to their environment: the launcher's settings of libraries, thread counts that somebody set, NCCL's
+    defaults; on CPUs, that there are no GPUs."""
     env = {name: value for name, value in given.items() if name.startswith(_HANDED_ON) and not name.startswith(_KEPT)}
-    threads = config.cluster.threads_per_rank
-    for name in _THREADS:
-        env[name] = str(threads) if threads is not None else env.get(name, "1")
+    if config.cluster.threads_per_rank is not None:
+        env |= thread_variables(config.cluster.threads_per_rank, env, 1)
     # SGLang sets these for itself; a group whose two sides differ forms, and its first broadcast fails.
     defaults = {"TOKENIZERS_PARALLELISM": "false", "NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
     return defaults | env | hidden_gpus(config.cluster.device)

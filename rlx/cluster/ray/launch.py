@@ -218,7 +218,14 @@ class RayLaunch:
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         found = self._cluster.wait_for([keeper.look.remote() for keeper in keepers], _START_S, "the keepers of the nodes")
         # In a cluster of our own everybody is here: listen to nobody outside.
-        hosts = [replace(host, address="127.0.0.1" if self._address.is_own else addresses[host.ray_id]) for host in found]
+        hosts = [
+            replace(
+                host,
+                address="127.0.0.1" if self._address.is_own else addresses[host.ray_id],
+                num_engines=len(room.seats.parts_of(node)),
+            )
+            for node, host in enumerate(found)
+        ]
         self._keepers = list(zip(hosts, keepers, strict=True))
         return hosts
 
@@ -241,7 +248,7 @@ class RayLaunch:
         each, world = room.seats.ranks_per_node, room.seats.trainer_ranks
         handles = []
         for rank in range(world):
-            place = RankEnvironment(rank=rank, local_rank=rank % each, world_size=world)
+            place = RankEnvironment(rank=rank, local_rank=rank % each, world_size=world, ranks_here=min(each, world))
             options = _in_bundle(room, rank // each, num_cpus=self._threads)
             handles.append(_actor(TrainerActor, options).remote(self._job, hosts[rank // each], place))
         [meeting] = self._cluster.wait_for([handles[0].open_store.remote(hosts[0].address)], _START_S, "trainer rank 0")

@@ -63,7 +63,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 @pytest.mark.parametrize("device", SEEN)
 @pytest.mark.usefixtures("two_gpus")
 def test_children_of_every_launcher_see_what_was_chosen(device: str) -> None:
-    assert child_environment(config_of(device), "id", num_engines=1)["CUDA_VISIBLE_DEVICES"] == SEEN[device]
+    assert child_environment(config_of(device), "id", num_peers=1)["CUDA_VISIBLE_DEVICES"] == SEEN[device]
     cluster = pytest.importorskip("rlx.cluster.ray.cluster", reason="ray is not installed")
     assert cluster.actor_environment(config_of(device), {}).get("CUDA_VISIBLE_DEVICES") == ("" if device == "cpu" else None)
 
@@ -73,7 +73,7 @@ def test_children_of_every_launcher_see_what_was_chosen(device: str) -> None:
 @pytest.mark.usefixtures("two_gpus")
 def test_an_engine_gets_the_gpus_of_the_plan_only_where_gpus_were_chosen(tmp_path: Path, device: str, engine: str) -> None:
     config = config_of(device, engine=engine)
-    env = child_environment(config, "id", num_engines=1)
+    env = child_environment(config, "id", num_peers=1)
     site = EngineSite(index=0, run_dir=tmp_path, parent_pipe=0, env=env, keys=EngineKeys(), gpus=("1",))
     assert plan_engine(config, site).env["CUDA_VISIBLE_DEVICES"] == ("" if device == "cpu" else "1")
 
