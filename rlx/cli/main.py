@@ -1,6 +1,7 @@
 """The command ``rlx``: find the subcommand, run it, turn its outcome into an exit status.
 
-0 done; 2 bad usage or configuration, found before anything starts; 1 anything else, the cause in the last line.
+0 done; 2 bad usage or configuration, found before anything starts; 128 + N stopped by signal N; 1 anything else, the cause in
+the last line.
 Only the chosen command's module is imported, so that ``rlx check`` needs no torch. A command is a module with
 ``add_arguments(parser)`` and ``main(args) -> int``.
 """
@@ -8,7 +9,9 @@ Only the chosen command's module is imported, so that ``rlx check`` needs no tor
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -56,13 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser(chosen, module).parse_args(_on_paper_last(arguments))
         assert module is not None, "argparse ends on an unknown command"
         args.owns_process = argv is None
-        return int(module.main(args))
+        status = int(module.main(args))
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"rlx {chosen}: interrupted", file=sys.stderr)
-        return 1
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read our output has seen enough, as `head` has; what is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         traceback.print_exc()
         print(f"rlx {chosen}: failed: {type(error).__name__}: {error}", file=sys.stderr)

@@ -18,7 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
 from rlx.cluster.began_with import other_content, other_models
-from rlx.cluster.checks.models import model_problems, vocabulary_problems, vocabulary_warnings
+from rlx.cluster.checks.models import (
+    model_problems,
+    vocabulary_problems,
+    vocabulary_warnings,
+    weight_warnings,
+)
 from rlx.cluster.checks.services import check_writable, engine_problems, environment_problems
 from rlx.cluster.resumption import find_resumption, with_template_date
 from rlx.config.checks.unused import schedule_warnings, unused_keys
@@ -114,6 +119,7 @@ class _Inspection:
         if not config.evaluation.only and config.finetune.epochs is None:
             found.warnings += schedule_warnings(config)
         found.problems += model_problems(config)
+        found.warnings += weight_warnings(config, self._arch)
         found.attempt(self._tokens)
         found.attempt(lambda: end_ids(config.model.path))
         if config.is_finetuning:

@@ -11,6 +11,7 @@ from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
 
+from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlx.config.schema import Config
@@ -49,6 +50,7 @@ def load_tokenizer(path: str, chat_template: str | None = None, template_date: s
         raise ValueError(f"model.tokenizer_path: the tokenizer in {path} cannot be loaded: {error}") from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
+        _check_syntax(tokenizer, chat_template)
     if template_date is not None:
         # A variable of the rendering hides transformers' global of that name; what a caller passes wins over both.
         now = datetime.fromisoformat(template_date).strftime
@@ -151,6 +153,16 @@ def _read_template(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.chat_template: {path} cannot be read: {error}") from error
+
+
+def _check_syntax(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """ValueError for a file that is no template, with its line. What a template refuses is a row's fault, and told by row."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"data.chat_template: {path}:{error.lineno}: {error.message}") from error
+    except Exception:  # whatever a template makes of a chat that is nobody's
+        return
 
 
 @lru_cache(maxsize=8)

@@ -11,7 +11,7 @@ from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import Config
 from rlx.models.hf.auto_classes import classifier_class
 from rlx.models.hf.files import HEAD
-from rlx.models.hf.whole import check_score, check_weights
+from rlx.models.hf.whole import check_score, check_weights, tensors_left_out
 
 
 def model_problems(config: Config) -> Iterator[str]:
@@ -40,6 +40,19 @@ def model_problems(config: Config) -> Iterator[str]:
         yield (
             f"model.path: SGLang cannot read the converted checkpoint {model.path}; name the Hugging Face folder, or set"
             " rollout.server_args.load_format=dummy, for its weights are replaced before the first request"
+        )
+
+
+def weight_warnings(config: Config, arch: Architecture) -> Iterator[str]:
+    """Weights that config.json has no place for change nothing, here as in transformers: it may be another model's."""
+    try:
+        left = tensors_left_out(config.model.path, arch)
+    except ValueError:
+        return  # told as a problem
+    if left:
+        yield (
+            f"model.path: {config.model.path} holds {len(left)} tensors of layers that its config.json has no place for, the"
+            f" first is {left[0]}; they are left out"
         )
 
 

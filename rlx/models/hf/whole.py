@@ -14,6 +14,7 @@ from rlx.models.hf.files import HfFiles, refuse_untied
 LOADABLE = ("float32", "bfloat16", "float16")
 SCORE = "score.weight"
 _SHOWN = 3
+_BUFFERS = (".inv_freq", ".masked_bias")
 
 
 def check_weights(folder: str | Path, arch: Architecture, *, without: str | None = None) -> None:
@@ -30,6 +31,17 @@ def check_weights(folder: str | Path, arch: Architecture, *, without: str | None
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(f"{folder} does not hold what its config.json says: {'; '.join(problems[:_SHOWN])}{more}")
+
+
+def tensors_left_out(folder: str | Path, arch: Architecture) -> list[str]:
+    """Tensors of the layers that the folder holds and ``arch`` has no place for: nobody reads them. Buffers of old exports
+    aside, which follow from config.json."""
+    if is_megatron_checkpoint(folder):
+        return []
+    expected = expected_shapes(arch)
+    layers = tuple(f"model.layers.{number}." for number in range(arch.num_layers))
+    names = (name for name in HfFiles(folder).files if name.startswith(layers) and not name.endswith(_BUFFERS))
+    return sorted(name for name in names if name not in expected)
 
 
 def tensor_problems(source: HfFiles, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

@@ -99,3 +99,20 @@ def test_arguments_and_output_are_utf_8_in_any_locale(run_yaml: Path, program: s
     done = subprocess.run([sys.executable, "-m", program, *arguments], env=env, capture_output=True, cwd=Path.cwd(), check=False)
     shown = (done.stdout + done.stderr).decode("utf-8")
     assert "déjà" in shown and done.returncode == (0 if program == "rlx.cli.main" else 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a\n{% for m in messages %}{{ m.content ", ":2: unexpected end of template"),
+        ("{{ messages | nonsense }}", ":1: No filter named 'nonsense'"),
+        ("{% nonsense %}", ":1: Encountered unknown tag 'nonsense'"),
+    ],
+)
+def test_a_file_that_is_no_template_is_no_rows_fault(
+    run_yaml: Path, capsys: pytest.CaptureFixture[str], text: str, words: str
+) -> None:
+    template = run_yaml.parent / "chat.jinja"
+    template.write_text(text)
+    assert main(["check", str(run_yaml), f"data.chat_template={template}"]) == 2
+    assert f"data.chat_template: {template}{words}" in capsys.readouterr().err

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -62,7 +65,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (ConfigError(["a: wrong", "b: wrong"]), 2, "a: wrong\nb: wrong\n"),
         (RuntimeError("engine-1 died"), 1, "rlx probe: failed: RuntimeError: engine-1 died\n"),
-        (KeyboardInterrupt(), 1, "rlx probe: interrupted\n"),
+        (KeyboardInterrupt(), 130, "rlx probe: interrupted\n"),
         (None, 0, ""),
     ],
 )
@@ -124,3 +127,14 @@ def test_export_says_what_is_missing_before_it_starts(run_yaml: Path, capsys: py
 
 def test_every_command_has_its_module() -> None:
     assert [name for name, command in COMMANDS.items() if find_spec(command.module) is None] == []
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(run_yaml: Path) -> None:
+    """``rlx check ... | head -1``: the pipe is closed while there is more to print."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "rlx.cli.main", "check", str(run_yaml)]
+    with os.fdopen(writing, "wb") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert "Broken pipe" not in done.stderr and "Traceback" not in done.stderr

@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters.__main__ import main as convert
+from rlx.arch.families.registry import read_architecture
 from rlx.cli.main import main
+from rlx.cluster.checks.models import weight_warnings
 from rlx.cluster.preflight import preflight
 from rlx.config.load import ConfigError
 from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig
+from rlx.models.hf.whole import tensors_left_out
 from tests.dist.checkpoints import make_qwen2
 
 
@@ -71,3 +74,19 @@ def test_no_entrance_takes_it(
     out, err = capsys.readouterr()
     assert all(word in out + err for word in words), out + err
     assert not (folder / "out").exists() and not (folder / "out.jsonl").exists()
+
+
+def test_tensors_that_nobody_reads_are_said(tmp_path: Path) -> None:
+    """Of the layers: a head of another kind or a buffer of old exports is no sign of another model."""
+    folder = make_qwen2(tmp_path / "model", num_layers=1)
+    arch, tensors = read_architecture(folder), load_file(folder / "model.safetensors")
+    assert tensors_left_out(folder, arch) == []
+    kept = ["model.layers.0.self_attn.rotary_emb.inv_freq", "v_head.summary.weight", "model.layers.1.mlp.up_proj.weight"]
+    left = ["model.layers.0.self_attn.o_proj.bias", "model.layers.0.mlp.up_proj.bias"]
+    save_file(tensors | {name: torch.ones(2) for name in kept + left}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert tensors_left_out(folder, arch) == sorted(left)
+    config = Config(model=ModelConfig(path=str(folder)), data=DataConfig(train="none"), reward=RewardConfig(name="exact"))
+    (said,) = weight_warnings(config, arch)
+    assert said.startswith(f"model.path: {folder} holds 2 tensors of layers") and sorted(left)[0] in said
+    (folder / "model.safetensors").unlink()
+    assert not list(weight_warnings(config, arch))
