@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument("--partition", help="SLURM partition; none: the cluster's default")
     slurm.add_argument("--time", default="24:00:00", help="time limit of one start; the job goes on in the next")
     slurm.add_argument("--save-before", type=_positive, default=600, metavar="S", help="seconds before the limit to save at")
-    slurm.add_argument("--threads", type=_positive, default=8, help="CPU threads of a process")
+    slurm.add_argument("--threads", type=_positive, help="CPU threads of a process; default: its share of the task's CPUs")
     slurm.add_argument("--name", default="rlx", help="name of the job")
     slurm.add_argument("--log-dir", default="slurm-logs", help="folder for the job's and the tasks' output")
     slurm.add_argument("--prologue", metavar="FILE", help="bash that is read before anything starts: module load ...")

@@ -58,7 +58,7 @@ class SlurmJob:
     partition: str | None = None
     time: str = "24:00:00"
     save_before_s: int = 600
-    threads: int = 8
+    threads: int | None = None
     prologue: str | None = None
     container: str | None = None
     runtime: str | None = None

@@ -83,6 +83,11 @@ def test_ray_flavour_waits_for_its_nodes_unless_told(config: Path, capsys: pytes
     assert "cluster.ray_wait_s=600 cluster.ray_wait_s=5 " in script, "the last one wins"
 
 
+def test_threads_are_the_ranks_to_share_out_unless_told(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "export OMP_NUM_THREADS" not in rendered(capsys, config, "--rollout-nodes", "1")
+    assert "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-3}\n" in rendered(capsys, config, "--rollout-nodes", "1", "--threads", "3")
+
+
 def test_what_a_job_gets_of_the_shell() -> None:
     given = [
         "HF_TOKEN",
