@@ -22,7 +22,7 @@ from rlx.data.rows import read_rows
 from rlx.data.tokenizer import answer_decoder, encode_part, tokenizer_of
 from rlx.rewards.pool.pools import make_reward_service
 from rlx.rewards.pool.service import AllVerdictsInvalidError
-from rlx.types.rollout import Completion, Prompt, Reward, RolloutGroup
+from rlx.types.rollout import Prompt, Reward, RolloutGroup, Trajectory, given, sampled
 
 DEFAULT_ROWS = 8
 
@@ -82,7 +82,7 @@ def _answered(config: Config, tokenizer: PreTrainedTokenizerBase, args: argparse
     if len(texts) > len(prompts):
         raise ValueError(f"--answers: {args.answers} has {len(answers or ())} answers, but there are {len(prompts)} prompts")
     return [
-        RolloutGroup(prompt=prompt, completions=(_completion(encode_part(text, tokenizer)),))
+        RolloutGroup(prompt=prompt, trajectories=(_answered_by(prompt, encode_part(text, tokenizer)),))
         for prompt, text in zip(prompts, texts, strict=False)
     ]
 
@@ -101,11 +101,9 @@ def _label_text(prompt: Prompt) -> str:
     return prompt.label if isinstance(prompt.label, str) else json.dumps(prompt.label, default=str)
 
 
-def _completion(token_ids: Sequence[int]) -> Completion:
-    size = len(token_ids)
-    return Completion(
-        token_ids=tuple(token_ids), rollout_logprobs=(0.0,) * size, finish_reason="stop", weight_versions=(0,) * size
-    )
+def _answered_by(prompt: Prompt, token_ids: Sequence[int]) -> Trajectory:
+    answer = sampled(token_ids, (0.0,) * len(token_ids), (0,) * len(token_ids))
+    return Trajectory(segments=(given(prompt.token_ids), *answer), finish_reason="stop")
 
 
 def _line(reward: Reward) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.config.schema import DataConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig, task_name
-from rlx.data.chat import Chat, for_template, read_messages, read_tools, render
+from rlx.data.chat import Chat, Message, for_template, read_messages, read_tools, render
 from rlx.data.rows import Look, Row, column, has_more, label_in, placed, read_rows, row_digest
 from rlx.data.tasks import read_task
 from rlx.data.tokenizer import encode_part, encode_text, is_surely_longer, most_bytes
@@ -33,6 +33,7 @@ class Question:
 
     token_ids: tuple[int, ...]
     text: str
+    messages: tuple[Message, ...]
     label: object
     level: float
     extra: Mapping[str, object]
@@ -41,7 +42,13 @@ class Question:
     def ask(self, prompt_id: int, source: str) -> Prompt:
         """The prompt ``prompt_id`` of a run."""
         return Prompt(
-            prompt_id=prompt_id, token_ids=self.token_ids, text=self.text, label=self.label, source=source, extra=self.extra
+            prompt_id=prompt_id,
+            token_ids=self.token_ids,
+            text=self.text,
+            messages=self.messages,
+            label=self.label,
+            source=source,
+            extra=self.extra,
         )
 
 
@@ -178,6 +185,7 @@ def _to_question(
     question = Question(
         token_ids=tuple(token_ids),
         text=text,
+        messages=() if isinstance(prompt, str) else tuple(prompt.messages),
         label=label_in(row, data.label_key),
         level=_level_of(row, source, data),
         extra={key: value for key, value in row.items() if key not in used},

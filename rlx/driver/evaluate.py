@@ -69,7 +69,7 @@ class Evaluation:
 def summarise(groups: Sequence[RolloutGroup], num_samples: int, pass_reward: float, prefix: str = "eval") -> dict[str, float]:
     """Metrics of scored groups, named ``prefix``/... Answers that could not be judged are counted, and count as wrong; they have
     no part in the means of the reward's parts."""
-    answers = [completion for group in groups for completion in group.completions]
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     verdicts = [group.rewards or () for group in groups]
     rewards = [reward for of_prompt in verdicts for reward in of_prompt]
     valid = [reward for reward in rewards if reward.valid]
@@ -78,8 +78,8 @@ def summarise(groups: Sequence[RolloutGroup], num_samples: int, pass_reward: flo
         found |= at_k(verdicts, num_samples, pass_reward)
     parts = {f"reward_{name}": value for name, value in part_means(valid).items()}
     counts = {
-        "tokens_mean": fmean(len(answer.token_ids) for answer in answers),
-        "cut_off_share": fmean(answer.is_cut_off for answer in answers),
+        "tokens_mean": fmean(trajectory.num_sampled for trajectory in trajectories),
+        "cut_off_share": fmean(trajectory.is_cut_off for trajectory in trajectories),
         "invalid": float(len(rewards) - len(valid)),
         "prompts": float(len(groups)),
     }

@@ -126,8 +126,8 @@ def _with_length_penalty(config: Config, groups: Sequence[RolloutGroup]) -> tupl
     shaped, penalties = [], []
     for group in groups:
         rewards = []
-        for completion, reward in zip(group.completions, group.rewards or (), strict=True):
-            size = len(completion.token_ids)
+        for trajectory, reward in zip(group.trajectories, group.rewards or (), strict=True):
+            size = trajectory.num_sampled
             penalty = overlong_penalty(size, max_tokens, algorithm.overlong_buffer, algorithm.overlong_penalty)
             rewards.append(replace(reward, value=reward.value + penalty))
             penalties.append(penalty)
@@ -139,12 +139,12 @@ def _without_overlong(
     groups: Sequence[RolloutGroup], advantages: list[list[float]] | None
 ) -> tuple[list[RolloutGroup], list[list[float]] | None, int]:
     """Answers cut off by the length limit leave the loss; their rewards have had their part in the group's baseline."""
-    kept = [[i for i, answer in enumerate(group.completions) if not answer.is_cut_off] for group in groups]
-    num_dropped = sum(len(group.completions) for group in groups) - sum(len(indices) for indices in kept)
+    kept = [[i for i, one in enumerate(group.trajectories) if not one.is_cut_off] for group in groups]
+    num_dropped = sum(len(group.trajectories) for group in groups) - sum(len(indices) for indices in kept)
     filtered = [
         replace(
             group,
-            completions=tuple(group.completions[i] for i in indices),
+            trajectories=tuple(group.trajectories[i] for i in indices),
             rewards=tuple((group.rewards or ())[i] for i in indices),
         )
         for group, indices in zip(groups, kept, strict=True)

@@ -139,13 +139,13 @@ class PPOTrainer:
         groups = rollouts.groups
         rewards = [reward for group in groups for reward in group.rewards or () if reward.valid]
         values = [reward.value for reward in rewards]
-        answers = [completion for group in groups for completion in group.completions]
+        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         metrics = {
             "reward/mean": fmean(values),
             "reward/std": pstdev(values),
             "reward/invalid": float(rollouts.verdicts.num_invalid),
-            "response/tokens_mean": fmean(len(answer.token_ids) for answer in answers),
-            "response/cut_off_share": fmean(answer.is_cut_off for answer in answers),
+            "response/tokens_mean": fmean(trajectory.num_sampled for trajectory in trajectories),
+            "response/cut_off_share": fmean(trajectory.is_cut_off for trajectory in trajectories),
             **scores,
             **rollouts.metrics,
             **samples.metrics,

@@ -1,4 +1,4 @@
-"""What a verifier is: a function from an answer to a verdict."""
+"""What a verifier is: a function from an answer, and how it came about, to a verdict."""
 
 from __future__ import annotations
 
@@ -7,14 +7,30 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Prompt, Reward
 
 
 class Verifier(Protocol):
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        """Judge one answer. ``response_text`` is the decoded response without what ends or pads it. May raise: the sample is
-        then invalid. Those that wait for a server are called from several threads at once."""
+    def __call__(self, request: RewardRequest) -> Reward:
+        """Judge one answer. May raise: the sample is then invalid. Those that wait for a server are called from several threads
+        at once."""
         ...
+
+
+@runtime_checkable
+class GroupMinded(Protocol):
+    """A verifier that may ask for the other answers to the same prompt."""
+
+    @property
+    def asks_group(self) -> bool:
+        """Whether requests must carry the group."""
+        ...
+
+
+def asks_group(verifier: Verifier) -> bool:
+    """Whether ``verifier`` looks at ``RewardRequest.group``."""
+    return isinstance(verifier, GroupMinded) and verifier.asks_group
 
 
 @runtime_checkable
@@ -94,10 +110,10 @@ def bounded(reward: Reward, max_abs: float) -> Reward:
     return checked
 
 
-def judge(verifier: Verifier, prompt: Prompt, text: str, completion: Completion, max_abs: float) -> Reward:
+def judge(verifier: Verifier, request: RewardRequest, max_abs: float) -> Reward:
     """The verdict, invalid for whatever the verifier raises and whatever ``bounded`` refuses."""
     try:
-        return bounded(verifier(prompt, text, completion), max_abs)
+        return bounded(verifier(request), max_abs)
     except (Exception, SystemExit) as error:
         # Verifiers are users' code: whatever they raise makes this sample invalid, never the run fail.
         return invalid(f"{type(error).__name__}: {error}")

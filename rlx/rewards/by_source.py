@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlx.rewards.base import Verifier, check_prompt, warm_up
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.base import Verifier, asks_group, check_prompt, warm_up
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Prompt, Reward
 
 
 class UnknownSourceError(ValueError):
@@ -28,12 +29,19 @@ class BySource:
     sources: Mapping[str, Verifier]
     otherwise: Verifier | None = None
 
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        return of_source(self.sources, prompt.source, self.otherwise)(prompt, response_text, completion)
+    def __call__(self, request: RewardRequest) -> Reward:
+        return of_source(self.sources, request.prompt.source, self.otherwise)(request)
 
     def check_prompt(self, prompt: Prompt) -> None:
         check_prompt(of_source(self.sources, prompt.source, self.otherwise), prompt)
 
+    @property
+    def asks_group(self) -> bool:
+        return any(map(asks_group, self._verifiers()))
+
     def warm_up(self) -> None:
-        for verifier in (*self.sources.values(), *([] if self.otherwise is None else [self.otherwise])):
+        for verifier in self._verifiers():
             warm_up(verifier)
+
+    def _verifiers(self) -> list[Verifier]:
+        return [*self.sources.values(), *([] if self.otherwise is None else [self.otherwise])]

@@ -27,7 +27,8 @@ from typing import IO
 
 from rlx.rewards.base import MissingLabelError
 from rlx.rewards.code_harness import LENGTH_BYTES, WORD_BYTES
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Prompt, Reward
 
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _HARNESS = Path(__file__).with_name("code_harness.py")
@@ -54,9 +55,9 @@ class CodeTests:
         if self.network not in ("try", "deny"):
             raise ValueError(f"reward.args.network must be try or deny, got {self.network!r}")
 
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        tests = self._tests_of(prompt)
-        blocks = _BLOCK.findall(response_text)
+    def __call__(self, request: RewardRequest) -> Reward:
+        tests = self._tests_of(request.prompt)
+        blocks = _BLOCK.findall(request.response)
         if not blocks:
             return Reward(value=0.0)
         passed = 0

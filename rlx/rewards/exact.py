@@ -6,7 +6,8 @@ import unicodedata
 from dataclasses import dataclass
 
 from rlx.rewards.base import label_of, verdict
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +19,8 @@ class ExactMatch:
     ignore_case: bool = False
     normalize: bool = False
 
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        return verdict(self._canonical(response_text) == self._canonical(label_of(prompt)))
+    def __call__(self, request: RewardRequest) -> Reward:
+        return verdict(self._canonical(request.response) == self._canonical(label_of(request.prompt)))
 
     def _canonical(self, text: str) -> str:
         if self.normalize:

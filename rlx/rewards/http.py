@@ -11,7 +11,8 @@ from typing import Any
 
 from rlx.rewards.base import checked_reward
 from rlx.rewards.remote import Batcher, Poster, RemoteError
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Reward
 
 
 class HttpScorer:
@@ -21,8 +22,9 @@ class HttpScorer:
         self._poster = Poster(url=url, **poster)
         self._batcher: Batcher[Mapping[str, object]] = Batcher(self._ask_all, batch_size, max_wait_s)
 
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        question = {"prompt": prompt.text, "response": response_text, "label": prompt.label, "extra": dict(prompt.extra)}
+    def __call__(self, request: RewardRequest) -> Reward:
+        prompt = request.prompt
+        question = {"prompt": prompt.text, "response": request.response, "label": prompt.label, "extra": dict(prompt.extra)}
         return checked_reward(self._batcher.ask(question))
 
     def _ask_all(self, questions: Sequence[Mapping[str, object]]) -> Sequence[float]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from rlx.rewards.base import checked_reward, invalid, label_of
 from rlx.rewards.remote import Poster, RemoteError
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Reward
 
 TEMPLATE = """Grade the answer to the question on a scale from 0 (wrong) to 10 (perfect).
 
@@ -53,8 +54,9 @@ class JudgeModel:
             raise ValueError(f"reward.args.pattern {pattern!r} has {self._pattern.groups} groups; the score is one")
         self._fill("", "", "")
 
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        content = self._fill(prompt.text, response_text, "" if prompt.label is None else label_of(prompt))
+    def __call__(self, request: RewardRequest) -> Reward:
+        prompt = request.prompt
+        content = self._fill(prompt.text, request.response, "" if prompt.label is None else label_of(prompt))
         reply = self._text_of(self._poster.post({**self._request, "messages": [{"role": "user", "content": content}]}))
         found = self._pattern.findall(reply)
         if not found:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthShape:
-    """0 for responses of ``minimum`` to ``free`` tokens, falling linearly to -1 at ``limit`` tokens (and at 0 tokens below the
+    """0 for ``minimum`` to ``free`` sampled tokens, falling linearly to -1 at ``limit`` tokens (and at 0 tokens below the
     minimum). Raises ValueError unless 0 <= minimum <= free < limit."""
 
     free: int
@@ -23,8 +24,8 @@ class LengthShape:
                 f" got minimum {self.minimum}, free {self.free}, limit {self.limit}"
             )
 
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        size = len(completion.token_ids)
+    def __call__(self, request: RewardRequest) -> Reward:
+        size = request.trajectory.num_sampled
         if size < self.minimum:
             return Reward(value=-(self.minimum - size) / self.minimum)
         return Reward(value=-min(1.0, max(0.0, (size - self.free) / (self.limit - self.free))))

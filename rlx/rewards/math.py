@@ -14,7 +14,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 from rlx.rewards.base import label_of, verdict
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Prompt, Reward
 
 if find_spec("math_verify") is not None:
     import math_verify
@@ -93,11 +94,11 @@ class MathVerify:
         if find_spec("math_verify") is None:
             raise ValueError("reward.name: math needs the package math-verify (pip install 'rlx[math]')")
 
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        gold = _gold_of(prompt)
-        answer = last_boxed(response_text)
+    def __call__(self, request: RewardRequest) -> Reward:
+        gold = _gold_of(request.prompt)
+        answer = last_boxed(request.response)
         if answer is None:
-            return verdict(not self.boxed_only and _equal(gold, response_text))
+            return verdict(not self.boxed_only and _equal(gold, request.response))
         if answer == gold:
             return verdict(True)
         same = same_number(gold, answer)

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 
 from rlx.rewards.base import label_of, verdict
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Prompt, Reward
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _UNSIGNED = rf"(?:{_DIGITS}(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
@@ -50,9 +51,9 @@ class NumericMatch:
         if not self.tolerance >= 0:
             raise ValueError(f"reward.args.tolerance must be at least 0, got {self.tolerance!r}")
 
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        wanted = self._wanted(prompt)
-        given = last_number(response_text)
+    def __call__(self, request: RewardRequest) -> Reward:
+        wanted = self._wanted(request.prompt)
+        given = last_number(request.response)
         return verdict(given is not None and abs(given - wanted) <= self.tolerance * max(1.0, abs(wanted)))
 
     def check_prompt(self, prompt: Prompt) -> None:

@@ -13,7 +13,11 @@ from pathlib import Path
 from types import ModuleType
 
 from rlx.rewards.base import checked_reward, invalid
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Prompt, Reward
+
+# What a function may ask for by name, after prompt text, response and label; attributes of the request.
+OFFERED = ("trajectory", "messages", "finish_reason", "group")
 
 _NOT_CALLED_FOR_A_NUMBER = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
 
@@ -21,9 +25,9 @@ _NOT_CALLED_FOR_A_NUMBER = (inspect.iscoroutinefunction, inspect.isasyncgenfunct
 class PythonFunction:
     """Calls ``function(prompt_text, response, label, **extra)`` from ``path/to/file.py:function``, one call at a time.
 
-    ``extra`` holds the row's other columns and, over them, ``reward.args``. The function returns a number, or (number,
-    {part name: number}); anything else is an invalid verdict. Raises ValueError for a missing file or function, or a
-    file that cannot be imported.
+    ``extra`` holds the row's other columns and, over them, ``reward.args``; beside them those of ``OFFERED`` that the function
+    has an argument for. It returns a number, or (number, {part name: number}); anything else is an invalid verdict. Raises
+    ValueError for a missing file or function, or a file that cannot be imported.
     """
 
     def __init__(self, name: str, args: Mapping[str, object]) -> None:
@@ -34,11 +38,17 @@ class PythonFunction:
         with self._neighbours.importable():
             self._function = _load_function(path, function)
         self._name, self._args = name, dict(args)
+        self._asked = _asked_for(self._function)
 
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        extra = {**prompt.extra, **self._args}
+    @property
+    def asks_group(self) -> bool:
+        return "group" in self._asked
+
+    def __call__(self, request: RewardRequest) -> Reward:
+        prompt = request.prompt
+        extra = self._by_name(prompt) | {name: getattr(request, name) for name in self._asked}
         with self._neighbours.importable():
-            result = self._function(prompt.text, response_text, prompt.label, **extra)
+            result = self._function(prompt.text, request.response, prompt.label, **extra)
         if not isinstance(result, tuple):
             return checked_reward(result)
         if len(result) != 2 or not isinstance(result[1], Mapping):
@@ -47,18 +57,30 @@ class PythonFunction:
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Bind the prompt to the function's arguments."""
+        extra = self._by_name(prompt)
         try:
             signature = inspect.signature(self._function)
         except ValueError:
             return  # written in C: it does not say
         try:
-            signature.bind(prompt.text, "", prompt.label, **{**prompt.extra, **self._args})
+            signature.bind(prompt.text, "", prompt.label, **extra, **dict.fromkeys(self._asked))
         except TypeError as error:
-            by_name = ", ".join({**prompt.extra, **self._args}) or "none here"
             raise ValueError(
                 f"reward.name: {self._name}{signature} cannot be called with this row: {error}; after prompt text, response and"
-                f" label it gets by name the row's other columns and reward.args ({by_name})"
+                f" label it gets by name the row's other columns and reward.args ({', '.join(extra) or 'none here'}); where it"
+                f" names them also {', '.join(OFFERED)}"
             ) from error
+
+    def _by_name(self, prompt: Prompt) -> dict[str, object]:
+        """The row's other columns and reward.args; ValueError where one is called like what the function asks for."""
+        extra = {**prompt.extra, **self._args}
+        for name in self._asked:
+            if name in extra:
+                owner = "reward.args has a key" if name in self._args else "the row has a column"
+                raise ValueError(
+                    f"reward.name: {self._name} has an argument {name!r}, which rlx fills, but {owner} of that name; rename one"
+                )
+        return extra
 
 
 class _Neighbours:
@@ -89,6 +111,17 @@ class _Neighbours:
     def _lies_here(self, module: ModuleType) -> bool:
         places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
         return any(isinstance(place, str) and Path(place).parent == self._folder for place in places)
+
+
+def _asked_for(function: Callable[..., object]) -> tuple[str, ...]:
+    """Those of ``OFFERED`` that ``function`` names, behind the three arguments that it gets by position."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:
+        return ()  # written in C: it does not say
+    by_position = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)][:3]
+    by_name = [one for one in parameters if one not in by_position and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    return tuple(one.name for one in by_name if one.name in OFFERED)
 
 
 def _load_function(path: str, function_name: str) -> Callable[..., object]:

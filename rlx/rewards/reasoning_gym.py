@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from rlx.rewards.base import MissingLabelError, checked_reward
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Prompt, Reward
 
 Scorer = Callable[[str | None, Mapping[str, object]], float]
 
@@ -39,12 +40,12 @@ class ReasoningGym:
     def check_prompt(self, prompt: Prompt) -> None:
         _origin_of(prompt)
 
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        origin = _origin_of(prompt)
-        found = self._pattern.findall(response_text)
+    def __call__(self, request: RewardRequest) -> Reward:
+        origin = _origin_of(request.prompt)
+        found = self._pattern.findall(request.text)
         if not found and self.tagged_only:
             return Reward(value=0.0)
-        answer = (found[-1] if found else response_text).strip()
+        answer = (found[-1] if found else request.response).strip()
         scorer = _scorer(str(origin["task"]), json.dumps(origin["args"], sort_keys=True))
         return checked_reward(scorer(answer, origin["entry"]))
 

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field
 
 from rlx.rewards.base import label_of, verdict
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +34,12 @@ class RegexMatch:
             raise ValueError(f"reward.args.pattern {self.pattern!r} is not a regular expression: {error}") from error
         object.__setattr__(self, "_compiled", compiled)
 
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        matches = list(self._compiled.finditer(response_text))
+    def __call__(self, request: RewardRequest) -> Reward:
+        # A tag that the prompt's tail opened is part of the answer; a pattern may also be anchored at the response.
+        matches = list(self._compiled.finditer(request.response)) or list(self._compiled.finditer(request.text))
         if not self._compiled.groups:
             return verdict(bool(matches))
-        label = label_of(prompt).strip()
+        label = label_of(request.prompt).strip()
         if not matches:
             return verdict(False)
         match = matches[0 if self.which == "first" else -1]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlx.rewards.base import Verifier, check_prompt, invalid, warm_up
-from rlx.types.rollout import Completion, Prompt, Reward
+from rlx.rewards.base import Verifier, asks_group, check_prompt, invalid, warm_up
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Prompt, Reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +26,16 @@ class WeightedSum:
 
     parts: Sequence[Part]
 
-    def __call__(self, prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-        return combine([(part, part.verifier(prompt, response_text, completion)) for part in self.parts])
+    def __call__(self, request: RewardRequest) -> Reward:
+        return combine([(part, part.verifier(request)) for part in self.parts])
 
     def check_prompt(self, prompt: Prompt) -> None:
         for part in self.parts:
             check_prompt(part.verifier, prompt)
+
+    @property
+    def asks_group(self) -> bool:
+        return any(asks_group(part.verifier) for part in self.parts)
 
     def warm_up(self) -> None:
         for part in self.parts:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import aiohttp
 
 from rlx.config.schema import RolloutConfig
+from rlx.rollout.completion import Completion
 from rlx.rollout.record import RolloutRecorder
 from rlx.rollout.router import EngineCare, EngineRouter
 from rlx.rollout.sglang.client import (
@@ -29,10 +30,10 @@ from rlx.rollout.sglang.client import (
     open_session,
 )
 from rlx.types.rollout import (
-    Completion,
     Prompt,
     RolloutGroup,
     SamplingSpec,
+    given,
 )
 
 
@@ -299,7 +300,8 @@ class _LoopThread:
     async def _group(self, run: _Run, prompt: Prompt, sampling: SamplingSpec) -> None:
         tasks = [asyncio.create_task(self._sample(prompt, sampling, index)) for index in range(sampling.num_samples)]
         await _all_or_first_failure(tasks)
-        run.put(RolloutGroup(prompt=prompt, completions=tuple(task.result() for task in tasks)))
+        asked = given(prompt.token_ids)  # one for all samples
+        run.put(RolloutGroup(prompt=prompt, trajectories=tuple(task.result().after(asked) for task in tasks)))
 
     async def _sample(self, prompt: Prompt, sampling: SamplingSpec, index: int) -> Completion:
         seed = sample_seed(sampling.seed, prompt.prompt_id, index)

@@ -2,8 +2,13 @@
 
 A JSONL file with one group a line. Floats are written by ``repr``, so that they come back bit for bit:
 
-    {"step": 3, "prompt_id": 24, "prompt_tokens": [..], "prompt_text": "..", "completions": [{"token_ids": [..],
-     "rollout_logprobs": [..], "finish_reason": "stop", "weight_versions": [..]}], "rewards": null | [{"value": ..}]}
+    {"step": 3, "prompt_id": 24, "prompt_tokens": [..], "prompt_text": "..", "trajectories": [{"segments": [{"token_ids": [..],
+     "rollout_logprobs": [..], "weight_version": 2}], "finish_reason": "stop"}], "rewards": null | [{"value": ..}]}
+
+A trajectory's segments are those after the prompt; given ones have token ids alone. ``messages``, ``images`` and
+``reward_parts`` stand there where it has them. Older files have "completions" instead, one answer each:
+
+    {"token_ids": [..], "rollout_logprobs": [..], "weight_versions": [..], "finish_reason": "stop"}
 
 The order of lines is the order in which groups reached the trainer; a replayed run sees the same order.
 """
@@ -16,16 +21,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from rlx.obs.log import logger
 from rlx.types.rollout import (
-    Completion,
     FinishReason,
+    ImageSpan,
     Prompt,
     Reward,
     RolloutGroup,
     SamplingSpec,
+    Segment,
+    Trajectory,
+    given,
+    sampled,
 )
 
 
@@ -75,8 +84,8 @@ class RolloutReplay:
     """A RolloutService that gives recorded groups again, each ``generate`` call the next ``len(prompts)`` of its step.
 
     The calls must come as they did in the recorded run; ``begin_step`` finds the step's first line (searching forward,
-    so that a resumed run can start in the middle). Groups carry the caller's ``Prompt`` and the recorded completions
-    and rewards.
+    so that a resumed run can start in the middle). Groups carry the caller's ``Prompt`` and the recorded
+    trajectories and rewards.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -136,10 +145,10 @@ class RolloutReplay:
             raise ValueError(f"{where}: prompt {prompt_id} has other token ids than recorded (tokenizer, template or data?)")
         try:
             group = _from_json(row, prompt)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{where}: not a rollout group: {type(error).__name__}: {error}") from error
-        if len(group.completions) != sampling.num_samples:
-            raise ValueError(f"{where}: {len(group.completions)} samples recorded, {sampling.num_samples} asked for")
+        if len(group.trajectories) != sampling.num_samples:
+            raise ValueError(f"{where}: {len(group.trajectories)} samples recorded, {sampling.num_samples} asked for")
         return group
 
 
@@ -156,9 +165,9 @@ def check_recording(path: str | Path, check_ids: Callable[[Sequence[int]], None]
             try:
                 prompt = Prompt(prompt_id=0, token_ids=tuple(row["prompt_tokens"]), text="")  # type: ignore[arg-type]
                 group = _from_json(row, prompt)
-                for ids in (prompt.token_ids, *(completion.token_ids for completion in group.completions)):
+                for ids in (prompt.token_ids, *(s.token_ids for one in group.trajectories for s in one.segments[1:])):
                     check_ids(ids)
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{where}: {error if type(error) is ValueError else repr(error)}") from error
     if not num_read:
         raise ValueError(f"rollout.replay: {path} holds no groups")
@@ -171,36 +180,76 @@ def _to_json(step: int, group: RolloutGroup) -> dict[str, object]:
         "prompt_id": group.prompt.prompt_id,
         "prompt_tokens": group.prompt.token_ids,
         "prompt_text": group.prompt.text,
-        "completions": [asdict(completion) for completion in group.completions],
+        "trajectories": [_trajectory_row(trajectory) for trajectory in group.trajectories],
         "rewards": rewards,
     }
 
 
+def _trajectory_row(trajectory: Trajectory) -> dict[str, object]:
+    row: dict[str, object] = {
+        "segments": [_segment_row(segment) for segment in trajectory.segments[1:]],
+        "finish_reason": trajectory.finish_reason,
+    }
+    more = {
+        "messages": list(trajectory.messages),
+        "images": [asdict(span) for span in trajectory.images],
+        "reward_parts": dict(trajectory.reward_parts),
+    }
+    return row | {name: value for name, value in more.items() if value}
+
+
+def _segment_row(segment: Segment) -> dict[str, object]:
+    row: dict[str, object] = {"token_ids": segment.token_ids.tolist()}
+    if segment.is_sampled:
+        row |= {"rollout_logprobs": segment.rollout_logprobs.tolist(), "weight_version": segment.weight_version}
+    return row
+
+
 def _from_json(row: Mapping[str, object], prompt: Prompt) -> RolloutGroup:
-    completions, rewards = row["completions"], row["rewards"]
-    if not isinstance(completions, list) or not isinstance(rewards, list | None):
-        raise TypeError("completions must be a list, rewards a list or null")
+    is_old = "completions" in row and "trajectories" not in row
+    key = "completions" if is_old else "trajectories"
+    trajectories, rewards = row[key], row["rewards"]
+    if not isinstance(trajectories, list) or not isinstance(rewards, list | None):
+        raise TypeError(f"{key} must be a list, rewards a list or null")
+    asked, read = given(prompt.token_ids), _completion if is_old else _trajectory
     return RolloutGroup(
         prompt=prompt,
-        completions=tuple(_completion(**each) for each in completions),
+        trajectories=tuple(read(asked, **each) for each in trajectories),
         rewards=None if rewards is None else tuple(Reward(**each) for each in rewards),
     )
 
 
+def _trajectory(asked: Segment, *, segments: Sequence[Mapping[str, Any]], finish_reason: str, **more: Any) -> Trajectory:
+    more["messages"] = tuple(more.get("messages", ()))
+    more["images"] = tuple(ImageSpan(**each) for each in more.get("images", ()))
+    followed = (segment for each in segments for segment in _segments(**each))
+    return Trajectory(segments=(asked, *followed), finish_reason=_reason(finish_reason), **more)
+
+
+def _segments(
+    *, token_ids: Sequence[int], rollout_logprobs: Sequence[float] = (), weight_version: int | None = None
+) -> tuple[Segment, ...]:
+    if weight_version is None:
+        return (given(token_ids),)
+    return sampled(token_ids, rollout_logprobs, (weight_version,) * len(token_ids))
+
+
 def _completion(
-    token_ids: Sequence[int], rollout_logprobs: Sequence[float], finish_reason: str, weight_versions: Sequence[int]
-) -> Completion:
-    if not len(token_ids) == len(rollout_logprobs) == len(weight_versions):
-        lengths = f"{len(token_ids)}, {len(rollout_logprobs)}, {len(weight_versions)}"
-        raise ValueError(f"token_ids, rollout_logprobs and weight_versions have lengths {lengths}")
-    if finish_reason not in get_args(FinishReason):
-        raise ValueError(f"finish_reason is {finish_reason!r}")
-    return Completion(
-        token_ids=tuple(token_ids),
-        rollout_logprobs=tuple(rollout_logprobs),
-        finish_reason=cast(FinishReason, finish_reason),
-        weight_versions=tuple(weight_versions),
-    )
+    asked: Segment,
+    *,
+    token_ids: Sequence[int],
+    rollout_logprobs: Sequence[float],
+    finish_reason: str,
+    weight_versions: Sequence[int],
+) -> Trajectory:
+    segments = sampled(token_ids, rollout_logprobs, weight_versions)
+    return Trajectory(segments=(asked, *segments), finish_reason=_reason(finish_reason))
+
+
+def _reason(value: str) -> FinishReason:
+    if value not in get_args(FinishReason):
+        raise ValueError(f"finish_reason is {value!r}")
+    return cast(FinishReason, value)
 
 
 def _parse_line(line: bytes, where: str) -> Mapping[str, object]:

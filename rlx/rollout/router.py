@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlx.obs.log import logger
+from rlx.rollout.completion import Completion
 from rlx.rollout.sglang.client import (
     EngineClient,
     EngineError,
@@ -23,7 +24,7 @@ from rlx.rollout.sglang.client import (
     check_token_ids,
     complete,
 )
-from rlx.types.rollout import Completion, SamplingSpec
+from rlx.types.rollout import SamplingSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

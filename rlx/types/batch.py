@@ -4,7 +4,7 @@ Shape legend, used in every docstring and name:
 
     T  packed tokens of one micro-batch (sequences laid end to end)
     S  sequences in one micro-batch
-    L  tokens of one sample (prompt + response)
+    L  tokens of one sample
     V  vocabulary entries
 
 Token columns have two alignments. *Token-aligned* columns of a sample (length L) say something about token i

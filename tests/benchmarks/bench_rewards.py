@@ -18,7 +18,8 @@ import psutil
 from rlx.config.schema import RewardConfig
 from rlx.rewards.math import MathVerify
 from rlx.rewards.pool.processes import ProcessPool
-from rlx.types.rollout import Completion, Prompt, RolloutGroup
+from rlx.types.rollout import Prompt, RolloutGroup
+from tests.trajectories import text_group
 
 LOOPING = """
 def judge(prompt, response, label, **extra):
@@ -33,11 +34,7 @@ def decode(token_ids: Sequence[int]) -> str:
 
 
 def group(prompt_id: int, label: str, answers: Sequence[str]) -> RolloutGroup:
-    completions = tuple(
-        Completion(token_ids=tuple(map(ord, text)), rollout_logprobs=(), finish_reason="stop", weight_versions=())
-        for text in answers
-    )
-    return RolloutGroup(prompt=Prompt(prompt_id=prompt_id, token_ids=(1,), text="", label=label), completions=completions)
+    return text_group(Prompt(prompt_id=prompt_id, token_ids=(1,), text="", label=label), *answers)
 
 
 def numbers_and_fractions(num_groups: int) -> list[RolloutGroup]:
@@ -105,10 +102,11 @@ def in_line(scored: Sequence[RolloutGroup]) -> Cost:
     MathVerify().warm_up()
     start_s, start_cpu_s = time.monotonic(), time.process_time()
     for one in scored:
-        for completion, reward in zip(one.completions, one.rewards or (), strict=True):
+        for trajectory, reward in zip(one.trajectories, one.rewards or (), strict=True):
+            answer = decode(trajectory.turns[-1])
             gold = math_verify.parse(f"\\boxed{{{one.prompt.label}}}")
-            right = math_verify.verify(gold, math_verify.parse(decode(completion.token_ids)))
-            assert float(right) == reward.value, (one.prompt.label, decode(completion.token_ids))
+            right = math_verify.verify(gold, math_verify.parse(answer))
+            assert float(right) == reward.value, (one.prompt.label, answer)
     num = 8 * len(scored)
     return Cost(rate=num / (time.monotonic() - start_s), cpu_s=(time.process_time() - start_cpu_s) / num)
 

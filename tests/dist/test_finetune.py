@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlx.config.schema import RewardConfig
 from rlx.rewards.registry import make_verifier
-from rlx.types.rollout import Completion, Prompt
+from rlx.types.rollout import Prompt
 from tests.dist.checkpoints import VOCAB_SIZE, make_qwen2
 from tests.dist.launch import run_ranks
 from tests.dist.test_invariance import relative
+from tests.trajectories import answered, request
 from tests.unit.rollout_engine.process import start_server
 
 BETA, SMOOTHING, CENTER = 0.3, 0.1, 0.05
@@ -214,8 +215,7 @@ def test_an_engine_gives_the_scores_of_the_trainer(arguments: dict[str, Any], re
             for number, pair in enumerate(arguments["pairs"]):
                 ids, start = pair[side]["token_ids"], pair[side]["loss_mask"].index(1)
                 prompt = Prompt(prompt_id=number, token_ids=tuple(ids[:start]), text="", label="")
-                answer = Completion(token_ids=tuple(ids[start:]), rollout_logprobs=(), finish_reason="stop", weight_versions=())
-                values.append(verifier(prompt, "", answer).value)
+                values.append(verifier(request(prompt, "", answered(ids[:start], ids[start:]))).value)
             trainers = results["rm"][REFERENCE]["held_out"][name]
             assert sum(values) / len(values) == pytest.approx(trainers, rel=1e-5), name
     finally:

@@ -18,8 +18,9 @@ from rlx.cluster.preflight import preflight
 from rlx.config.load import load_config
 from rlx.obs.metrics import read_metrics
 from rlx.rewards.registry import make_verifier
-from rlx.types.rollout import Completion, Prompt
+from rlx.types.rollout import Prompt
 from tests.e2e.job import ROOT, demo_overrides, gpu_machine, make_demo, numbers, rlx
+from tests.trajectories import request
 from tests.unit.obs.test_glossary import unexplained
 
 
@@ -143,6 +144,5 @@ def test_first_task_of_the_docs_is_in_order(demo: Path, tmp_path: Path, monkeypa
     config = preflight(load_config("my-task/run.yaml"))
     assert config.evaluation.data is not None and config.reward.name == "my-task/reward.py:score"
     prompt = Prompt(prompt_id=0, token_ids=(1,), text="next 7 =", label="6")
-    answer = Completion(token_ids=(1,), rollout_logprobs=(0.0,), finish_reason="stop", weight_versions=(0,))
-    verdicts = [make_verifier(config.reward)(prompt, text, answer) for text in (" 6", " 6 7", " 8")]
+    verdicts = [make_verifier(config.reward)(request(prompt, text)) for text in (" 6", " 6 7", " 8")]
     assert [verdict.value for verdict in verdicts] == [1.0, 0.5, 0.5] and verdicts[1].parts == {"right": 1.0, "short": 0.0}

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from rlx.config.schema import RewardConfig
 from rlx.rewards.registry import make_verifier
-from rlx.types.rollout import Completion, Prompt
+from rlx.types.rollout import Prompt
 from tests.sglang.engines import RunningEngine
 from tests.sglang.models import make_reward_model, sequences
+from tests.trajectories import answered, request
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the engine
 TOLERANCE = 1e-5
@@ -46,8 +47,8 @@ def test_scores_are_those_of_transformers(start: Callable[..., RunningEngine], t
     key_file = tmp_path / "key"
     key_file.write_text(engine.keys.api_key or "")
     verifier = make_verifier(RewardConfig(name="model", args={"url": engine.url, "api_key_file": str(key_file)}))
-    completion = Completion(token_ids=tuple(rows[2]), rollout_logprobs=(), finish_reason="stop", weight_versions=())
-    found = verifier(Prompt(prompt_id=0, token_ids=tuple(rows[1]), text="", label=""), "", completion)
+    prompt = Prompt(prompt_id=0, token_ids=tuple(rows[1]), text="", label="")
+    found = verifier(request(prompt, "", answered(rows[1], rows[2])))
     assert found.value == pytest.approx(scores(model, [rows[1] + rows[2]])[0], abs=TOLERANCE)
     wrong = httpx.post(f"{engine.url}/generate", json={"input_ids": rows[2]}, headers=keys, timeout=120, trust_env=False)
     assert wrong.status_code == 400

@@ -222,15 +222,15 @@ def test_two_syncs_a_second_under_load(engine: RunningEngine, rounds: int) -> No
         service.close()
     assert not failures and not thread.is_alive()
     assert all(len(batch) == len(prompts) for batch in groups)
-    samples = [(group.prompt, each) for batch in groups for group in batch for each in group.completions]
-    assert all(len(each.token_ids) == 60 for _, each in samples) and service.stats.failures == 0
-    mixed = [(prompt, each) for prompt, each in samples if len(set(each.weight_versions)) > 1]
+    samples = [each for batch in groups for group in batch for each in group.trajectories]
+    assert all(each.num_sampled == 60 for each in samples) and service.stats.failures == 0
+    mixed = [each for each in samples if len(set(each.weight_versions[-60:])) > 1]
     assert mixed
     difference = 0.0
-    for prompt, each in random.sample(mixed, min(len(mixed), 20)) + random.sample(samples, min(len(samples), 10)):
-        rows = [scores(model, [*prompt.token_ids, *each.token_ids])[-60:] for model in models]
-        for place, version in enumerate(each.weight_versions):
-            difference = max(difference, abs(rows[version % 2][place] - each.rollout_logprobs[place]))
+    for each in random.sample(mixed, min(len(mixed), 20)) + random.sample(samples, min(len(samples), 10)):
+        rows = [scores(model, each.token_ids.tolist())[-60:] for model in models]
+        for place, version in enumerate(each.weight_versions[-60:]):
+            difference = max(difference, abs(rows[version % 2][place] - each.rollout_logprobs[-60:][place]))
     print(
         f"{rounds} syncs, longest {longest:.3g} s, {len(samples)} answers, {len(mixed)} over several versions,"
         f" {service.stats.resubmissions} resubmissions, worst difference {difference:.2g}"

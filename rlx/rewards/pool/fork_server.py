@@ -4,7 +4,7 @@ It imports the verifiers once (seconds) and makes the configured one; each reque
 within milliseconds, so that killing one costs next to nothing. The pickled RewardConfig comes from stdin. To each request (one
 byte with a socket attached) the answer is the judge's process id. It ends when the socket closes.
 
-A judge takes (prompt, response text, completion) from its socket and answers with a ``Reward``. Before it does, it restores
+A judge takes a ``RewardRequest`` from its socket and answers with a ``Reward``. Before it does, it restores
 the working directory and kills what the verifier left running.
 """
 
@@ -59,8 +59,7 @@ def _judge_until_closed(channel: Channel, verifier: Verifier, config: RewardConf
     home, children = os.getcwd(), os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            prompt, text, completion = channel.receive()
-            reward = judge(verifier, prompt, text, completion, config.max_abs)
+            reward = judge(verifier, channel.receive(), config.max_abs)
             os.chdir(home)
             _clean_up(children)
             channel.send(reward)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from rlx.config.schema import RewardConfig
-from rlx.rewards.base import bounded, invalid
+from rlx.rewards.base import asks_group, bounded, invalid
 from rlx.rewards.by_source import UnknownSourceError, of_source
 from rlx.rewards.pool.processes import ProcessPool
 from rlx.rewards.pool.service import (
@@ -21,10 +21,9 @@ from rlx.rewards.pool.service import (
     Verdict,
 )
 from rlx.rewards.registry import SUM, is_mixed, is_remote, make_verifier, part_configs, source_configs
+from rlx.rewards.request import RewardRequest
 from rlx.rewards.weighted import Part, combine
 from rlx.types.rollout import (
-    Completion,
-    Prompt,
     Reward,
     RolloutGroup,
 )
@@ -36,8 +35,14 @@ def make_reward_service(config: RewardConfig, decode: Decode) -> ScoringService 
     """The service for ``config``; ValueError when its verifier cannot be made."""
     if is_mixed(config):
         return Chain(config, decode) if config.name == SUM else SplitBySource(config, decode)
+    return _one_kind(config, decode)
+
+
+def _one_kind(config: RewardConfig, decode: Decode) -> RewardPool | ProcessPool:
     verifier = make_verifier(config)
-    return RewardPool(verifier, decode, config) if is_remote(config) else ProcessPool(decode, config)
+    if is_remote(config):
+        return RewardPool(verifier, decode, config)
+    return ProcessPool(decode, config, gives_group=asks_group(verifier))
 
 
 class Chain:
@@ -55,7 +60,7 @@ class Chain:
         def noting(scored: Iterable[RolloutGroup]) -> Iterator[RolloutGroup]:
             for group in scored:
                 assert group.rewards is not None
-                verdicts.setdefault(id(group.completions), []).append(group.rewards)
+                verdicts.setdefault(id(group.trajectories), []).append(group.rewards)
                 yield replace(group, rewards=None)
 
         stream: Iterable[RolloutGroup] = groups
@@ -63,7 +68,7 @@ class Chain:
             stream = noting(pool.score(stream))
         num_valid = num_all = 0
         for group in stream:
-            rows = verdicts.pop(id(group.completions))
+            rows = verdicts.pop(id(group.trajectories))
             sums = (combine(list(zip(self._parts, column, strict=True))) for column in zip(*rows, strict=True))
             rewards = tuple(bounded(reward, self._max_abs) for reward in sums)
             num_all, num_valid = num_all + len(rewards), num_valid + sum(reward.valid for reward in rewards)
@@ -91,12 +96,12 @@ class SplitBySource(ScoringService):
             # Without a source of its own kind, "otherwise" is all that this pool has to judge.
             own = replace(config, args={"sources": rows, **rest}) if rows else otherwise
             assert own is not None
-            self._pools[remote] = RewardPool(make_verifier(own), decode, own) if remote else ProcessPool(decode, own)
+            self._pools[remote] = _one_kind(own, decode)
 
     def submit(self, verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:
             try:
-                kind = of_source(self._kinds, verdict.prompt.source, self._otherwise)
+                kind = of_source(self._kinds, verdict.request.prompt.source, self._otherwise)
             except UnknownSourceError as error:
                 verdict.settle(invalid(f"{type(error).__name__}: {error}"))
             else:
@@ -112,5 +117,5 @@ class SplitBySource(ScoringService):
             pool.close()
 
 
-def _nobody(prompt: Prompt, response_text: str, completion: Completion) -> Reward:
+def _nobody(request: RewardRequest) -> Reward:
     raise AssertionError("a chain's parts are judged by its pools")

@@ -1,6 +1,6 @@
 """Judging answers in processes that can be killed.
 
-Who waits for whom: the feeder thread of ``ScoringService`` decodes answers and puts them in a queue; each of the
+Who waits for whom: the feeder thread of ``ScoringService`` puts answers in a queue; each of the
 ``reward.num_workers`` threads here takes one, hands it to the process of its own and waits for the verdict, at most
 ``reward.timeout_s``. A process that runs out of time is killed with all it started; one that dies (crash, memory) is noticed
 at once. Both cost the answer they were at alone: it is invalid and counted, and the next one gets a new process.
@@ -24,6 +24,7 @@ from rlx.rewards.base import invalid
 from rlx.rewards.pool.channel import Channel, frame
 from rlx.rewards.pool.process_tree import kill_tree
 from rlx.rewards.pool.service import ScoringService, Verdict
+from rlx.rewards.request import RewardRequest
 from rlx.types.rollout import Reward
 
 
@@ -40,10 +41,12 @@ class _Judge:
 
 
 class ProcessPool(ScoringService):
-    """Judges with ``config.num_workers`` processes. ``num_deaths`` counts those that ended by themselves."""
+    """Judges with ``config.num_workers`` processes. ``num_deaths`` counts those that ended by themselves. ``gives_group``: every
+    request carries its group."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], config: RewardConfig) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], config: RewardConfig, *, gives_group: bool = False) -> None:
         super().__init__(decode, config)
+        self._gives_group = gives_group
         self.num_deaths = 0
         self._control, theirs = socket.socketpair()
         # The children's messages must not mix with this program's own; only stderr is shared.
@@ -56,7 +59,7 @@ class ProcessPool(ScoringService):
         with suppress(BrokenPipeError), self._fork_server.stdin as stream:
             pickle.dump(config, stream)
         self._births = Channel(self._control)
-        self._work: queue.SimpleQueue[tuple[Verdict, str] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
         # Guards the births and the two counts.
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._run, name="reward-judge", daemon=True) for _ in range(config.num_workers)]
@@ -65,13 +68,7 @@ class ProcessPool(ScoringService):
 
     def submit(self, verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:
-            try:
-                text = self._decode(verdict.completion.token_ids)
-            except Exception as error:
-                # A tokenizer may refuse ids in any way; that says nothing about the other answers.
-                verdict.settle(invalid(f"{type(error).__name__}: {error}"))
-            else:
-                self._work.put((verdict, text))
+            self._work.put(verdict)
 
     def close(self) -> None:
         """End the judges, the process they were forked from, and the threads; what is not judged by then is invalid."""
@@ -88,11 +85,11 @@ class ProcessPool(ScoringService):
 
     def _run(self) -> None:
         judge: _Judge | None = None
-        while (item := self._work.get()) is not None:
-            verdict, text = item
+        while (verdict := self._work.get()) is not None:
+            request = verdict.request if self._gives_group else replace(verdict.request, group=())
             try:
                 judge = self._living(judge)
-                reward, judge = self._ask(judge, verdict, text)
+                reward, judge = self._ask(judge, request)
             except Exception as error:
                 # Whatever it is, nobody else would settle this verdict: without it the trainer waits for ever.
                 if not self._closed:
@@ -102,12 +99,10 @@ class ProcessPool(ScoringService):
         if judge is not None:
             judge.channel.close()
 
-    def _ask(self, judge: _Judge, verdict: Verdict, text: str) -> tuple[Reward, _Judge | None]:
+    def _ask(self, judge: _Judge, request: RewardRequest) -> tuple[Reward, _Judge | None]:
         """The verdict, and the judge if it lives on."""
-        # Log-probs are no business of a verifier, and the longest part of the message.
-        completion = replace(verdict.completion, rollout_logprobs=(), weight_versions=())
         try:
-            data = frame((verdict.prompt, text, completion))
+            data = frame(request)
         except Exception as error:
             # A row's column may hold what cannot be pickled.
             return invalid(f"the answer cannot be handed to a process: {type(error).__name__}: {error}"), judge

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field, replace
 
 from rlx.config.schema import RewardConfig
 from rlx.rewards.base import Verifier, invalid, judge
+from rlx.rewards.request import Answer, RewardRequest
 from rlx.types.rollout import (
-    Completion,
-    Prompt,
     Reward,
     RolloutGroup,
+    Trajectory,
 )
 
 # How often the clock is read while a verdict is awaited.
@@ -39,8 +39,7 @@ class AllVerdictsInvalidError(RuntimeError):
 class Verdict:
     """One answer on its way to a reward. The first of worker and clock to settle it wins."""
 
-    prompt: Prompt
-    completion: Completion
+    request: RewardRequest
     reward: Reward | None = None
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -62,7 +61,7 @@ class Verdict:
 class ScoringService(ABC):
     """Implements ``RewardService`` over ``submit``, which takes an answer to whoever judges it.
 
-    ``decode`` turns response token ids into the text that verifiers see. ``num_timeouts`` counts the verdicts that ran out
+    ``decode`` turns the ids of a turn into the text that verifiers see. ``num_timeouts`` counts the verdicts that ran out
     of time.
     """
 
@@ -118,12 +117,31 @@ class ScoringService(ABC):
             for group in groups:
                 if stopped.is_set():
                     return
-                verdicts = [Verdict(group.prompt, completion) for completion in group.completions]
-                self.submit(verdicts)
+                verdicts = self._verdicts(group)
+                self.submit([verdict for verdict in verdicts if verdict.reward is None])
                 ready.put((group, verdicts))
             ready.put(None)
         except BaseException as error:  # it crosses to the caller's thread, which raises it
             ready.put(error)
+
+    def _verdicts(self, group: RolloutGroup) -> list[Verdict]:
+        """One a trajectory; those whose ids the tokenizer refuses are settled, as that says nothing about the others."""
+        texts = [self._text_of(trajectory) for trajectory in group.trajectories]
+        answers = tuple(
+            Answer(response="" if isinstance(text, Reward) else text, trajectory=trajectory)
+            for text, trajectory in zip(texts, group.trajectories, strict=True)
+        )
+        verdicts = []
+        for text, answer in zip(texts, answers, strict=True):
+            request = RewardRequest(prompt=group.prompt, response=answer.response, trajectory=answer.trajectory, group=answers)
+            verdicts.append(Verdict(request, text if isinstance(text, Reward) else None))
+        return verdicts
+
+    def _text_of(self, trajectory: Trajectory) -> str | Reward:
+        try:
+            return self._decode(trajectory.turns[-1] if trajectory.turns else ())
+        except Exception as error:
+            return invalid(f"{type(error).__name__}: {error}")  # a tokenizer may refuse ids in any way
 
     def _wait(self, verdict: Verdict) -> Reward:
         """Any verdict may be what keeps the threads busy, so the clock is read for all of them while waiting for one."""
@@ -134,7 +152,7 @@ class ScoringService(ABC):
 
 
 class RewardPool(ScoringService):
-    """Judges with ``config.num_workers`` threads, on which ``decode`` is called too."""
+    """Judges with ``config.num_workers`` threads."""
 
     def __init__(self, verifier: Verifier, decode: Callable[[Sequence[int]], str], config: RewardConfig) -> None:
         super().__init__(decode, config)
@@ -166,19 +184,11 @@ class RewardPool(ScoringService):
                 continue
             with self._running_lock:
                 self._running[verdict] = time.monotonic()
-            in_time = verdict.settle(self._judge(verdict))
+            in_time = verdict.settle(judge(self._verifier, verdict.request, self._max_abs))
             with self._running_lock:
                 self._running.pop(verdict, None)
             if not in_time:
                 return  # another thread took this one's place
-
-    def _judge(self, verdict: Verdict) -> Reward:
-        try:
-            text = self._decode(verdict.completion.token_ids)
-        except Exception as error:
-            # A tokenizer may refuse ids in any way; that says nothing about the other answers.
-            return invalid(f"{type(error).__name__}: {error}")
-        return judge(self._verifier, verdict.prompt, text, verdict.completion, self._max_abs)
 
     def tick(self) -> None:
         with self._running_lock:

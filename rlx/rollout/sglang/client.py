@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 
 import aiohttp
 
-from rlx.types.rollout import Completion, FinishReason, SamplingSpec
+from rlx.rollout.completion import Completion
+from rlx.types.rollout import FinishReason, SamplingSpec
 
 # A sampled token's log-prob is at most 0; this much above it is rounding in low precision, more is a broken engine.
 _LOGPROB_SLACK = 1e-2

@@ -32,7 +32,7 @@ def main(model_dir: Path, url: str) -> None:
         sampling = SamplingSpec(max_new_tokens=NEW_TOKENS)
         asked = [Prompt(prompt_id=index, token_ids=tuple(ids), text="") for index, ids in enumerate(prompts)]
         groups = list(service.generate(asked, sampling))
-        num_tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+        num_tokens = sum(one.num_sampled for group in groups for one in group.trajectories)
         found["client"].append(num_tokens / (time.perf_counter() - began))
         for ids in prompts:
             ids[0] = draw.randrange(2, vocab_size)  # no prompt of the first half is cached

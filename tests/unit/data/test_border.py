@@ -23,7 +23,8 @@ from rlx.data.prompts import PromptSource, check_prompts
 from rlx.data.rows import label_in, read_rows
 from rlx.data.tokenizer import encode_text, is_surely_longer
 from rlx.rewards.registry import label_use, make_verifier
-from rlx.types.rollout import Completion, LabelUse, Prompt
+from rlx.types.rollout import LabelUse, Prompt
+from tests.trajectories import request
 from tests.unit.data.bytewise import bytewise
 
 # As the field's templates do: tools in front, tool calls in the assistant's turn, a content that may be missing.
@@ -133,9 +134,8 @@ def test_what_a_verifier_cannot_compare_is_refused_with_its_line(
 def test_a_verifier_never_compares_with_pythons_view_of_a_label(name: str) -> None:
     args = {"url": "http://localhost:9", "model": "m"} if name == "judge" else {}
     prompt = Prompt(prompt_id=3, token_ids=(1,), text="a", label=["2", "two"])
-    answer = Completion(token_ids=(), rollout_logprobs=(), finish_reason="stop", weight_versions=())
     with pytest.raises(ValueError, match="label of prompt 3 is list"):
-        make_verifier(RewardConfig(name=name, args=args))(prompt, "['2', 'two']", answer)
+        make_verifier(RewardConfig(name=name, args=args))(request(prompt, "['2', 'two']"))
     assert label_use(RewardConfig(name=name), "any").is_compared
 
 
@@ -143,8 +143,7 @@ def test_a_function_of_ones_own_gets_labels_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def reward(prompt, response, label, **rest):\n    return float(response in label)\n")
     verifier = make_verifier(RewardConfig(name=f"{tmp_path}/mine.py:reward"))
     prompt = Prompt(prompt_id=0, token_ids=(1,), text="a", label=["2", "two"])
-    answer = Completion(token_ids=(), rollout_logprobs=(), finish_reason="stop", weight_versions=())
-    assert verifier(prompt, "two", answer).value == 1.0
+    assert verifier(request(prompt, "two")).value == 1.0
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])

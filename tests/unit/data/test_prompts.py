@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlx.data.questions import read_questions, rendered_fingerprint
 from rlx.data.rows import row_digest
 from rlx.data.tokenizer import answer_decoder, load_tokenizer
 from rlx.types.rollout import Prompt
+from tests.trajectories import request
 
 WORDS = ["a", "b", "c", "d", "<user>", "<assistant>", "<unk>"]
 TEMPLATE = (
@@ -93,6 +95,19 @@ def test_state_of_another_file_is_refused(tmp_path: Path) -> None:
 
 def chats(num: int) -> list[dict[str, object]]:
     return [{"messages": [{"role": "user", "content": "a " * (index + 1)}], "label": index} for index in range(num)]
+
+
+def test_a_chat_keeps_its_messages_and_what_the_template_opened(tmp_path: Path) -> None:
+    thinking = TEMPLATE + "{% if add_generation_prompt %} <think>\n{% endif %}"
+    for template, opening in ((TEMPLATE, ""), (thinking, "<think>\n")):
+        config = replace(write(tmp_path / "p.jsonl", chats(1)), system_prompt="b")
+        (prompt,) = PromptSource(config, tokenizer_of(template), seed=0).next(1)
+        assert prompt.messages == ({"role": "system", "content": "b"}, {"role": "user", "content": "a "})
+        asked = request(prompt, "c")
+        assert asked.opening == opening
+        assert asked.messages == [*prompt.messages, {"role": "assistant", "content": f"{opening}c"}]
+    (prompt,) = PromptSource(write(tmp_path / "p.jsonl", numbered(1)), tokenizer_of(), seed=0).next(1)
+    assert prompt.messages == ()
 
 
 def test_rows_are_compared_and_not_their_rendering(tmp_path: Path) -> None:

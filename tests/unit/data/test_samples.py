@@ -7,27 +7,20 @@ from collections.abc import Sequence
 import pytest
 
 from rlx.data.samples import to_train_samples
-from rlx.types.rollout import (
-    Completion,
-    FinishReason,
-    Prompt,
-    Reward,
-    RolloutGroup,
-)
+from rlx.types.rollout import FinishReason, Prompt, Reward, RolloutGroup, Trajectory
+from tests.trajectories import answered
+
+PROMPT = (50, 51, 52)
 
 
-def completion(tokens: Sequence[int], finish: FinishReason = "stop", versions: Sequence[int] | None = None) -> Completion:
-    return Completion(
-        token_ids=tuple(tokens),
-        rollout_logprobs=tuple(-0.5 - token for token in tokens),
-        finish_reason=finish,
-        weight_versions=tuple(versions) if versions is not None else (4,) * len(tokens),
-    )
+def completion(tokens: Sequence[int], finish: FinishReason = "stop", versions: Sequence[int] | None = None) -> Trajectory:
+    logprobs = [-0.5 - token for token in tokens]
+    return answered(PROMPT, tokens, finish_reason=finish, logprobs=logprobs, versions=versions or (4,) * len(tokens))
 
 
-def group(prompt_id: int, answers: Sequence[Completion], rewards: Sequence[Reward] | None) -> RolloutGroup:
-    prompt = Prompt(prompt_id=prompt_id, token_ids=(50, 51, 52), text="?")
-    return RolloutGroup(prompt=prompt, completions=tuple(answers), rewards=None if rewards is None else tuple(rewards))
+def group(prompt_id: int, answers: Sequence[Trajectory], rewards: Sequence[Reward] | None) -> RolloutGroup:
+    prompt = Prompt(prompt_id=prompt_id, token_ids=PROMPT, text="?")
+    return RolloutGroup(prompt=prompt, trajectories=tuple(answers), rewards=None if rewards is None else tuple(rewards))
 
 
 def mixed_groups() -> list[RolloutGroup]:
@@ -43,8 +36,8 @@ def test_columns_ids_and_drops() -> None:
     assert drops == {"empty_response": 1, "invalid_reward": 1, "aborted": 2}
     assert [sample.sample_id for sample in samples] == [0, 1]
     first, second = samples
-    assert first.token_ids == (50, 51, 52, 1, 2) and first.loss_mask == (0, 0, 0, 1, 1)
-    assert first.rollout_logprobs == (0, 0, 0, -1.5, -2.5)
+    assert list(first.token_ids) == [50, 51, 52, 1, 2] and list(first.loss_mask) == [0, 0, 0, 1, 1]
+    assert list(first.rollout_logprobs) == [0, 0, 0, -1.5, -2.5]
     assert (first.group_id, first.reward, first.scalar_advantage, first.weight_version) == (17, 0.25, 0.1, 3)
     assert (second.group_id, second.num_loss_tokens, second.scalar_advantage, second.weight_version) == (12, 3, 0.5, 4)
 
@@ -64,6 +57,5 @@ def test_what_does_not_fit_is_refused() -> None:
         to_train_samples(mixed_groups(), [[0.0] * 3])
     with pytest.raises(ValueError, match="3 answers, 2 advantages"):
         to_train_samples(mixed_groups(), [[0.0] * 2, [0.0] * 3])
-    short = Completion(token_ids=(1, 2), rollout_logprobs=(-1.0,), finish_reason="stop", weight_versions=(0, 0))
-    with pytest.raises(ValueError, match="2 response tokens but 1 log-probs"):
-        to_train_samples([group(3, [short], [Reward(value=1.0)])])
+    with pytest.raises(ValueError, match="prompt 3 has no tokens"):
+        to_train_samples([group(3, [answered((), (1, 2))], [Reward(value=1.0)])])

@@ -16,8 +16,9 @@ from rlx.config.schema import AlgorithmConfig, RolloutConfig
 from rlx.driver.evaluate import summarise
 from rlx.driver.ppo import _STAT_NAMES, _sync_metrics, _update_metrics
 from rlx.rollout.generate import HttpRolloutService
-from rlx.types.rollout import Completion, Prompt, Reward, RolloutGroup, UpdateStats
+from rlx.types.rollout import Prompt, Reward, RolloutGroup, UpdateStats
 from rlx.types.weights import CanaryReport, WeightManifest
+from tests.trajectories import answered
 
 ROOT = Path(__file__).resolve().parents[3]
 PLACEHOLDERS = re.compile(r"(?<![A-Z])(SOURCE|PART|REASON|SET|K)(?![A-Z])")
@@ -72,9 +73,9 @@ def made() -> Iterator[str]:
     update = UpdateStats(grad_norm=1.0, learning_rate=1.0, skipped=False, means=dict.fromkeys(_STAT_NAMES, 0.0))
     yield from (key for role in ("policy", "critic") for key in _update_metrics(role, [update]))
     yield from HttpRolloutService(["http://127.0.0.1:1"], RolloutConfig(), vocab_size=9).counts()
-    answer = Completion(token_ids=(1,), rollout_logprobs=(0.0,), finish_reason="stop", weight_versions=(1,))
+    answer = answered((1,), (1,))
     prompt = Prompt(prompt_id=0, token_ids=(1,), text="")
-    group = RolloutGroup(prompt=prompt, completions=(answer,) * 4, rewards=(Reward(value=1.0, parts={"form": 1.0}),) * 4)
+    group = RolloutGroup(prompt=prompt, trajectories=(answer,) * 4, rewards=(Reward(value=1.0, parts={"form": 1.0}),) * 4)
     yield from summarise([group], 4, 1.0, "eval/aime")
     yield from ("loss/train", *(f"rewards/{name}" for name in PAIRS[1:]), *(f"eval/{name}" for name in (*PAIRS, "entropy")))
 

@@ -17,12 +17,8 @@ from rlx.rewards.pool.pools import SplitBySource, make_reward_service
 from rlx.rewards.pool.processes import ProcessPool
 from rlx.rewards.pool.service import ScoringService
 from rlx.rewards.registry import make_verifier
-from rlx.types.rollout import (
-    Completion,
-    Prompt,
-    Reward,
-    RolloutGroup,
-)
+from rlx.types.rollout import Prompt, Reward, RolloutGroup
+from tests.trajectories import request, text_group
 
 
 class Tokenizer:
@@ -65,11 +61,7 @@ def decode(ids: Sequence[int]) -> str:
 
 
 def group(source: str, *answers: str) -> RolloutGroup:
-    completions = tuple(
-        Completion(token_ids=tuple(map(ord, text)), rollout_logprobs=(), finish_reason="stop", weight_versions=())
-        for text in answers
-    )
-    return RolloutGroup(prompt=Prompt(prompt_id=0, token_ids=(1,), text="q", label="7", source=source), completions=completions)
+    return text_group(Prompt(prompt_id=0, token_ids=(1,), text="q", label="7", source=source), *answers)
 
 
 def verdicts(service: Any, *groups: RolloutGroup) -> list[list[float | str]]:
@@ -83,7 +75,7 @@ def test_each_source_has_its_verifier_and_a_task_its_scorer() -> None:
     args = {"sources": {"sums": {"name": "numeric"}, "task": {"name": "reasoning-gym"}}}
     service = make_reward_service(RewardConfig(name="by_source", args=args), decode)
     assert isinstance(service, ProcessPool)
-    task = RolloutGroup(prompt=prompt, completions=group("task", str(prompt.label), "no").completions)
+    task = text_group(prompt, str(prompt.label), "no")
     found = verdicts(service, group("sums", "is 7", "8"), task, group("other", "7"))
     assert found[:2] == [[1.0, 0.0], [1.0, 0.0]]
     assert "no verifier for 'other'" in str(found[2][0])
@@ -133,8 +125,7 @@ def gym_prompt(task: str, **args: object) -> Prompt:
 
 
 def judge(prompt: Prompt, response: str, **args: object) -> Reward:
-    completion = Completion(token_ids=(5,), rollout_logprobs=(), finish_reason="stop", weight_versions=())
-    return make_verifier(RewardConfig(name="reasoning-gym", args=args))(prompt, response, completion)
+    return make_verifier(RewardConfig(name="reasoning-gym", args=args))(request(prompt, response))
 
 
 @pytest.mark.parametrize("task", ["chain_sum", "countdown", "basic_arithmetic", "letter_counting", "maze"])

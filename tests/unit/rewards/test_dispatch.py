@@ -12,7 +12,8 @@ import pytest
 from rlx.config.schema import RewardConfig
 from rlx.rewards.pool.channel import Channel, frame
 from rlx.rewards.pool.processes import ProcessPool
-from rlx.types.rollout import Completion, Prompt, RolloutGroup
+from rlx.types.rollout import Prompt, RolloutGroup
+from tests.trajectories import answered, text_group
 
 
 def pair(timeout_s: float | None = None) -> tuple[Channel, Channel]:
@@ -70,11 +71,7 @@ def test_long_answers_behind_one_that_hangs_do_not_stop_the_clock() -> None:
     pool = ProcessPool(decode, RewardConfig(name=verifier, num_workers=1, timeout_s=1.0))
     quick = ["1"] * 40
     texts = [*quick, "loop", *["2" + " " * 100_000] * 8, "sleep", "3"]
-    answers = tuple(
-        Completion(token_ids=tuple(map(ord, text)), rollout_logprobs=(), finish_reason="stop", weight_versions=())
-        for text in texts
-    )
-    group = RolloutGroup(prompt=Prompt(prompt_id=0, token_ids=(1,), text="q", label="1"), completions=answers)
+    group = text_group(Prompt(prompt_id=0, token_ids=(1,), text="q", label="1"), *texts)
     (scored,) = pool.score([group])
     pool.close()
     values = [reward.value if reward.valid else None for reward in scored.rewards or ()]
@@ -89,13 +86,13 @@ class Unpicklable:
 
 def test_an_answer_that_cannot_travel_costs_itself_alone() -> None:
     pool = ProcessPool(decode, RewardConfig(name="exact", num_workers=1))
-    one = Completion(token_ids=(49,), rollout_logprobs=(), finish_reason="stop", weight_versions=())
+    one = answered((1,), (49,))
     groups = [
         RolloutGroup(
             prompt=Prompt(
                 prompt_id=index, token_ids=(1,), text="q", label="1", extra={"row": Unpicklable()} if index == 60 else {}
             ),
-            completions=(one,),
+            trajectories=(one,),
         )
         for index in range(100)
     ]

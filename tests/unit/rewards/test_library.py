@@ -21,18 +21,14 @@ from rlx.rewards.math import plain_number, same_number
 from rlx.rewards.pool.pools import make_reward_service
 from rlx.rewards.registry import make_verifier
 from rlx.rewards.remote import RemoteError
-from rlx.types.rollout import (
-    Completion,
-    Prompt,
-    Reward,
-    RolloutGroup,
-)
+from rlx.types.rollout import Prompt, Reward, RolloutGroup
+from tests.trajectories import answered, request, text_group
 
 
 def ask(name: str, args: dict[str, Any], response: str, label: str | None = None, num_tokens: int = 4, **extra: object) -> Reward:
     prompt = Prompt(prompt_id=0, token_ids=(1, 2), text="question?", label=label, extra=extra)
-    completion = Completion(token_ids=(5,) * num_tokens, rollout_logprobs=(), finish_reason="stop", weight_versions=())
-    return make_verifier(RewardConfig(name=name, args=args))(prompt, response, completion)
+    asked = request(prompt, response, answered(prompt.token_ids, (5,) * num_tokens))
+    return make_verifier(RewardConfig(name=name, args=args))(asked)
 
 
 MATH = [
@@ -272,11 +268,7 @@ def server() -> Iterator[Any]:
 
 
 def group(*answers: str) -> RolloutGroup:
-    completions = tuple(
-        Completion(token_ids=tuple(map(ord, text)), rollout_logprobs=(), finish_reason="stop", weight_versions=())
-        for text in answers
-    )
-    return RolloutGroup(prompt=Prompt(prompt_id=3, token_ids=(1,), text="q", label="ab"), completions=completions)
+    return text_group(Prompt(prompt_id=3, token_ids=(1,), text="q", label="ab"), *answers)
 
 
 def decode(ids: Sequence[int]) -> str:

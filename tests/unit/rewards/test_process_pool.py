@@ -12,7 +12,8 @@ import pytest
 from rlx.config.schema import RewardConfig
 from rlx.rewards.pool.processes import ProcessPool
 from rlx.rewards.pool.service import AllVerdictsInvalidError
-from rlx.types.rollout import Completion, Prompt, RolloutGroup
+from rlx.types.rollout import Prompt, RolloutGroup
+from tests.trajectories import text_group
 
 VERIFIER = f"{Path(__file__).with_name('bad_verifier.py')}:judge"
 LIMIT_S = 1.0
@@ -20,14 +21,8 @@ LIMIT_S = 1.0
 
 def groups_of(*rows: Sequence[str]) -> list[RolloutGroup]:
     """Answers travel as the token ids of their characters."""
-    found = []
-    for index, row in enumerate(rows):
-        answers = tuple(
-            Completion(token_ids=tuple(map(ord, text)), rollout_logprobs=(), finish_reason="stop", weight_versions=())
-            for text in row
-        )
-        found.append(RolloutGroup(prompt=Prompt(prompt_id=index, token_ids=(1,), text="q", label="1"), completions=answers))
-    return found
+    prompts = [Prompt(prompt_id=index, token_ids=(1,), text="q", label="1") for index in range(len(rows))]
+    return [text_group(prompt, *row) for prompt, row in zip(prompts, rows, strict=True)]
 
 
 def decode(token_ids: Sequence[int]) -> str:

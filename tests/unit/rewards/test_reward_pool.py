@@ -11,12 +11,9 @@ import pytest
 
 from rlx.config.schema import RewardConfig
 from rlx.rewards.pool.service import AllVerdictsInvalidError, RewardPool
-from rlx.types.rollout import (
-    Completion,
-    Prompt,
-    Reward,
-    RolloutGroup,
-)
+from rlx.rewards.request import RewardRequest
+from rlx.types.rollout import Prompt, Reward, RolloutGroup
+from tests.trajectories import answered
 
 
 def decode(token_ids: Sequence[int]) -> str:
@@ -24,11 +21,8 @@ def decode(token_ids: Sequence[int]) -> str:
 
 
 def group(prompt_id: int, *answers: int) -> RolloutGroup:
-    completions = tuple(
-        Completion(token_ids=(answer,), rollout_logprobs=(-1.0,), finish_reason="stop", weight_versions=(0,))
-        for answer in answers
-    )
-    return RolloutGroup(prompt=Prompt(prompt_id=prompt_id, token_ids=(1,), text=""), completions=completions)
+    trajectories = tuple(answered((1,), (answer,)) for answer in answers)
+    return RolloutGroup(prompt=Prompt(prompt_id=prompt_id, token_ids=(1,), text=""), trajectories=trajectories)
 
 
 @pytest.fixture
@@ -36,8 +30,8 @@ def make_pool() -> Iterator[Callable[..., RewardPool]]:
     pools: list[RewardPool] = []
 
     def make(judge: Callable[[int, str], float], num_workers: int = 2, timeout_s: float = 20.0) -> RewardPool:
-        def verifier(prompt: Prompt, response_text: str, completion: Completion) -> Reward:
-            return Reward(value=judge(prompt.prompt_id, response_text))
+        def verifier(request: RewardRequest) -> Reward:
+            return Reward(value=judge(request.prompt.prompt_id, request.response))
 
         pools.append(RewardPool(verifier, decode, RewardConfig(name="exact", num_workers=num_workers, timeout_s=timeout_s)))
         return pools[-1]

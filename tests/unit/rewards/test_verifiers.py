@@ -13,14 +13,15 @@ from rlx.rewards.base import MissingLabelError
 from rlx.rewards.numeric import last_number
 from rlx.rewards.pool.pools import make_reward_service
 from rlx.rewards.registry import label_use, make_verifier
-from rlx.types.rollout import Completion, LabelUse, Prompt, Reward, RolloutGroup
+from rlx.types.rollout import LabelUse, Prompt, Reward, RolloutGroup
+from tests.trajectories import answered, request
 
-ANSWER = Completion(token_ids=(1,), rollout_logprobs=(-0.1,), finish_reason="stop", weight_versions=(0,))
+ANSWER = answered((1,), (1,))
 
 
 def judge(config: RewardConfig, response: str, label: str | None = "7", **extra: object) -> Reward:
     prompt = Prompt(prompt_id=3, token_ids=(1,), text="the question", label=label, source="p.jsonl", extra=extra)
-    return make_verifier(config)(prompt, response, ANSWER)
+    return make_verifier(config)(request(prompt, response))
 
 
 @pytest.mark.parametrize(
@@ -208,9 +209,9 @@ def test_a_file_imports_its_neighbours_and_no_namesake_of_theirs(tmp_path: Path)
     config = RewardConfig(name="sum", args={"parts": parts})
     verifier = make_verifier(config)
     prompt = Prompt(prompt_id=3, token_ids=(1,), text="", label="")
-    assert [verifier(prompt, "", ANSWER).parts for _ in range(2)] == [{"a": 2.5, "b": 200.25}] * 2
+    assert [verifier(request(prompt, "")).parts for _ in range(2)] == [{"a": 2.5, "b": 200.25}] * 2
     assert sys.path == path and set(sys.modules) == modules
     service = make_reward_service(config, lambda ids: "")
-    (scored,) = service.score([RolloutGroup(prompt=prompt, completions=(ANSWER,) * 3)])
+    (scored,) = service.score([RolloutGroup(prompt=prompt, trajectories=(ANSWER,) * 3)])
     service.close()
     assert [reward.value for reward in scored.rewards or ()] == [202.75] * 3

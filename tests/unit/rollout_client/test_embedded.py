@@ -82,23 +82,23 @@ def test_groups_from_a_real_engine(model_dir: Path, rng: random.Random, tmp_path
             service = HttpRolloutService([url], RolloutConfig(max_concurrent_requests=concurrent), VOCAB)
             runs.append({group.prompt.prompt_id: group for group in service.generate(prompts, sampling)})
             service.close()
-        scores = asyncio.run(score(url, runs[0][3].prompt.token_ids + runs[0][3].completions[0].token_ids))
+        scores = asyncio.run(score(url, runs[0][3].trajectories[0].token_ids.tolist()))
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    tokens = [[c.token_ids for n in range(5) for c in run[n].completions] for run in runs]
+    tokens = [[tuple(one.token_ids) for n in range(5) for one in run[n].trajectories] for run in runs]
     assert tokens[0] == tokens[1], "the same seeds give the same tokens, however requests are batched"
     assert len(set(tokens[0])) > 10, "samples of one prompt differ"
     for group in runs[0].values():
-        for completion in group.completions:
-            assert len(completion.token_ids) == 13 and completion.finish_reason == "length"
-            assert completion.weight_versions == (0,) * 13
-            wanted = reference(model, group.prompt.token_ids + completion.token_ids, 0.8)[-13:]
-            torch.testing.assert_close(torch.tensor(completion.rollout_logprobs), wanted, atol=2e-4, rtol=0)
-    wanted = reference(model, runs[0][3].prompt.token_ids + runs[0][3].completions[0].token_ids, 1.0)
+        for one in group.trajectories:
+            assert one.num_sampled == 13 and one.finish_reason == "length"
+            assert one.weight_versions[-13:].tolist() == [0] * 13 and one.token_ids[:-13].tolist() == list(group.prompt.token_ids)
+            wanted = reference(model, one.token_ids.tolist(), 0.8)[-13:]
+            torch.testing.assert_close(torch.tensor(one.rollout_logprobs[-13:]), wanted, atol=2e-4, rtol=0)
+    wanted = reference(model, runs[0][3].trajectories[0].token_ids.tolist(), 1.0)
     torch.testing.assert_close(torch.tensor(scores), wanted, atol=2e-4, rtol=0)
 
 
-def reference(model: torch.nn.Module, token_ids: tuple[int, ...], temperature: float) -> torch.Tensor:
+def reference(model: torch.nn.Module, token_ids: list[int], temperature: float) -> torch.Tensor:
     """Log-probs of tokens 1.. by transformers."""
     ids = torch.tensor([token_ids])
     with torch.no_grad():
@@ -106,7 +106,7 @@ def reference(model: torch.nn.Module, token_ids: tuple[int, ...], temperature: f
     return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
 
 
-async def score(url: str, token_ids: tuple[int, ...]) -> list[float]:
+async def score(url: str, token_ids: list[int]) -> list[float]:
     client = EngineClient(url, 30.0, vocab_size=VOCAB)
     try:
         return await client.score(token_ids)

@@ -77,9 +77,9 @@ def test_results_do_not_depend_on_timing_or_engines(start_peer: Callable[..., Pe
         assert max(peer.most_active for peer in peers) <= 4
     assert runs[0] == runs[1] and runs[0].keys() == {prompt.prompt_id for prompt in prompts}
     for prompt in prompts:
-        for index, completion in enumerate(runs[0][prompt.prompt_id].completions):
+        for index, trajectory in enumerate(runs[0][prompt.prompt_id].trajectories):
             seed = sample_seed(sampling.seed, prompt.prompt_id, index)
-            assert completion.token_ids == tuple(expected(prompt.token_ids, seed, 5)[0])
+            assert [ids.tolist() for ids in trajectory.turns] == [list(expected(prompt.token_ids, seed, 5)[0])]
 
 
 def test_sample_seeds() -> None:
@@ -189,7 +189,7 @@ def test_a_dead_engine_costs_nothing_but_retries(start_peer: Callable[..., Peer]
         assert len(found) == 40 and service.stats.retries >= 1 and service.stats.failures == 0
     for group in found:
         seeds = [sample_seed(0, group.prompt.prompt_id, index) for index in range(2)]
-        assert [list(c.token_ids) for c in group.completions] == [expected(group.prompt.token_ids, s, 3)[0] for s in seeds]
+        assert [list(one.turns[0]) for one in group.trajectories] == [expected(group.prompt.token_ids, s, 3)[0] for s in seeds]
 
 
 @pytest.mark.parametrize("ids", [(), (1, VOCAB), (-3,)])

@@ -6,20 +6,17 @@ import json
 import math
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rlx.rollout.record import RolloutRecorder, RolloutReplay
-from rlx.types.rollout import (
-    Completion,
-    FinishReason,
-    Prompt,
-    Reward,
-    RolloutGroup,
-    SamplingSpec,
-)
+from rlx.rollout.record import RolloutRecorder, RolloutReplay, check_recording
+from rlx.types.rollout import FinishReason, ImageSpan, Prompt, Reward, RolloutGroup, SamplingSpec
+from tests.trajectories import answered, conversation
 
+# Lines that hold completions, as they were written before there were trajectories.
+OLDER = Path(__file__).with_name("older_recording.jsonl")
 SPEC = SamplingSpec(num_samples=2, max_new_tokens=9)
 
 
@@ -40,19 +37,20 @@ def some_group(rng: random.Random, prompt_id: int, scored: bool = True) -> Rollo
         extra={"not json": object},
     )
     reasons: list[FinishReason] = ["stop", "length", "abort"]
-    completions = []
+    trajectories = []
     for _ in range(2):
         count = rng.randint(1, 9)
-        completions.append(
-            Completion(
-                token_ids=tuple(rng.choices(range(50_000), k=count)),
-                rollout_logprobs=tuple(any_float(rng) for _ in range(count)),
+        trajectories.append(
+            answered(
+                prompt.token_ids,
+                rng.choices(range(50_000), k=count),
+                logprobs=[any_float(rng) for _ in range(count)],
                 finish_reason=rng.choice(reasons),
-                weight_versions=tuple(rng.choices(range(9), k=count)),
+                versions=rng.choices(range(9), k=count),
             )
         )
     rewards = (Reward(value=any_float(rng), parts={"a": any_float(rng)}), Reward(value=0.0, valid=False, error="time\nlimit"))
-    return RolloutGroup(prompt=prompt, completions=tuple(completions), rewards=rewards if scored else None)
+    return RolloutGroup(prompt=prompt, trajectories=tuple(trajectories), rewards=rewards if scored else None)
 
 
 def write(path: Path, steps: dict[int, list[RolloutGroup]]) -> None:
@@ -85,6 +83,37 @@ def test_replay_is_bit_for_bit_in_the_recorded_order(tmp_path: Path, rng: random
         asked = rng.sample(prompts_of(groups), len(groups))
         assert list(replay.generate(asked, SPEC)) == groups
     replay.close()
+
+
+def test_several_turns_and_what_came_with_them(tmp_path: Path) -> None:
+    turns = conversation((5, 6), (1, 2), (60,), (3,), (61, 62), finish_reason="length")
+    talk = ({"role": "tool", "content": "4"}, {"role": "assistant", "content": "é"})
+    image = ImageSpan(start=0, num_tokens=1, digest="ab")
+    whole = replace(turns, messages=talk, images=(image,), reward_parts={"found": 0.5})
+    group = RolloutGroup(prompt=Prompt(prompt_id=1, token_ids=(5, 6), text=""), trajectories=(turns, whole))
+    write(tmp_path / "r", {0: [group]})
+    replay = RolloutReplay(tmp_path / "r")
+    replay.begin_step(0)
+    assert list(replay.generate([group.prompt], SPEC)) == [group]
+    check_recording(tmp_path / "r", lambda ids: None)
+    seen: list[int] = []
+    check_recording(tmp_path / "r", seen.extend)
+    assert {*seen} == {5, 6, 1, 2, 60, 3, 61, 62}
+
+
+def test_an_older_file_is_replayed() -> None:
+    replay = RolloutReplay(OLDER)
+    prompts = [Prompt(prompt_id=7, token_ids=(5, 6, 9), text=""), Prompt(prompt_id=8, token_ids=(5,), text="")]
+    replay.begin_step(1)
+    (first,) = replay.generate(prompts[:1], SPEC)
+    mixed = answered((5, 6, 9), (11, 12, 2), logprobs=(-0.1234567890123, -2.5e-07, -1.75), versions=(0, 0, 1))
+    cut = answered((5, 6, 9), (11,), logprobs=(-3.0000000000000004,), versions=(1,), finish_reason="length")
+    assert first.trajectories == (mixed, cut)
+    assert first.rewards == (Reward(value=1.0, parts={"form": 0.5}), Reward(value=0.0, valid=False, error="no é"))
+    replay.begin_step(2)
+    (second,) = replay.generate(prompts[1:], SPEC)
+    assert second.rewards is None and second.trajectories[0] == answered((5,), (), finish_reason="abort")
+    check_recording(OLDER, lambda ids: None)
 
 
 def test_two_calls_in_a_step_and_a_start_in_the_middle(tmp_path: Path, rng: random.Random) -> None:
@@ -170,7 +199,9 @@ def test_mismatches_name_file_line_and_step(tmp_path: Path, rng: random.Random) 
         (lambda line: line[:-7], "not JSON"),
         (lambda line: b"[1]", "not a rollout group"),
         (lambda line: line.replace(b'"finish_reason"', b'"finish"'), "not a rollout group"),
-        (lambda line: line.replace(b'"weight_versions":[', b'"weight_versions":[1,'), "have lengths"),
+        (lambda line: line.replace(b'"rollout_logprobs":[', b'"rollout_logprobs":[1,'), "have lengths"),
+        (lambda line: line.replace(b'"trajectories":', b'"completions":'), "not a rollout group"),
+        (lambda line: line.replace(b'"token_ids":[', b'"token_ids":[99999999999,'), "not a rollout group"),
         (lambda line: line.replace(b'"rewards":', b'"rewarded":'), "not a rollout group"),
     ],
 )

@@ -14,7 +14,8 @@ from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 from rlx.config.schema import RewardConfig
 from rlx.rewards.registry import make_verifier
-from rlx.types.rollout import Completion, Prompt
+from rlx.types.rollout import Prompt
+from tests.trajectories import answered, request
 from tests.unit.rollout_engine.process import Server, make_llama, random_prompts, start_server
 
 
@@ -82,8 +83,8 @@ def test_what_it_cannot_answer_is_refused(scorer: Server, server: Server) -> Non
 def test_the_reward_of_that_name_reads_it(scorer: Server, reward_model: PreTrainedModel) -> None:
     verifier = make_verifier(RewardConfig(name="model", args={"url": scorer.url}))
     prompt, answer = random_prompts(reward_model, [9, 5])
-    completion = Completion(token_ids=tuple(answer), rollout_logprobs=(), finish_reason="stop", weight_versions=())
-    found = verifier(Prompt(prompt_id=0, token_ids=tuple(prompt), text="", label=""), "", completion)
+    asked = Prompt(prompt_id=0, token_ids=tuple(prompt), text="", label="")
+    found = verifier(request(asked, "", answered(prompt, answer)))
     assert found.value == pytest.approx(expected(reward_model, [prompt + answer])[0], abs=2e-6)
 
 

@@ -13,13 +13,8 @@ from rlx.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig
 from rlx.config.sources import EvaluationSetConfig
 from rlx.driver.evaluate import Evaluation, at_k, pass_chance, summarise
 from rlx.obs.log import logger
-from rlx.types.rollout import (
-    Completion,
-    Prompt,
-    Reward,
-    RolloutGroup,
-    SamplingSpec,
-)
+from rlx.types.rollout import Prompt, Reward, RolloutGroup, SamplingSpec
+from tests.trajectories import answered, conversation
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6])
@@ -40,9 +35,8 @@ def test_at_k_leaves_out_what_is_too_short() -> None:
 
 
 def group(*rewards: Reward) -> RolloutGroup:
-    answer = Completion(token_ids=(5, 6, 7), rollout_logprobs=(-1.0,) * 3, finish_reason="stop", weight_versions=(1,) * 3)
     prompt = Prompt(prompt_id=0, token_ids=(1,), text="?")
-    return RolloutGroup(prompt=prompt, completions=(answer,) * len(rewards), rewards=rewards)
+    return RolloutGroup(prompt=prompt, trajectories=(answered((1,), (5, 6, 7)),) * len(rewards), rewards=rewards)
 
 
 def test_answers_that_cannot_be_judged_count_as_wrong() -> None:
@@ -90,9 +84,15 @@ def test_an_evaluation_without_any_verdict_says_so_instead_of_failing() -> None:
 
 
 def test_parts_of_the_reward_and_answers_that_were_cut_off() -> None:
-    cut = Completion(token_ids=(5,), rollout_logprobs=(-1.0,), finish_reason="length", weight_versions=(1,))
+    cut = answered((1,), (5,), finish_reason="length")
     scored = group(Reward(value=1.0, parts={"right": 1.0, "form": 0.5}), Reward(value=0.0, parts={"right": 0.0, "mean": 7.0}))
-    found = summarise([replace(scored, completions=(scored.completions[0], cut))], 2, pass_reward=1.0, prefix="eval/a")
+    found = summarise([replace(scored, trajectories=(scored.trajectories[0], cut))], 2, pass_reward=1.0, prefix="eval/a")
     assert (found["eval/a/reward_right"], found["eval/a/reward_form"], found["eval/a/cut_off_share"]) == (0.5, 0.5, 0.5)
     # A part that is called like the whole does not stand in for it.
     assert found["eval/a/reward_mean"] == 0.5
+
+
+def test_tokens_are_those_that_were_sampled() -> None:
+    turns = conversation((1, 2, 3), (7, 7), (8, 8, 8), (7,), (9,))
+    scored = replace(group(Reward(value=1.0), Reward(value=1.0)), trajectories=(turns, answered((1,), (5,))))
+    assert summarise([scored], 2, pass_reward=1.0)["eval/tokens_mean"] == 2.0

@@ -18,13 +18,8 @@ from rlx.driver.experience import (
     prepare,
 )
 from rlx.driver.roles import Roles
-from rlx.types.rollout import (
-    Completion,
-    Prompt,
-    Reward,
-    RolloutGroup,
-    SamplingSpec,
-)
+from rlx.types.rollout import Prompt, Reward, RolloutGroup, SamplingSpec
+from tests.trajectories import answered, conversation
 
 SAMPLING = SamplingSpec(num_samples=4, max_new_tokens=10)
 
@@ -56,20 +51,15 @@ class Fakes:
         self.temperatures.append(sampling.temperature)
         for prompt in reversed(prompts):
             answers = tuple(
-                Completion(
-                    token_ids=(7,) * (3 * (index + 1)),
-                    rollout_logprobs=(-1.0,) * (3 * (index + 1)),
-                    finish_reason="length" if index == 3 else "stop",
-                    weight_versions=(0,) * (3 * (index + 1)),
-                )
+                answered((1,), (7,) * (3 * (index + 1)), finish_reason="length" if index == 3 else "stop")
                 for index in range(sampling.num_samples)
             )
-            yield RolloutGroup(prompt=prompt, completions=answers)
+            yield RolloutGroup(prompt=prompt, trajectories=answers)
 
     def score(self, groups: Iterable[RolloutGroup]) -> Iterator[RolloutGroup]:
         for group in groups:
             right = group.prompt.prompt_id in self.useful
-            values = [1.0 if right and index == 0 else 0.0 for index in range(len(group.completions))]
+            values = [1.0 if right and index == 0 else 0.0 for index in range(len(group.trajectories))]
             yield replace(group, rewards=tuple(Reward(value=value) for value in values))
 
     @property
@@ -144,11 +134,26 @@ def test_filtered_answers_leave_the_loss_but_not_the_baseline() -> None:
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_a_batch_of_empty_answers_stops_the_run_and_names_the_counts(name: str) -> None:
     config = config_of(prompts=2, name=name)
-    empty = Completion(token_ids=(), rollout_logprobs=(), finish_reason="stop", weight_versions=())
+    empty = answered((1,), ())
     rewards = (Reward(value=0.0), Reward(value=0.0, valid=False, error="?"))
     groups = [
-        RolloutGroup(prompt=Prompt(prompt_id=index, token_ids=(1,), text=""), completions=(empty, empty), rewards=rewards)
+        RolloutGroup(prompt=Prompt(prompt_id=index, token_ids=(1,), text=""), trajectories=(empty, empty), rewards=rewards)
         for index in range(2)
     ]
     with pytest.raises(RuntimeError, match=r"no sample of the batch can be trained on; drops: \{'empty_response': 4\}"):
         prepare(config, make_algorithm(config.algorithm), Rollouts(groups=groups))
+
+
+def test_length_rules_count_what_was_sampled_in_all_turns() -> None:
+    """Four sampled tokens of eleven: the buffer of a limit of 5 begins behind 3."""
+    turns = conversation((1, 2, 3), (7, 7), (8, 8, 8), (7, 7), (9,))
+    cut = replace(turns, finish_reason="length")
+    rewards = (Reward(value=1.0), Reward(value=0.0))
+    group = RolloutGroup(prompt=Prompt(prompt_id=0, token_ids=(1, 2, 3), text=""), trajectories=(turns, cut), rewards=rewards)
+    config = config_of(prompts=1, name="dapo", overlong_buffer=0.4, overlong_penalty=1.0, overlong_filter=True)
+    config = replace(config, rollout=replace(config.rollout, max_new_tokens=5))
+    samples = prepare(config, make_algorithm(config.algorithm), Rollouts(groups=[group]))
+    assert samples.metrics["reward/overlong_penalty"] == pytest.approx(-0.5)
+    (kept,) = samples.kept
+    assert samples.drops["overlong_filtered"] == 1 and kept.reward == 0.5
+    assert kept.num_loss_tokens == 4 and len(kept.token_ids) == 11

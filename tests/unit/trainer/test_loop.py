@@ -31,18 +31,9 @@ from rlx.driver.roles import Roles
 from rlx.obs.log import logger
 from rlx.obs.metrics import read_metrics
 from rlx.types.layout import BatchPlan, ParallelDims
-from rlx.types.rollout import (
-    Completion,
-    FinishReason,
-    Prompt,
-    Reward,
-    RolloutGroup,
-    SamplingSpec,
-    StepReport,
-    TrainSample,
-    UpdateStats,
-)
+from rlx.types.rollout import FinishReason, Prompt, Reward, RolloutGroup, SamplingSpec, StepReport, TrainSample, UpdateStats
 from rlx.types.weights import WeightManifest
+from tests.trajectories import answered
 
 
 @dataclass
@@ -124,13 +115,11 @@ class FakeRollout:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> Iterator[RolloutGroup]:
         for prompt in reversed(prompts):
             answers = [(5, 6), (), (7,), (8, 9, 1)]
-            completions = tuple(map(self._completion, answers[: sampling.num_samples], self.finish_reasons))
-            yield RolloutGroup(prompt=prompt, completions=completions)
-
-    def _completion(self, ids: tuple[int, ...], reason: FinishReason) -> Completion:
-        return Completion(
-            token_ids=ids, rollout_logprobs=(-1.0,) * len(ids), finish_reason=reason, weight_versions=(self.step,) * len(ids)
-        )
+            trajectories = tuple(
+                answered(prompt.token_ids, ids, finish_reason=reason, versions=(self.step,) * len(ids))
+                for ids, reason in zip(answers[: sampling.num_samples], self.finish_reasons, strict=False)
+            )
+            yield RolloutGroup(prompt=prompt, trajectories=trajectories)
 
     def close(self) -> None: ...
 
@@ -144,7 +133,7 @@ class FakeReward:
                 Reward(value=9.0, valid=False, error="OSError:\nno database"),
                 Reward(value=0.0),
             )
-            yield replace(group, rewards=rewards[: len(group.completions)])
+            yield replace(group, rewards=rewards[: len(group.trajectories)])
 
     def close(self) -> None: ...
 
