@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -222,16 +223,12 @@ def _from_json(row: Mapping[str, object], prompt: Prompt) -> RolloutGroup:
 def _trajectory(asked: Segment, *, segments: Sequence[Mapping[str, Any]], finish_reason: str, **more: Any) -> Trajectory:
     more["messages"] = tuple(more.get("messages", ()))
     more["images"] = tuple(ImageSpan(**each) for each in more.get("images", ()))
-    followed = (segment for each in segments for segment in _segments(**each))
+    followed = (_segment(**each) for each in segments)
     return Trajectory(segments=(asked, *followed), finish_reason=_reason(finish_reason), **more)
 
 
-def _segments(
-    *, token_ids: Sequence[int], rollout_logprobs: Sequence[float] = (), weight_version: int | None = None
-) -> tuple[Segment, ...]:
-    if weight_version is None:
-        return (given(token_ids),)
-    return sampled(token_ids, rollout_logprobs, (weight_version,) * len(token_ids))
+def _segment(*, token_ids: Sequence[int], rollout_logprobs: Sequence[float] = (), weight_version: int | None = None) -> Segment:
+    return Segment(token_ids=array("i", token_ids), rollout_logprobs=array("d", rollout_logprobs), weight_version=weight_version)
 
 
 def _completion(
