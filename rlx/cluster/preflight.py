@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
-from rlx.cluster.began_with import other_content, other_models
+from rlx.cluster.began_with import other_content
 from rlx.cluster.checks.models import (
     model_problems,
     vocabulary_problems,
@@ -55,6 +55,7 @@ def preflight(config: Config) -> Config:
     if found.problems:
         raise ConfigError(found.problems)
     if config.evaluation.only:
+        find_resumption(config)
         return replace(config, run=replace(config.run, dir=str(Path(config.run.dir) / "eval")))
     if config.is_finetuning and config.finetune.epochs is not None:
         # As many steps as deal every example so many times.
@@ -71,14 +72,14 @@ def preflight(config: Config) -> Config:
 
 
 def resumption_problems(config: Config, num_rows: int | None) -> Sequence[str]:
-    """Why ``run.resume=auto`` could not go on, for those who start nothing; rows are compared where all may be read."""
+    """Why ``run.resume=auto`` could not go on, for those who start nothing; files of more than ``num_rows`` are not compared."""
     try:
         found = find_resumption(config)
     except ConfigError as error:
         return error.problems
     if found is None:
         return []
-    return other_content(found, config) if num_rows is None else [*other_models(found, config)]
+    return other_content(found, config, num_rows)
 
 
 @dataclass(slots=True, kw_only=True)

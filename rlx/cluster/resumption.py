@@ -5,7 +5,7 @@ Files of the run folder alone, no torch; ``began_with`` compares models, tokeniz
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from rlx.config.load import ConfigError, read_tree
 from rlx.config.resume import REFUSED, Change, compare, refusal
 from rlx.config.schema import Config
-from rlx.driver.checkpoint import SavedRun, newest_checkpoint
+from rlx.driver.checkpoint import SavedRun, check_models, newest_checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +41,10 @@ class Resumption:
 
 
 def find_resumption(config: Config) -> Resumption | None:
-    """What ``run.resume=auto`` goes on from; None where a run begins. ConfigError for keys that it cannot follow, or when the
-    checkpoint cannot be read."""
-    try:
-        saved = newest_checkpoint(Path(config.run.dir) / "checkpoints") if config.run.resume == "auto" else None
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-    if saved is None:
+    """What ``run.resume=auto`` goes on from; None where a run begins, and for an evaluation alone, which asks the checkpoint for
+    its weights only. ConfigError for keys that it cannot follow, or when the checkpoint cannot be read."""
+    saved = _readable(config) if config.run.resume == "auto" else None
+    if saved is None or config.evaluation.only:
         return None
     before = saved.config or _launched(config)
     changes = tuple(compare(before, config)) if before else ()
@@ -55,7 +52,25 @@ def find_resumption(config: Config) -> Resumption | None:
     problems = [refusal(change, where) for change in changes if change.effect == REFUSED]
     if problems:
         raise ConfigError(problems)
+    _check_models(saved, ["policy", *(["critic"] if config.trains_critic else [])])
     return Resumption(saved=saved, changes=changes, before=before)
+
+
+def _readable(config: Config) -> SavedRun | None:
+    try:
+        saved = newest_checkpoint(Path(config.run.dir) / "checkpoints")
+    except (ValueError, OSError) as error:
+        raise ConfigError([str(error)]) from error
+    if saved is not None:
+        _check_models(saved, ["policy"])
+    return saved
+
+
+def _check_models(saved: SavedRun, names: Sequence[str]) -> None:
+    try:
+        check_models(saved.folder, names)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
 
 
 def with_template_date(config: Config) -> Config:

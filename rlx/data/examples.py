@@ -22,7 +22,7 @@ from rlx.data.order import EpochOrder
 from rlx.data.plan import plan_batch, round_up
 from rlx.data.questions import tools_of
 from rlx.data.rows import EVERY_ROW, Look, Row, column, has_more, placed, read_rows, row_digest
-from rlx.data.tokenizer import GIVE_BACK, Limit, template_digest
+from rlx.data.tokenizer import GIVE_BACK, Limit, check_template, template_digest
 from rlx.obs.log import logger
 from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
 from rlx.types.rollout import TrainSample
@@ -85,8 +85,7 @@ class ExampleSource:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken; ValueError when the file holds other examples now, or the template is another.
         Older checkpoints know the number of examples alone."""
-        if state.get("template", self._template) != self._template:
-            raise ValueError(f"data.chat_template: the chat template is another than when the state was saved; {GIVE_BACK}")
+        check_template(state, self._template)
         now = {"num_rows": len(self), "rows": self._rows.hexdigest()}
         was = {name: state.get(name, value) for name, value in now.items()}
         if was != now:

@@ -27,7 +27,7 @@ from rlx.data.questions import (
 )
 from rlx.data.rows import EVERY_ROW, Look
 from rlx.data.tasks import EVALUATION_SEEDS
-from rlx.data.tokenizer import GIVE_BACK, template_digest
+from rlx.data.tokenizer import GIVE_BACK, check_template, template_digest
 from rlx.obs.log import logger
 from rlx.types.rollout import LabelUse, Prompt
 
@@ -78,8 +78,7 @@ class PromptSource:
         saved, present = ([name or "data.train" for name in names] for names in (state["sources"], self.state()["sources"]))
         if saved != present:
             raise ValueError(f"data.sources are {', '.join(present)}, but were {', '.join(saved)} when the state was saved")
-        if state.get("template", self._template) != self._template:
-            raise ValueError(f"data.chat_template: the chat template is another than when the state was saved; {GIVE_BACK}")
+        check_template(state, self._template)
         for dealer in self._dealers:
             dealer.load_state(state["sources"][dealer.name])
         self._next_id = int(state["next_prompt_id"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
@@ -61,6 +61,12 @@ def load_tokenizer(path: str, chat_template: str | None = None, template_date: s
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Names the text of the chat template."""
     return hashlib.blake2b(repr(tokenizer.chat_template).encode(), digest_size=16).hexdigest()
+
+
+def check_template(state: Mapping[str, object], present: str) -> None:
+    """ValueError where the chat template, now ``present`` by its digest, is not that of a ``state`` which knows its own."""
+    if state.get("template", present) != present:
+        raise ValueError(f"data.chat_template: the chat template is another than when the state was saved; {GIVE_BACK}")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

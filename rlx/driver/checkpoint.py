@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,16 @@ def read_driver_state(folder: Path) -> dict[str, Any]:
     """What the driver saved. ValueError names the file when it is missing or broken."""
     file = folder / DRIVER_FILE
     try:
-        state: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint {folder} cannot be resumed: {file} cannot be read ({error})") from error
+    if not isinstance(state, dict) or not {"step", "seed"} <= state.keys() or not {"prompts", "examples"} & state.keys():
+        raise ValueError(f"checkpoint {folder} cannot be resumed: {file} does not hold the state of a run")
     return state
+
+
+def check_models(folder: Path, names: Sequence[str]) -> None:
+    """ValueError for a checkpoint that does not hold these models whole: what describes one's tensors is written last."""
+    for name in names:
+        if not (folder / name / "metadata.json").is_file():
+            raise ValueError(f"checkpoint {folder} cannot be resumed: {folder / name} is not whole, metadata.json is missing")

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlx.arch.families.registry import architecture_of
 from rlx.arch.sizes import expected_shapes
-from rlx.cluster.preflight import preflight
+from rlx.cluster.preflight import preflight, resumption_problems
 from rlx.config.convert import to_tree
 from rlx.config.load import ConfigError, dump_config
 from rlx.config.schema import AlgorithmConfig, Config, DataConfig, FinetuneConfig, ModelConfig, RewardConfig, RunConfig
@@ -55,6 +55,11 @@ def make_model(folder: Path, words: str = "abcd", seed: int = 0) -> Path:
     return folder
 
 
+def save_policy(folder: str) -> None:
+    (Path(folder) / "policy").mkdir()
+    (Path(folder) / "policy" / "metadata.json").write_text("{}")
+
+
 @pytest.fixture(params=["rl", "sft"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Config:
     """The configuration of a run of which ``tmp_path / "run"`` holds a checkpoint of step 2."""
@@ -73,7 +78,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Config:
         state["examples"] = ExampleSource(config.examples_path, config, tokenizer_of(config)).state()
     else:
         state["prompts"] = PromptSource(config.data, tokenizer_of(config), 0).state()
-    write_checkpoint(tmp_path / "run" / "checkpoints", 2, state, lambda folder: None, keep=1)
+    write_checkpoint(tmp_path / "run" / "checkpoints", 2, state, save_policy, keep=1)
     (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
     return config
 
@@ -181,10 +186,50 @@ def test_an_older_checkpoint_goes_on_with_a_line_about_what_is_not_known(
     assert ("the rows of data.train" in said) == saved.is_finetuning
 
 
-def test_a_broken_checkpoint_is_named(saved: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"step": 2, "seed": 0}', "[" * 10**5, "\ud800"])
+def test_a_broken_checkpoint_is_named(saved: Config, tmp_path: Path, content: str) -> None:
     (file,) = (tmp_path / "run").glob("checkpoints/*/driver.json")
-    file.write_text("{")
-    assert str(file) in refused(saved)
+    file.write_text(content, errors="surrogatepass")
+    assert f"{file.parent} cannot be resumed: {file}" in refused(saved)
+    alone = replace(saved, evaluation=replace(saved.evaluation, only=True, data=str(tmp_path / "rows.jsonl")))
+    assert str(file) in refused(alone)
+
+
+def test_a_checkpoint_without_its_models_is_named(saved: Config, tmp_path: Path) -> None:
+    (file,) = (tmp_path / "run").glob("checkpoints/*/policy/metadata.json")
+    if not saved.is_finetuning:
+        with_critic = replace(saved, algorithm=replace(saved.algorithm, name="ppo"))
+        driver = file.parents[1] / "driver.json"
+        driver.write_text(json.dumps({**json.loads(driver.read_text()), "config": to_tree(with_critic)}))
+        assert "critic is not whole" in refused(with_critic)
+    file.unlink()
+    assert f"{file.parent} is not whole, metadata.json is missing" in refused(saved)
+
+
+def test_a_checkpoint_of_another_kind_is_named(saved: Config, tmp_path: Path) -> None:
+    """An older one, of which no configuration says so."""
+    (file,) = (tmp_path / "run").glob("checkpoints/*/driver.json")
+    state = json.loads(file.read_text())
+    del state["config"]
+    other = "prompts" if saved.is_finetuning else "examples"
+    state[other] = state.pop("examples" if saved.is_finetuning else "prompts")
+    file.write_text(json.dumps(state))
+    (tmp_path / "run" / "config.yaml").unlink()
+    assert f"{file.parent} was saved by a run of another kind" in refused(saved)
+
+
+def test_those_who_start_nothing_compare_files_that_they_read_whole(saved: Config, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(_swap(file.read_text().splitlines(keepends=True))))
+    for num_rows in (None, 6):
+        (problem,) = resumption_problems(saved, num_rows)
+        assert problem.startswith(f"data.train: {file} is not what it was")
+    assert resumption_problems(saved, 5) == []
+    template = tmp_path / "other.jinja"
+    template.write_text("{{ messages }}")
+    for num_rows in (None, 6, 5):
+        (problem,) = resumption_problems(with_data(saved, chat_template=str(template)), num_rows)
+        assert problem.startswith("data.chat_template: the chat template is another")
 
 
 def test_a_model_is_known_by_what_it_holds(tmp_path: Path) -> None:
