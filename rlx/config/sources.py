@@ -50,9 +50,10 @@ class EvaluationSetConfig(PromptsConfig):
 
 
 def files_of(path: str) -> list[Path]:
-    """The files of a path of data: itself, or those in a folder, by name. ValueError when it is neither."""
+    """The files of a path of data: itself, or those in a folder that are not hidden, by name. ValueError when it is neither."""
     if os.path.isdir(path):
-        files = sorted(file for file in Path(path).iterdir() if file.suffix in FILE_ENDINGS)
+        found = (file for file in Path(path).iterdir() if file.suffix in FILE_ENDINGS and not file.name.startswith("."))
+        files = sorted(found)
         if not files:
             raise ValueError(f"the folder {path} holds no file that ends in {' or '.join(FILE_ENDINGS)}")
         return files

@@ -159,7 +159,7 @@ def _prompt_of(row: Row, data: DataConfig) -> str | Chat:
             " (data.messages_key and data.prompt_key name them)"
         )
     if messages is None and not isinstance(prompt, str):
-        raise ValueError(f"column {data.prompt_key!r} must be text, got {type(prompt).__name__}")
+        raise ValueError(f"column {data.prompt_key!r} must be text, got {type(prompt).__name__}; data.messages_key names chats")
     if messages is None and data.system_prompt is None:
         return str(prompt)
     chat = [{"role": "user", "content": prompt}] if messages is None else read_messages(messages, data.messages_key)
@@ -234,6 +234,10 @@ def _level_of(row: Row, source: Source, data: DataConfig) -> float:
     if key is None:
         return 0.0
     found = column(row, key)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-        raise ValueError(f"the curriculum's column {key!r} (data.curriculum_key) must hold a finite number, got {found!r}")
-    return float(found)
+    try:
+        level = math.nan if isinstance(found, bool) or not isinstance(found, int | float) else float(found)
+    except OverflowError:
+        level = math.inf
+    if not math.isfinite(level):
+        raise ValueError(f"the curriculum's column {key!r} (data.curriculum_key) must hold a finite number, got {found!r:.200}")
+    return level

@@ -111,7 +111,9 @@ def label_in(row: Row, key: str) -> object:
     value = column(row, key)
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return value
-    if isinstance(value, int) or not math.isfinite(value):
+    if isinstance(value, int):  # which may be too large for what comes next
+        return str(value)
+    if not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return str(int(value)) if value == int(value) else str(value)
 

@@ -104,6 +104,16 @@ def test_a_label_is_what_the_file_says(tmp_path: Path, ending: str, value: objec
     assert prompt.label == label and type(prompt.label) is type(label)
 
 
+@pytest.mark.parametrize(
+    ("spelt", "label"), [("1" + "0" * 400, "1" + "0" * 400), ("-1e999", "-inf"), ("1e-999", "0"), ("NaN", None)], ids=str
+)
+def test_numbers_that_no_float_holds_are_labels(tmp_path: Path, spelt: str, label: str | None) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "label": ' + spelt + "}")
+    (prompt,) = prompts_of(str(path), bytewise())
+    assert prompt.label == label
+
+
 def test_decimals_are_numbers_too(tmp_path: Path) -> None:
     rows = [{"label": Decimal(text)} for text in ("2.00", "2.50")]
     table = pyarrow.Table.from_pylist(rows, pyarrow.schema([("label", pyarrow.decimal128(10, 2))]))
@@ -370,7 +380,7 @@ def test_faults_name_file_and_line(tmp_path: Path, template: str | None, line: s
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("a"),
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text() | st.just("a"),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )
@@ -386,13 +396,19 @@ ODD_MESSAGES = st.lists(
     messages=st.none() | ODD_MESSAGES | JSON_VALUES,
     template=st.sampled_from([TEMPLATE, PLAIN, BY_PARTS, MARKED, None]),
     objective=st.sampled_from(["none", "sft", "dpo"]),
+    level=st.sampled_from([None, "label"]),
 )
 def test_any_row_is_used_or_refused_with_its_place(
-    tmp_path_factory: pytest.TempPathFactory, row: dict[str, Any], messages: object, template: str | None, objective: str
+    tmp_path_factory: pytest.TempPathFactory,
+    row: dict[str, Any],
+    messages: object,
+    template: str | None,
+    objective: str,
+    level: str | None,
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_text(json.dumps({**row, "messages": messages}))
-    tokenizer, config = bytewise(template), config_of(str(path), objective=objective)
+    tokenizer, config = bytewise(template), config_of(str(path), {"curriculum_key": level}, objective=objective)
     try:
         if objective == "none":
             PromptSource(config.data, tokenizer, seed=0)

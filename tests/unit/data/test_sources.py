@@ -123,11 +123,19 @@ def test_a_curriculum_goes_from_low_to_high_then_shuffles(tmp_path: Path) -> Non
     assert [prompt.label for prompt in ordered] == [str(i) for i in (3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8)]
 
 
-@pytest.mark.parametrize("level", [None, "hard", True, float("nan"), {"level": 1}])
+@pytest.mark.parametrize("level", [None, "hard", True, float("nan"), 10**400, {"level": 1}])
 def test_a_level_that_is_no_number_is_named(tmp_path: Path, level: object) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "level": 1}, {"prompt": "a", "level": level})
     with pytest.raises(ValueError, match=r"p\.jsonl:2: the curriculum's column 'level' .*must hold a finite number"):
         PromptSource(DataConfig(train=path, curriculum_key="level"), TOKENIZER, seed=0)
+
+
+def test_a_folder_is_read_without_its_hidden_files(tmp_path: Path) -> None:
+    write(tmp_path / "b.jsonl", {"prompt": "b"})
+    write(tmp_path / "a.jsonl", {"prompt": "a"})
+    (tmp_path / "._a.jsonl").write_bytes(b"\0\5\x16\7")
+    source = PromptSource(DataConfig(train=str(tmp_path), shuffle=False), TOKENIZER, seed=0)
+    assert [prompt.text for prompt in source.next(2)] == ["a", "b"]
 
 
 def test_truncation_keeps_the_end_and_the_opening_token_and_is_counted(tmp_path: Path) -> None:
