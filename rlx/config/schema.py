@@ -197,7 +197,7 @@ class RewardConfig:
     skip_special_tokens: bool = option(
         False, "leave all special tokens out of the text that verifiers see; false: only those that end or pad an answer"
     )
-    max_abs: float = option(1e6, "a reward (or part of one) beyond this, up or down, is invalid", minimum=0)
+    max_abs: float = option(1e6, "a reward (or part of one) beyond this, up or down, is invalid", above=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

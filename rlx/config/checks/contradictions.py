@@ -39,6 +39,8 @@ def _outputs(config: Config) -> Iterator[str]:
     if os.path.isfile(config.run.dir):
         yield f"run.dir: {config.run.dir} is a file; name a folder"
     for key, path in (("run.dir", config.run.dir), ("sync.dir", config.sync.dir), ("rollout.record", config.rollout.record)):
+        if path and path.startswith("~"):
+            yield f"{key}: {path!r:.200} would be a folder called ~ here: neither a shell nor rlx puts your home in its place"
         try:
             os.stat(path or ".")
         except FileNotFoundError:

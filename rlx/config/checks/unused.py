@@ -154,6 +154,8 @@ def schedule_warnings(config: Config) -> Iterator[str]:
     total = config.run.steps * (1 if config.is_finetuning else algorithm.epochs * algorithm.num_mini_batches)
     sections = {"optimizer": config.optimizer, **({"critic_optimizer": config.critic_optimizer} if config.trains_critic else {})}
     for section, optimizer in sections.items():
+        if optimizer.lr == 0:
+            yield f"{section}.lr: 0: the run learns nothing"
         if optimizer.warmup_steps >= total:
             yield (
                 f"{section}.warmup_steps: {optimizer.warmup_steps} steps of a run of {total} optimizer steps: the learning rate"

@@ -54,6 +54,8 @@ Problems = Callable[..., tuple[str, ...]]
         (["algorithm.gamma=1.01"], ["algorithm.gamma", "at most 1"]),
         (["optimizer.min_lr=0.1"], ["optimizer.min_lr", "optimizer.lr", "1e-06"]),
         (["critic_optimizer.beta2=1"], ["critic_optimizer.beta2", "below 1"]),
+        (["run.dir=~/x"], ["run.dir", "a folder called ~"]),
+        (["rollout.record=~/x.jsonl"], ["rollout.record", "a folder called ~"]),
         (["sync.dir=/tmp/x"], ["sync.dir", "sync.transport=disk", "stream"]),
         (["cluster.device=cpu", "model.layer_spec=transformer_engine"], ["model.layer_spec", "cluster.device"]),
         (["parallel.vpp=2"], ["parallel.vpp", "parallel.pp > 1"]),

@@ -65,6 +65,7 @@ def test_each_reason(run_yaml: Path, tmp_path: Path, overrides: list[str], line:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["optimizer.lr=0"], ["optimizer.lr: 0: the run learns nothing"]),
         (["optimizer.warmup_steps=100"], ["optimizer.warmup_steps", "100 steps of a run of 100"]),
         (
             ["optimizer.schedule=linear", "optimizer.decay_steps=60"],
