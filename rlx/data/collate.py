@@ -13,23 +13,26 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rlx.types.batch import MicroBatch
+from rlx.types.batch import Columns, MicroBatch
 from rlx.types.layout import ParallelDims
 from rlx.types.rollout import TrainSample
 
 PADDING_ID = -1
+
+Ragged = Mapping[int, Tensor]
+"""A column of whole samples: position-aligned [L] tensors by sample id."""
 
 
 def collate(
     samples: Sequence[TrainSample],
     sample_ids: Sequence[int],
     dims: ParallelDims,
-    columns: Mapping[str, Mapping[int, Tensor]] | None = None,
+    columns: Columns[Ragged] | None = None,
 ) -> MicroBatch:
     """Pack the samples named by ``sample_ids``, in that order; ``samples`` may hold more (a whole rollout batch).
 
     Each sequence is padded to ``dims.sequence_multiple``, the last one until the total is a multiple of
-    ``dims.pack_multiple``. ``columns[name][sample_id]`` are position-aligned [L] tensors, laid into float32 [T]. Without
+    ``dims.pack_multiple``. ``columns`` are laid into float32 [T]. Without
     sample ids the result is one masked padding sequence of at least 2 tokens, its id -1 and its length counted as true, so
     that attention over it is well defined. Raises ValueError for an unknown sample id or a column that does not fit.
     """
@@ -55,7 +58,7 @@ def collate(
         cu_seqlens_S1=torch.tensor(cu_seqlens, dtype=torch.int32),
         lengths_S=torch.tensor([len(sample.token_ids) for sample in chosen] or [num_tokens], dtype=torch.int64),
         sample_ids=tuple(sample_ids) or (PADDING_ID,),
-        columns={name: _lay_column(name, values, starts, chosen, num_tokens) for name, values in (columns or {}).items()},
+        columns=(columns or Columns()).map(lambda name, values: _lay_column(name, values, starts, chosen, num_tokens)),
     )
 
 
@@ -80,9 +83,7 @@ def _layout(lengths: Sequence[int], dims: ParallelDims) -> tuple[list[int], list
     return borders[:-1], borders
 
 
-def _lay_column(
-    name: str, values: Mapping[int, Tensor], starts: Sequence[int], chosen: Sequence[TrainSample], num_tokens: int
-) -> Tensor:
+def _lay_column(name: str, values: Ragged, starts: Sequence[int], chosen: Sequence[TrainSample], num_tokens: int) -> Tensor:
     column_T = torch.zeros(num_tokens)
     for start, sample in zip(starts, chosen, strict=False):
         if sample.sample_id not in values:

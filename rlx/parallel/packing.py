@@ -46,9 +46,8 @@ class LocalBatch:
         """The number of each token's sequence in the pack, int64 [t]."""
         return torch.searchsorted(self.pack.cu_seqlens_S1[1:].to(self.index_t), self.index_t, right=True)
 
-    def column(self, name: str) -> Tensor | None:
-        """This rank's part of a column of the pack, float32 [t]; None when the pack has no such column."""
-        column_T = self.pack.columns.get(name)
+    def local(self, column_T: Tensor | None) -> Tensor | None:
+        """This rank's part [t] of a column of the pack, on its device; None for one that the pack does not have."""
         return None if column_T is None else column_T.to(self.index_t.device)[self.index_t]
 
 
@@ -65,7 +64,7 @@ def pad_pack(pack: MicroBatch, num_tokens: int) -> MicroBatch:
         labels_T=F.pad(pack.labels_T, (0, extra)),
         loss_mask_T=F.pad(pack.loss_mask_T, (0, extra)),
         cu_seqlens_S1=cu_seqlens,
-        columns={name: F.pad(column, (0, extra)) for name, column in pack.columns.items()},
+        columns=pack.columns.map(lambda _, column_T: F.pad(column_T, (0, extra))),
     )
 
 

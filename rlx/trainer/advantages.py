@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from rlx.algos.ppo import token_rewards
 from rlx.algos.prime import process_advantages, process_baselines
 from rlx.algos.whitening import whiten
 from rlx.config.schema import AlgorithmConfig
-from rlx.trainer.batch import RankBatch, position_mask
+from rlx.trainer.batch import RankBatch, of_sample, position_mask
 
 Sums = Callable[[Tensor], Tensor]
 
@@ -33,7 +34,7 @@ def add_advantages(batch: RankBatch, algorithm: Algorithm, config: AlgorithmConf
         advantages = _from_token_rewards(batch, algorithm, config, kl_coefficient)
     if config.whiten_advantages:
         advantages = _whitened(advantages, [position_mask(sample) for sample in batch.samples], sums)
-    batch.columns["advantages"] = _by_id(batch, advantages)
+    batch.columns = replace(batch.columns, advantages=_by_id(batch, advantages))
 
 
 def _from_groups(
@@ -58,7 +59,7 @@ def _from_groups(
 
 def _from_token_rewards(batch: RankBatch, algorithm: Algorithm, config: AlgorithmConfig, kl_coefficient: float) -> list[Tensor]:
     """GAE on token rewards: with the critic's values, or plain returns without one."""
-    samples, columns = batch.samples, batch.columns
+    samples = batch.samples
     masks = [position_mask(sample) for sample in samples]
     kls = _kls(batch, config) if config.kl_placement == "reward" else {}
     rewards = [
@@ -67,9 +68,9 @@ def _from_token_rewards(batch: RankBatch, algorithm: Algorithm, config: Algorith
     ]
     if algorithm.kind == "returns":
         return gae_ragged(rewards, [torch.zeros_like(mask) for mask in masks], masks, config.gamma, 1.0)[0]
-    values = [columns["values"][sample.sample_id] for sample in samples]
+    values = [of_sample(batch.columns.values, sample) for sample in samples]
     advantages, returns = gae_ragged(rewards, values, masks, config.gamma, config.lam)
-    columns["returns"] = _by_id(batch, returns)
+    batch.columns = replace(batch.columns, returns=_by_id(batch, returns))
     return advantages
 
 
@@ -78,7 +79,7 @@ def _from_process(batch: RankBatch, config: AlgorithmConfig, sums: Sums) -> list
     samples, columns = batch.samples, batch.columns
     masks = [position_mask(sample) for sample in samples]
     rewards = [
-        config.prime_beta * (columns["process_logprobs"][sample.sample_id] - columns["ref_logprobs"][sample.sample_id]) * mask
+        config.prime_beta * (of_sample(columns.process_logprobs, sample) - of_sample(columns.ref_logprobs, sample)) * mask
         for sample, mask in zip(samples, masks, strict=True)
     ]
     own = {s.sample_id: float(r.sum()) / max(1, s.num_loss_tokens) for s, r in zip(samples, rewards, strict=True)}
@@ -92,9 +93,9 @@ def _from_process(batch: RankBatch, config: AlgorithmConfig, sums: Sums) -> list
 
 def _kls(batch: RankBatch, config: AlgorithmConfig) -> dict[int, Tensor]:
     """The KL estimate at each response position of each sample, by sample id."""
-    old, ref = batch.columns["old_logprobs"], batch.columns["ref_logprobs"]
+    old, ref = batch.columns.old_logprobs, batch.columns.ref_logprobs
     return {
-        sample.sample_id: kl_estimate(old[sample.sample_id], ref[sample.sample_id], config.kl_estimator) * position_mask(sample)
+        sample.sample_id: kl_estimate(of_sample(old, sample), of_sample(ref, sample), config.kl_estimator) * position_mask(sample)
         for sample in batch.samples
     }
 

@@ -1,7 +1,7 @@
 """One rank's view of a rollout batch: its packs, and the columns computed for its samples.
 
-Columns are position-aligned float32 [L] tensors by sample id, whole sequences (context parallelism undone), present on
-the last pipeline stage only. They live from ``load_batch`` to the next one.
+Columns are held by sample id, whole sequences (context parallelism undone), on the last pipeline stage only. They live from
+``load_batch`` to the next one.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from rlx.data.collate import collate, split_columns
+from rlx.data.collate import Ragged, collate, split_columns
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.context_parallel import gather_pack
 from rlx.parallel.packing import LocalBatch
-from rlx.types.batch import MicroBatch
+from rlx.types.batch import Columns, MicroBatch
 from rlx.types.layout import BatchPlan
 from rlx.types.rollout import TrainSample
 
@@ -25,7 +25,7 @@ class RankBatch:
 
     def __init__(self, samples: Sequence[TrainSample], plan: BatchPlan, context: ParallelContext) -> None:
         self.plan = plan
-        self.columns: dict[str, dict[int, Tensor]] = {}
+        self.columns: Columns[Ragged] = Columns()
         self._context = context
         self._samples = list(samples)
         mine = [ids for part in plan.mini_batches for ids in part.micro_batches[context.dp_rank]]
@@ -52,18 +52,21 @@ class RankBatch:
 
     def _pack(self, indices: Sequence[int]) -> MicroBatch:
         chosen = [self._samples[index] for index in indices]
-        columns = {
-            name: {sample.sample_id: values[sample.sample_id] for sample in chosen} for name, values in self.columns.items()
-        }
-        return collate(chosen, [sample.sample_id for sample in chosen], self._context.dims, columns)
+        return collate(chosen, [sample.sample_id for sample in chosen], self._context.dims, self.columns)
 
-    def store(self, name: str, outputs: Iterable[tuple[LocalBatch, Tensor]]) -> None:
-        """Keep per-token results [t] of a forward pass as the column ``name``."""
+    def whole(self, outputs: Iterable[tuple[LocalBatch, Tensor]]) -> Ragged:
+        """Per-token results [t] of a forward pass as a column: sequences whole again, on the host."""
         column: dict[int, Tensor] = {}
         for batch, values_t in outputs:
             values_T = gather_pack(values_t.float(), batch.packed_seq_params.cu_seqlens_q, self._context.groups.cp)
             column.update(split_columns(values_T.cpu(), batch.pack))
-        self.columns[name] = column
+        return column
+
+
+def of_sample(column: Ragged | None, sample: TrainSample) -> Tensor:
+    """The sample's part [L] of a column that is there."""
+    assert column is not None, "the column has not been computed yet"
+    return column[sample.sample_id]
 
 
 def position_mask(sample: TrainSample) -> Tensor:

@@ -25,7 +25,7 @@ from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import forward_only
 from rlx.trainer.batch import RankBatch, position_mask
 from rlx.trainer.rank_worker import Means, RankWorker, Trained
-from rlx.types.batch import LossInputs, LossOutput
+from rlx.types.batch import Columns, LossInputs, LossOutput
 from rlx.types.layout import BatchPlan
 from rlx.types.rollout import TrainSample, UpdateStats
 
@@ -57,7 +57,8 @@ class FinetuneWorker(RankWorker):
     def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
         self._batch = RankBatch(samples, plan, self.context)
         if self.context.is_last_stage:
-            self._batch.columns["weights"] = {sample.sample_id: self._weights(sample) for sample in self._batch.samples}
+            weights = {sample.sample_id: self._weights(sample) for sample in self._batch.samples}
+            self._batch.columns = Columns(weights=weights)
 
     def _weights(self, sample: TrainSample) -> Tensor:
         """What each position counts for, float32 [L]. Each sequence of a pair weighs 2, on its answer or (rm) on its last token:
@@ -88,13 +89,17 @@ class FinetuneWorker(RankWorker):
             return self._reduce(totals, self.context.groups.dp_cp)
 
     def _loss(self, outputs: Tensor, batch: LocalBatch) -> LossOutput:
-        weights, finetune = batch.column("weights"), self.config.finetune
+        columns, finetune = batch.pack.columns, self.config.finetune
+        weights = batch.local(columns.weights)
         assert weights is not None, "load_batch adds the weights"
         if self.is_reward_model:
             inputs = self._with_sequences(LossInputs(weights_T=weights, values_T=outputs), batch)
             return reward_model_loss(inputs, finetune.center_coefficient)
         inputs = LossInputs(
-            weights_T=weights, logprobs_T=outputs[0], entropy_T=outputs[1], ref_logprobs_T=batch.column("ref_logprobs")
+            weights_T=weights,
+            logprobs_T=outputs[0],
+            entropy_T=outputs[1],
+            ref_logprobs_T=batch.local(columns.ref_logprobs),
         )
         if finetune.objective == "sft":
             return sft_loss(inputs)

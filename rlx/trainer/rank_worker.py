@@ -108,7 +108,8 @@ class RankWorker(ABC):
         with phase("score reference"):
             outputs = forward_only(self.reference, self.batch.all_packs(), self._token_head, self.context)
             if self.context.is_last_stage:
-                self.batch.store("ref_logprobs", [(batch, out[0]) for batch, out in outputs])
+                ref_logprobs = self.batch.whole((batch, out[0]) for batch, out in outputs)
+                self.batch.columns = replace(self.batch.columns, ref_logprobs=ref_logprobs)
         return {} if self.context.is_last_stage else None
 
     def _update(self, trained: Trained, mini_batch: int) -> UpdateStats | None:

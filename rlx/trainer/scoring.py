@@ -32,8 +32,8 @@ def score_sequences(
     outputs = forward_only(chunks, batch.all_packs(), head, context)
     rows: list[list[float]] | None = None
     if context.is_last_stage:
-        batch.store("logprobs", [(local, out[0]) for local, out in outputs])
-        rows = [batch.columns["logprobs"][index][:-1].tolist() for index in range(len(samples))]
+        logprobs = batch.whole((local, out[0]) for local, out in outputs)
+        rows = [logprobs[index][:-1].tolist() for index in range(len(samples))]
     return next(found for found in context.gather_objects(rows) if found is not None)
 
 

@@ -5,6 +5,8 @@ Runs on the last pipeline stage; the columns it adds are position-aligned like a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from rlx.algos.aggregation import loss_divisor, token_weight
 from rlx.algos.mismatch import drift, importance_weights
 from rlx.config.schema import Config
 from rlx.parallel.schedule import Divisors
-from rlx.trainer.batch import RankBatch, position_mask, position_rollout_logprobs
+from rlx.trainer.batch import RankBatch, of_sample, position_mask, position_rollout_logprobs
 
 Stats = dict[str, Tensor]
 
@@ -20,11 +22,18 @@ Stats = dict[str, Tensor]
 def add_weights(batch: RankBatch, aggregation: str) -> None:
     """The columns ``weights`` (by ``aggregation``), ``sequence_weights`` (1 / tokens) and ``outcomes`` (the reward)."""
     masks = {sample.sample_id: position_mask(sample) for sample in batch.samples}
-    for name, mode in (("weights", aggregation), ("sequence_weights", "seq-mean-token-mean")):
-        batch.columns[name] = {
+
+    def weights(mode: str) -> dict[int, Tensor]:
+        return {
             sample.sample_id: masks[sample.sample_id] * token_weight(mode, sample.num_loss_tokens) for sample in batch.samples
         }
-    batch.columns["outcomes"] = {sample.sample_id: masks[sample.sample_id] * sample.reward for sample in batch.samples}
+
+    batch.columns = replace(
+        batch.columns,
+        weights=weights(aggregation),
+        sequence_weights=weights("seq-mean-token-mean"),
+        outcomes={sample.sample_id: masks[sample.sample_id] * sample.reward for sample in batch.samples},
+    )
 
 
 def divisors(batch: RankBatch, mini_batch: int, aggregation: str, config: Config) -> Divisors:
@@ -48,9 +57,9 @@ def add_importance(batch: RankBatch, config: Config) -> Stats:
     stats = look(*(torch.zeros(0) for _ in range(3)))[1]
     column: dict[int, Tensor] = {}
     for sample in batch.samples:
-        old = batch.columns["old_logprobs"][sample.sample_id]
+        old = of_sample(batch.columns.old_logprobs, sample)
         column[sample.sample_id], found = look(old, position_rollout_logprobs(sample), position_mask(sample))
         stats = {name: stats[name] + stat for name, stat in found.items()}
     if corrects:
-        batch.columns["importance"] = column
+        batch.columns = replace(batch.columns, importance=column)
     return {f"mismatch/{name}": stat for name, stat in stats.items()}

@@ -5,6 +5,7 @@ collective over the trainer ranks; ``rank_worker`` has the rules.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ from rlx.sync.errors import SyncFailure
 from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.trainer.advantages import add_advantages
-from rlx.trainer.batch import RankBatch, position_mask
+from rlx.trainer.batch import RankBatch, of_sample, position_mask
 from rlx.trainer.link import EngineLink
 from rlx.trainer.rank_worker import Means, RankWorker, ReadOnly, Trained
 from rlx.trainer.scoring import score_sequences
@@ -110,8 +111,9 @@ class Worker(RankWorker):
             outputs = forward_only(self.policy.model.wrapped, self.batch.all_packs(), self.policy.head, self.context)
             if not self.context.is_last_stage:
                 return None
-            self.batch.store("old_logprobs", [(batch, out[0]) for batch, out in outputs])
-            self.batch.store("entropy", [(batch, out[1]) for batch, out in outputs])
+            old_logprobs = self.batch.whole((batch, out[0]) for batch, out in outputs)
+            entropy = self.batch.whole((batch, out[1]) for batch, out in outputs)
+            self.batch.columns = replace(self.batch.columns, old_logprobs=old_logprobs, entropy=entropy)
             return self._score_means()
 
     def score_critic(self) -> Means | None:
@@ -119,9 +121,10 @@ class Worker(RankWorker):
         with phase("score critic"):
             outputs = forward_only(self.critic.model.wrapped, self.batch.all_packs(), self.critic.head, self.context)
             if self.context.is_last_stage and self.algorithm.kind == "process":
-                self.batch.store("process_logprobs", [(batch, out[0]) for batch, out in outputs])
+                logprobs = self.batch.whole((batch, out[0]) for batch, out in outputs)
+                self.batch.columns = replace(self.batch.columns, process_logprobs=logprobs)
             elif self.context.is_last_stage:
-                self.batch.store("values", outputs)
+                self.batch.columns = replace(self.batch.columns, values=self.batch.whole(outputs))
         return {} if self.context.is_last_stage else None
 
     def score_sequences(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -132,13 +135,14 @@ class Worker(RankWorker):
 
     def _score_means(self) -> Means:
         columns, samples = self.batch.columns, self.batch.samples
-        names = ["policy/entropy", "kl/ref"] if "ref_logprobs" in columns else ["policy/entropy"]
+        has_reference = columns.ref_logprobs is not None
+        names = ["policy/entropy", "kl/ref"] if has_reference else ["policy/entropy"]
         stats = {name: torch.zeros(2, dtype=torch.float64) for name in names} | add_importance(self.batch, self.config)
         for sample in samples:
             keep = position_mask(sample) != 0
-            stats["policy/entropy"] += sum_and_count(columns["entropy"][sample.sample_id], keep)
-            if "ref_logprobs" in columns:
-                old, ref = columns["old_logprobs"][sample.sample_id], columns["ref_logprobs"][sample.sample_id]
+            stats["policy/entropy"] += sum_and_count(of_sample(columns.entropy, sample), keep)
+            if has_reference:
+                old, ref = of_sample(columns.old_logprobs, sample), of_sample(columns.ref_logprobs, sample)
                 stats["kl/ref"] += sum_and_count(kl_estimate(old, ref, "k1"), keep)
         return self._reduce(stats, self.context.groups.dp)
 
@@ -157,9 +161,9 @@ class Worker(RankWorker):
         stats = {name: torch.zeros(2, dtype=torch.float64) for name in names}
         for sample in self.batch.samples:
             mask = position_mask(sample)
-            stats["advantages/mean"] += sum_and_count(columns["advantages"][sample.sample_id], mask != 0)
+            stats["advantages/mean"] += sum_and_count(of_sample(columns.advantages, sample), mask != 0)
             if has_values:
-                found = fit(columns["values"][sample.sample_id], columns["returns"][sample.sample_id], mask)
+                found = fit(of_sample(columns.values, sample), of_sample(columns.returns, sample), mask)
                 stats |= {name: stats[name] + stat for name, stat in found.items()}
         means = self._reduce(stats, self.context.groups.dp)
         explained = explained_variance(means) if has_values else None
@@ -176,37 +180,40 @@ class Worker(RankWorker):
             return self._update(self.critic, mini_batch)
 
     def _policy_loss(self, outputs: Tensor, batch: LocalBatch) -> LossOutput:
-        weights = batch.column("weights")
+        columns = batch.pack.columns
+        weights = batch.local(columns.weights)
         assert weights is not None, "load_batch adds the weights"
         inputs = LossInputs(
             weights_T=weights,
-            importance_T=batch.column("importance"),
+            importance_T=batch.local(columns.importance),
             logprobs_T=outputs[0],
             entropy_T=outputs[1],
-            old_logprobs_T=batch.column("old_logprobs"),
-            ref_logprobs_T=batch.column("ref_logprobs"),
-            advantages_T=batch.column("advantages"),
+            old_logprobs_T=batch.local(columns.old_logprobs),
+            ref_logprobs_T=batch.local(columns.ref_logprobs),
+            advantages_T=batch.local(columns.advantages),
         )
         return self.algorithm.policy_loss(self._with_sequences(inputs, batch))
 
     def _process_loss(self, outputs: Tensor, batch: LocalBatch) -> LossOutput:
-        weights = batch.column("sequence_weights")
+        columns = batch.pack.columns
+        weights = batch.local(columns.sequence_weights)
         assert self.algorithm.value_loss is not None and weights is not None
         inputs = LossInputs(
             weights_T=weights,
             logprobs_T=outputs[0],
-            ref_logprobs_T=batch.column("ref_logprobs"),
-            returns_T=batch.column("outcomes"),
+            ref_logprobs_T=batch.local(columns.ref_logprobs),
+            returns_T=batch.local(columns.outcomes),
         )
         return self.algorithm.value_loss(self._with_sequences(inputs, batch))
 
     def _value_loss(self, outputs: Tensor, batch: LocalBatch) -> LossOutput:
         assert self.algorithm.value_loss is not None
+        columns = batch.pack.columns
         inputs = LossInputs(
             weights_T=batch.loss_mask_t,
             values_T=outputs,
-            old_values_T=batch.column("values"),
-            returns_T=batch.column("returns"),
+            old_values_T=batch.local(columns.values),
+            returns_T=batch.local(columns.returns),
         )
         return self.algorithm.value_loss(inputs)
 

@@ -14,10 +14,54 @@ prediction made AT position t, that is, about token t + 1. ``rlx.data.collate`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Columns[C]:
+    """What is known of every token of a batch, position-aligned float32: one field a column, None while it is not there.
+
+    ``C`` is how a column is held: a tensor [T] in a micro-batch, [L] tensors by sample id on a rank.
+
+    weights            what each token counts for in the policy's (or the fine-tuned model's) loss
+    sequence_weights   1 / response tokens of its sequence
+    outcomes           the reward of its sequence
+    old_logprobs       of the policy before the update, and ``entropy`` its entropy
+    ref_logprobs       of the reference
+    process_logprobs   of the process reward model
+    values             of the critic
+    advantages, returns
+    importance         the correction for the engine's drift
+
+    >>> scored = Columns(old_logprobs={7: torch.tensor([-0.5, -1.0, 0.0])})
+    >>> replace(scored, values={7: torch.tensor([0.1, 0.2, 0.0])}).present()  # the names old_logprobs and values
+    """
+
+    weights: C | None = None
+    sequence_weights: C | None = None
+    outcomes: C | None = None
+    old_logprobs: C | None = None
+    entropy: C | None = None
+    ref_logprobs: C | None = None
+    process_logprobs: C | None = None
+    values: C | None = None
+    advantages: C | None = None
+    returns: C | None = None
+    importance: C | None = None
+
+    def present(self) -> Iterator[tuple[str, C]]:
+        """The columns that are there, by name."""
+        for entry in fields(self):
+            column: C | None = getattr(self, entry.name)
+            if column is not None:
+                yield entry.name, column
+
+    def map[D](self, change: Callable[[str, C], D]) -> Columns[D]:
+        """Every column that is there, changed; ``change`` gets its name too, for its errors."""
+        return Columns(**{name: change(name, column) for name, column in self.present()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,7 +73,7 @@ class MicroBatch:
     cu_seqlens_S1        int32 [S + 1]; borders of the sequences, padding of each counted to it
     lengths_S            int64 [S]; true lengths, without padding
     sample_ids           the samples in order; padding sequences have id -1
-    columns              more float32 [T] columns by name: old_logprobs, advantages, ...
+    columns              more float32 [T] columns: old_logprobs, advantages, ...
     """
 
     tokens_T: Tensor
@@ -38,7 +82,7 @@ class MicroBatch:
     cu_seqlens_S1: Tensor
     lengths_S: Tensor
     sample_ids: tuple[int, ...]
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    columns: Columns[Tensor] = field(default_factory=Columns)
 
     @property
     def max_seqlen(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from tests.dist.programs.updates import collect, config_of
 
 def shift_old_logprobs(worker: Worker) -> None:
     """As if the policy had moved since: ratios off 1, some of them clipped, without a second update."""
-    column = worker.batch.columns["old_logprobs"]
-    for index, values in column.items():
-        wave = torch.sin(1.7 * torch.arange(len(values)) + index)
-        column[index] = values + 0.3 * wave
+    column = worker.batch.columns.old_logprobs
+    assert column is not None
+    shifted = {index: values + 0.3 * torch.sin(1.7 * torch.arange(len(values)) + index) for index, values in column.items()}
+    worker.batch.columns = replace(worker.batch.columns, old_logprobs=shifted)
 
 
 def run_algorithm(arguments: dict[str, Any], layout: dict[str, Any], context: ParallelContext) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def packs_of(sequences: list[list[int]], context: ParallelContext) -> list[Any]:
             )
         )
         if sum(len(sample.token_ids) for sample in chosen) >= PACK_TOKENS or index == len(sequences) - 1:
-            packs.append(collate(chosen, [sample.sample_id for sample in chosen], context.dims, {}))
+            packs.append(collate(chosen, [sample.sample_id for sample in chosen], context.dims))
             chosen = []
     return packs
 

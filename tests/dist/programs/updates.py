@@ -89,7 +89,7 @@ def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: Paral
         again = Worker(config, context)
         again.load(str(checkpoint_folder(arguments)))
         again.load_batch(samples, plan)
-        again.batch.columns |= worker.batch.columns
+        again.batch.columns = worker.batch.columns
         again.update_policy(0)
         result["resumed"] = collect(again.policy, again, context, "weight")
     result["poisoned"] = context.gather_objects(poisoned_update(worker))
@@ -99,7 +99,7 @@ def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: Paral
 
 def poisoned_update(worker: Worker) -> str:
     """What an update says of infinite advantages."""
-    for column in worker.batch.columns.get("advantages", {}).values():
+    for column in (worker.batch.columns.advantages or {}).values():
         column.fill_(float("inf"))
     try:
         worker.update_policy(0)
