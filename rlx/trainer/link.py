@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from rlx.config.schema import Config
+from rlx.config.schema import SyncConfig
 from rlx.models.hf.companions import Companions
 from rlx.obs.log import notice
 from rlx.parallel.context import ParallelContext
@@ -28,18 +29,29 @@ from rlx.sync.transports.disk import SyncFolder
 from rlx.types.weights import CanaryReport, WeightManifest
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkOptions:
+    """How weights reach engines: ``transport`` (never auto), with ``folder`` for the one that needs it. ``shares``: the engines
+    are on the trainers' devices."""
+
+    sync: SyncConfig
+    transport: str
+    folder: SyncFolder | None = None
+    shares: bool = False
+
+
 class EngineLink:
     """``expected`` is the engines' model (Hugging Face name -> shape), ``canary.export`` the weights to publish."""
 
     def __init__(
         self,
-        config: Config,
+        options: LinkOptions,
         context: ParallelContext,
         expected: Mapping[str, tuple[int, ...]],
         canary: CanarySpec,
         memory: TrainerMemory,
     ) -> None:
-        self._config, self._context, self._expected = config, context, expected
+        self._options, self._context, self._expected = options, context, expected
         self._canary, self._memory = canary, memory
         self._keys, self._engine_memory = EngineKeys(), EngineMemory()
         self._publisher: Publisher | None = None
@@ -112,7 +124,7 @@ class EngineLink:
     def _tell_once(self) -> None:
         """How full the shared device is, now that the engines generate."""
         device = self._context.device
-        if self._config.cluster.colocated and not self._told and device.type == "cuda":
+        if self._options.shares and not self._told and device.type == "cuda":
             self._told = True
             total = torch.cuda.get_device_properties(device).total_memory
             ours = torch.cuda.memory_reserved(device)
@@ -131,34 +143,32 @@ class EngineLink:
         if self._publisher is None or self._endpoints != tuple(endpoints):
             self.close()
             self._endpoints = tuple(endpoints)
-            self._publisher = make_publisher(self._config, self._context, self._target(), self._canary)
+            self._publisher = make_publisher(self._options.sync, self._context, self._target(), self._canary)
         return self._publisher
 
     def _target(self) -> PublisherTarget:
-        shares = self._config.cluster.colocated
         return PublisherTarget(
             endpoints=self._endpoints,
             expected=self._expected,
             backend="nccl" if self._context.device.type == "cuda" else "gloo",
             device=self._context.device,
             keys=self._keys,
-            transport=self._config.transport,
-            folder=sync_folder(self._config) if self._config.transport == "disk" else None,
-            sharing=Sharing(memory=self._engine_memory, make_room=self._memory.put_away) if shares else None,
+            transport=self._options.transport,
+            folder=self._options.folder,
+            sharing=Sharing(memory=self._engine_memory, make_room=self._memory.put_away) if self._options.shares else None,
         )
 
 
-def sync_folder(config: Config) -> SyncFolder:
-    """Where this run's versions go. Below a ``sync.dir`` that several runs may share, each has a folder of its own."""
-    run_dir = Path(config.run.dir).resolve()
-    path = run_dir / "sync"
-    if config.sync.dir is not None:
-        path = Path(config.sync.dir).resolve() / f"{run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
-    companions = Companions.of(config.model.path, config.model.tokenizer_path, config.data.chat_template)
+def sync_folder(run_dir: str, sync_dir: str | None, companions: Companions) -> SyncFolder:
+    """Where a run's versions go. Below a ``sync_dir`` that several runs may share, each has a folder of its own."""
+    run = Path(run_dir).resolve()
+    path = run / "sync"
+    if sync_dir is not None:
+        path = Path(sync_dir).resolve() / f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
     return SyncFolder(path=path, companions=companions)
 
 
-def make_publisher(config: Config, context: ParallelContext, target: PublisherTarget, canary: CanarySpec) -> Publisher:
+def make_publisher(sync: SyncConfig, context: ParallelContext, target: PublisherTarget, canary: CanarySpec) -> Publisher:
     """This rank's publisher: one sender a pipeline stage, rank 0 leads."""
     place = PublisherPlace(
         stage=context.pp_rank,
@@ -167,4 +177,4 @@ def make_publisher(config: Config, context: ParallelContext, target: PublisherTa
         is_lead=context.rank == 0,
         rank=context.rank,
     )
-    return Publisher(place, target, config.sync, context.gather_objects, canary)
+    return Publisher(place, target, sync, context.gather_objects, canary)

@@ -1,27 +1,31 @@
-"""Log-probs of given token sequences under a policy, for the canary of weight sync and for ``rlx score``."""
+"""Log-probs of tokens: the reference's of a batch, any model's of given sequences (the canary of a sync, ``rlx score``)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import nn
-
 from rlx.data.plan import plan_batch
-from rlx.parallel.context import ParallelContext
-from rlx.parallel.schedule import Head, forward_only
 from rlx.trainer.batch import RankBatch
+from rlx.trainer.rank_model import RankModel
 from rlx.types.layout import BatchPlan
 from rlx.types.rollout import TrainSample
 
 
-def score_sequences(
-    chunks: Sequence[nn.Module], head: Head, sequences: Sequence[Sequence[int]], context: ParallelContext, max_tokens: int
-) -> list[list[float]]:
+def add_ref_logprobs(batch: RankBatch, reference: RankModel) -> None:
+    """The column ``ref_logprobs``, on the last pipeline stage. Collective."""
+    outputs = reference.score(batch.all_packs())
+    if reference.context.is_last_stage:
+        ref_logprobs = batch.whole((local, out[0]) for local, out in outputs)
+        batch.columns = replace(batch.columns, ref_logprobs=ref_logprobs)
+
+
+def score_sequences(model: RankModel, sequences: Sequence[Sequence[int]], max_tokens: int) -> list[list[float]]:
     """Log-probs of tokens 1..L-1 of each sequence (at least one token each), on every rank. Collective.
 
     Every data-parallel replica scores all sequences, so that a replica that went astray cannot hide behind another.
     """
+    context = model.context
     samples = [_as_sample(index, tokens) for index, tokens in enumerate(sequences)]
     one_replica = replace(context.dims, world_size=context.dims.world_size // context.dims.dp, ep=1, etp=None)
     lengths = [len(tokens) for tokens in sequences]
@@ -29,7 +33,7 @@ def score_sequences(
     part = plan.mini_batches[0]
     everywhere = replace(part, micro_batches=part.micro_batches * context.dims.dp)
     batch = RankBatch(samples, BatchPlan(mini_batches=(everywhere,)), context)
-    outputs = forward_only(chunks, batch.all_packs(), head, context)
+    outputs = model.score(batch.all_packs())
     rows: list[list[float]] | None = None
     if context.is_last_stage:
         logprobs = batch.whole((local, out[0]) for local, out in outputs)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlx.algos.aggregation import loss_divisor, token_weight
 from rlx.algos.mismatch import drift, importance_weights
-from rlx.config.schema import Config
+from rlx.config.schema import AlgorithmConfig
 from rlx.parallel.schedule import Divisors
 from rlx.trainer.batch import RankBatch, of_sample, position_mask, position_rollout_logprobs
 
@@ -36,16 +36,15 @@ def add_weights(batch: RankBatch, aggregation: str) -> None:
     )
 
 
-def divisors(batch: RankBatch, mini_batch: int, aggregation: str, config: Config) -> Divisors:
-    """The mini-batch's, the same on every rank."""
+def divisors(batch: RankBatch, mini_batch: int, aggregation: str, constant: int) -> Divisors:
+    """The mini-batch's, the same on every rank. ``constant``: tokens a sequence, of the aggregation of that name."""
     counts = [sample.num_loss_tokens for sample in batch.members(mini_batch)]
-    loss = loss_divisor(aggregation, counts, config.algorithm.loss_constant or config.rollout.max_new_tokens)
+    loss = loss_divisor(aggregation, counts, constant)
     return Divisors(loss=loss, loss_tokens=float(max(1, sum(counts))))
 
 
-def add_importance(batch: RankBatch, config: Config) -> Stats:
+def add_importance(batch: RankBatch, algorithm: AlgorithmConfig) -> Stats:
     """Drift statistics under ``mismatch/...``; the column ``importance`` where a correction is asked for."""
-    algorithm = config.algorithm
     corrects = algorithm.mismatch_correction != "none" or algorithm.mismatch_reject_low > 0
     corrects = corrects or algorithm.mismatch_reject_high is not None
 

@@ -27,6 +27,7 @@ from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
+from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
 from tests.benchmarks.gpu.trainer import one_rank, random_model, randomise
 
@@ -57,6 +58,9 @@ def main(shape: str, model_dir: Path, url: str, ways: list[str]) -> None:
     context = one_rank()
     arch = read_architecture(model_dir)
     chunks = random_model(model_dir, context)
+    model = RankModel(
+        arch=arch, chunks=chunks, head=token_head(context, arch), context=context, companions=Companions.of(model_dir)
+    )
     target = PublisherTarget(
         endpoints=(Endpoint(url=url),),
         expected=expected_shapes(arch),
@@ -69,7 +73,7 @@ def main(shape: str, model_dir: Path, url: str, ways: list[str]) -> None:
         vocab_size=arch.vocab_size,
         seed=0,
         dtype="bf16",
-        score_on_trainer=lambda rows: score_sequences(chunks, token_head(context, arch), rows, context, 8192),
+        score_on_trainer=lambda rows: score_sequences(model, rows, 8192),
         export=lambda: stage_weights(chunks, arch, context),
     )
     version = 0

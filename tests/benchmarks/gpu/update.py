@@ -73,14 +73,15 @@ def main(model_dir: Path, spec: str) -> None:
     context = one_rank()
     config = config_of(model_dir, spec)
     worker = Worker(config, context)
-    samples = make_samples(worker.arch.vocab_size)
+    samples = make_samples(worker.policy.arch.vocab_size)
     lengths = [LENGTH] * NUM_SEQUENCES
     plan = plan_batch(lengths, [LENGTH - 256] * NUM_SEQUENCES, dims=context.dims, num_mini_batches=1, max_tokens=TOKENS)
     worker.load_batch(samples, plan)
     worker.score_policy()
     worker.compute_advantages(0.0)
     print("scored once", flush=True)
-    model = worker.policy.model
+    model = worker.policy.trainable
+    assert model is not None
 
     def plain_step() -> None:
         model.zero_grad()
@@ -96,7 +97,7 @@ def main(model_dir: Path, spec: str) -> None:
     found["update/rlx_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     print(found, flush=True)
     found["score/rlx_ms"] = median_ms(worker.score_policy)
-    for module in worker.policy.model.chunks:
+    for module in worker.policy.chunks:
         module.config.cross_entropy_loss_fusion = True  # type: ignore[union-attr]
         impl = "te" if spec == "transformer_engine" else "native"
         module.config.cross_entropy_fusion_impl = impl  # type: ignore[union-attr]
@@ -105,7 +106,7 @@ def main(model_dir: Path, spec: str) -> None:
     found["update/plain_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     found["score/plain_ms"] = median_ms(lambda: forward_only(model.wrapped, worker.batch.packs(0), plain_head, context))
     num_tokens = NUM_SEQUENCES * LENGTH
-    arch = worker.arch
+    arch = worker.policy.arch
     parameters = sum(p.numel() for chunk in model.chunks for p in chunk.parameters())
     flops = 6 * parameters * num_tokens + 6 * arch.num_layers * arch.num_heads * arch.head_dim * LENGTH * num_tokens
     for name in ("rlx", "plain"):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from rlx.parallel.context import ParallelContext
-from rlx.trainer.worker import Trained, Worker
+from rlx.trainer.rank_model import RankModel
+from rlx.trainer.worker import Worker
 from rlx.types.rollout import TrainSample
 from tests.dist.programs.layouts import context_of, main, plan_of
 from tests.dist.programs.updates import collect, config_of
@@ -30,10 +31,10 @@ def run_algorithm(arguments: dict[str, Any], layout: dict[str, Any], context: Pa
     def answer(value: Any) -> Any:
         return next(found for found in context.gather_objects(value) if found is not None)
 
-    def update(trained: Trained, method: Any, role: str) -> dict[str, Any]:
+    def update(trained: RankModel, method: Any, role: str) -> dict[str, Any]:
         stats = answer(method(0))
         numbers = {f"{role}/{name}": value for name, value in stats.means.items()} | {f"{role}/grad_norm": stats.grad_norm}
-        return {"numbers": numbers, "grads": {f"{role}/{k}": v for k, v in collect(trained, worker, context, "grad").items()}}
+        return {"numbers": numbers, "grads": {f"{role}/{k}": v for k, v in collect(trained, context, "grad").items()}}
 
     worker.load_batch(samples, plan)
     scores = {} if worker.reference is None else answer(worker.score_reference())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rlx.config.schema import Config, DataConfig, FinetuneConfig, ModelConfig, RewardConfig
-from rlx.models.hf.io import stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.sync.transports.disk import DiskLane
 from rlx.trainer.finetune_worker import FinetuneWorker
@@ -21,16 +20,17 @@ def write_all(config: Config, out: Path, context: ParallelContext) -> None:
     """``out/export``, ``out/checkpoint`` (Megatron), ``out/version-7``, ``out/reward-model``."""
     worker = Worker(config, context)
     worker.export(str(out / "export"))
-    for _, trained in worker._trained():
-        for part in trained.model._parts():
+    assert worker.policy.trainable is not None and worker.critic is not None and worker.critic.trainable is not None
+    for trainable in (worker.policy.trainable, worker.critic.trainable):
+        for part in trainable._parts():
             part._init_optimizer_states_with_dummy_values()  # as after a step
     worker.save(str(out / "checkpoint"))
-    tensors = dict(stage_weights(worker.policy.model.chunks, worker.arch, context))
+    tensors = dict(worker.policy.weights())
     infos = [
         TensorInfo(name=name, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."))
         for name, value in tensors.items()
     ]
-    folder = replace(sync_folder(config), path=out)
+    folder = replace(sync_folder(config.run.dir, config.sync.dir, worker.policy.companions), path=out)
     lane = DiskLane((), folder, 0, {info.name: info.shape for info in infos}, 30.0)
     lane.depart(WeightChunk(infos=tuple(infos), tensors=tuple(tensors.values()), flattened=False), 7)
     judge = FinetuneWorker(replace(config, finetune=FinetuneConfig(objective="rm")), context)

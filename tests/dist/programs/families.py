@@ -23,6 +23,7 @@ from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Divisors, forward_backward
+from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
 from rlx.types.batch import LossOutput
 from rlx.types.rollout import TrainSample
@@ -135,7 +136,10 @@ def run_case(
     arch = read_architecture(root / "fp32")
     chunks = build_model(arch, context, BuildOptions(recompute=recompute))
     load_hf(chunks, arch, root / "fp32", context)
-    rows = score_sequences(chunks, token_head(context, arch), sequences(), context, PACK_TOKENS)
+    whole = RankModel(
+        arch=arch, chunks=chunks, head=token_head(context, arch), context=context, companions=Companions.of(root / "fp32")
+    )
+    rows = score_sequences(whole, sequences(), PACK_TOKENS)
     worst = max(
         (float((torch.tensor(row) - want).abs().max()), index)
         for index, (row, want) in enumerate(zip(rows, expected["logprobs"], strict=True))

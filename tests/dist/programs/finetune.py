@@ -35,8 +35,8 @@ def gradients(worker: FinetuneWorker, context: ParallelContext) -> dict[str, tor
         grad: torch.Tensor = parameter.main_grad
         return grad.detach().clone()
 
-    chunks = worker.policy.model.chunks
-    found = dict(stage_weights(chunks, worker.arch, context, read))
+    chunks = worker.policy.chunks
+    found = dict(stage_weights(chunks, worker.policy.arch, context, read))
     found |= {name: read(weight) for name, weight in score_weights(chunks)}
     return {name: tensor for part in context.gather_objects(found) for name, tensor in part.items()}
 

@@ -22,6 +22,7 @@ from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Divisors, forward_backward
 from rlx.trainer.batch import RankBatch
+from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
 from rlx.types.batch import LossOutput
 from rlx.types.rollout import TrainSample
@@ -73,7 +74,8 @@ def run_family(folder: Path, sequences: list[list[int]], context: ParallelContex
     chunks = build_model(arch, context, BuildOptions(**options))
     load_hf(chunks, arch, folder, context)
     model = Trainable(chunks, OptimizerConfig(distributed=False), context, 1)
-    rows = score_sequences(model.wrapped, token_head(context, arch), sequences, context, MAX_TOKENS)
+    whole = RankModel(arch=arch, chunks=chunks, head=token_head(context, arch), context=context, companions=Companions.of(folder))
+    rows = score_sequences(whole, sequences, MAX_TOKENS)
     grads = gradients(model, arch, sequences, context)
     dims = dataclasses.asdict(context.dims)
     export = folder.parent / "exports" / f"{folder.name}-{'-'.join(f'{k}{v}' for k, v in dims.items())}"

@@ -67,8 +67,8 @@ def run_case(arguments: dict[str, Any], case: dict[str, Any], context: ParallelC
         loaded.memory.put_away()
         loaded.memory.bring_back()
     return {
-        "weights": [collect(each, worker, context, "weight") for each in (worker.policy, worker.critic) if each is not None],
-        "loaded": [collect(each, loaded, context, "weight") for each in (loaded.policy, loaded.critic) if each is not None],
+        "weights": [collect(each, context, "weight") for each in (worker.policy, worker.critic) if each is not None],
+        "loaded": [collect(each, context, "weight") for each in (loaded.policy, loaded.critic) if each is not None],
         "held": rows,
         "sizes": sizes,
     }

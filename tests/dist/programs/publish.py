@@ -26,6 +26,7 @@ from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
+from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
 from tests.dist.programs.layouts import context_of, main
 
@@ -48,6 +49,9 @@ def publish(case: dict[str, Any], context: ParallelContext) -> None:
     arch = read_architecture(case["weights"])
     chunks = build_model(arch, context, BuildOptions(dtype="fp32", layer_spec="torch", recompute="none", seed=1))
     load_hf(chunks, arch, case["weights"], context)
+    model = RankModel(
+        arch=arch, chunks=chunks, head=token_head(context, arch), context=context, companions=Companions.of(case["weights"])
+    )
     speaks = not context.dp_rank and not context.cp_rank
 
     def weights():
@@ -57,7 +61,7 @@ def publish(case: dict[str, Any], context: ParallelContext) -> None:
         vocab_size=arch.vocab_size,
         seed=3,
         dtype="fp32",
-        score_on_trainer=lambda rows: score_sequences(chunks, token_head(context, arch), rows, context, 256),
+        score_on_trainer=lambda rows: score_sequences(model, rows, 256),
         export=weights,
     )
     place = PublisherPlace(

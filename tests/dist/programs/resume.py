@@ -21,7 +21,6 @@ from rlx.config.schema import (
 )
 from rlx.data.chat_mask import masked_tokens
 from rlx.data.examples import plan_examples, to_train_samples
-from rlx.models.hf.io import stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.trainer.finetune_worker import FinetuneWorker
 from rlx.types.rollout import UpdateStats
@@ -52,14 +51,14 @@ def update(worker: FinetuneWorker, arguments: dict[str, Any], seed: int) -> Upda
 
 
 def weights(worker: FinetuneWorker) -> dict[str, torch.Tensor]:
-    stage = stage_weights(worker.policy.model.chunks, worker.arch, worker.context)
-    found = {name: tensor.detach().clone() for name, tensor in stage}
+    found = {name: tensor.detach().clone() for name, tensor in worker.policy.weights()}
     return {name: tensor for part in worker.context.gather_objects(found) for name, tensor in part.items()}
 
 
 def save_as_before(worker: FinetuneWorker, folder: Path) -> None:
     """A checkpoint as rlx wrote it while Megatron described the optimizer's state."""
-    trainable = worker.policy.model
+    trainable = worker.policy.trainable
+    assert trainable is not None
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
     model = {f"chunk{index}": chunk.sharded_state_dict(metadata=dict(metadata)) for index, chunk in enumerate(trainable.chunks)}
     flat = {key: value for chunk in model.values() for key, value in chunk.items()}
@@ -94,7 +93,8 @@ def run_case(arguments: dict[str, Any], name: str, case: dict[str, Any], world_s
         with context_of(case["load"].get("layout", {}), world_size) as context:
             worker = worker_of(arguments, case["load"], context)
             worker.load(str(root / "first"))
-            groups = worker.policy.model.optimizer.param_groups
+            assert worker.policy.trainable is not None
+            groups = worker.policy.trainable.optimizer.param_groups
             result["groups"] = [{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")} for group in groups]
             result["resumed rate"] = update(worker, arguments, 3).learning_rate
             result["resumed"] = weights(worker)

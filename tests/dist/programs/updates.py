@@ -19,7 +19,8 @@ from rlx.config.schema import (
 )
 from rlx.models.hf.io import stage_weights
 from rlx.parallel.context import ParallelContext
-from rlx.trainer.worker import Trained, Worker
+from rlx.trainer.rank_model import RankModel
+from rlx.trainer.worker import Worker
 from rlx.types.rollout import TrainSample
 from tests.dist.programs.layouts import context_of, main, plan_of
 
@@ -42,17 +43,17 @@ def config_of(
     )
 
 
-def collect(trained: Trained, worker: Worker, context: ParallelContext, what: str) -> dict[str, torch.Tensor]:
+def collect(trained: RankModel, context: ParallelContext, what: str) -> dict[str, torch.Tensor]:
     """Every parameter's value or gradient under its Hugging Face name, whole, on every rank."""
 
     def read(parameter: torch.nn.Parameter) -> torch.Tensor:
         return (parameter.main_grad if what == "grad" else parameter).detach().clone()
 
     found = {}
-    for name, tensor in stage_weights(trained.model.chunks, worker.arch, context, read):
+    for name, tensor in stage_weights(trained.chunks, trained.arch, context, read):
         found[name] = tensor
-    if trained is worker.critic and worker.algorithm.kind == "critic" and context.is_last_stage:
-        head = trained.model.chunks[-1].output_layer
+    if trained.kind == "value" and context.is_last_stage:
+        head = trained.chunks[-1].output_layer
         found |= {f"value_head.{name}": read(parameter) for name, parameter in head.named_parameters()}
     return {name: tensor for part in context.gather_objects(found) for name, tensor in part.items()}
 
@@ -81,19 +82,19 @@ def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: Paral
             stats = next(answer for answer in context.gather_objects(update(0)) if answer is not None)
             row |= {f"{role}/{name}": value for name, value in stats.means.items()} | {f"{role}/grad_norm": stats.grad_norm}
             if step == 0 and not distributed:
-                result["grads"][role] = collect(trained, worker, context, "grad")
+                result["grads"][role] = collect(trained, context, "grad")
         result["steps"].append(row)
     for role, (trained, _) in roles.items():
-        result["weights"][role] = collect(trained, worker, context, "weight")
+        result["weights"][role] = collect(trained, context, "weight")
     if resume:
         again = Worker(config, context)
         again.load(str(checkpoint_folder(arguments)))
         again.load_batch(samples, plan)
         again.batch.columns = worker.batch.columns
         again.update_policy(0)
-        result["resumed"] = collect(again.policy, again, context, "weight")
+        result["resumed"] = collect(again.policy, context, "weight")
     result["poisoned"] = context.gather_objects(poisoned_update(worker))
-    result["after"] = collect(worker.policy, worker, context, "weight")
+    result["after"] = collect(worker.policy, context, "weight")
     return result
 
 

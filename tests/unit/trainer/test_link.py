@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import rlx.trainer.link as link_module
-from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig
+from rlx.config.schema import SyncConfig
 from rlx.sync.engine_memory import KEY_VALUES
 from rlx.sync.errors import SyncError, SyncFailure
 from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
-from rlx.trainer.link import EngineLink
+from rlx.trainer.link import EngineLink, LinkOptions
 from rlx.types.weights import WeightManifest
 
 ENDPOINT = (Endpoint(url="http://e0", incarnation=1),)
@@ -50,11 +50,11 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
 
 @pytest.fixture
 def link(events: Events) -> EngineLink:
-    config = Config(model=ModelConfig(path="m"), data=DataConfig(train="d"), cluster=ClusterConfig(colocated=True))
+    options = LinkOptions(sync=SyncConfig(), transport="shm", shares=True)
     context: Any = SimpleNamespace(device=torch.device("cpu"), rank=0)
     canary = CanarySpec(vocab_size=8, seed=0, dtype="fp32", score_on_trainer=lambda rows: [], export=lambda: iter(()))
     memory: Any = events
-    return EngineLink(config, context, {}, canary, memory)
+    return EngineLink(options, context, {}, canary, memory)
 
 
 def test_engines_give_their_cache_back_before_the_weights_come_to_be_published(link: EngineLink, events: Events) -> None:
