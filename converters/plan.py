@@ -20,8 +20,9 @@ from rlx.arch.weights import (
 )
 from rlx.models.pipeline import layers_per_chunk
 from rlx.types.layout import ParallelDims
+from rlx.types.precision import PRECISIONS
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {precision.name: precision.torch_name for precision in PRECISIONS.values()}
 PART_BYTES = 16 * 2**20
 """A parameter is moved in parts of about this size where its row can be split so far; memory is bounded by it."""
 

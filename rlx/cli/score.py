@@ -18,6 +18,7 @@ from rlx.models.hf.whole import check_weights
 from rlx.processes.environment import hide_gpus
 from rlx.processes.local_ranks import run_local_ranks, this_module
 from rlx.types.layout import ParallelDims
+from rlx.types.precision import PRECISIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
         parser.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{meaning} parallel size")
     parser.add_argument("--etp", type=int, default=None, metavar="N", help="tensor parallel size inside experts; left out: --tp")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of weights and activations")
+    parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="fp32", help="type of weights and activations")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda when visible")
     parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="tokens of one packed forward pass")
 

@@ -15,6 +15,7 @@ from rlx.parallel.context import build_context, connect, shut_down
 from rlx.processes.environment import RankEnvironment
 from rlx.trainer.rank_model import ModelLoader
 from rlx.trainer.scoring import score_sequences
+from rlx.types.precision import precision_of
 
 _TIMEOUT_S = 600.0
 
@@ -29,7 +30,7 @@ def score(
     """Join the world, build this rank's part, score. The rows, on rank 0; None elsewhere."""
     connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=_TIMEOUT_S)
     context = build_context(dims_of(args, arch), device, seed=0, timeout_s=_TIMEOUT_S)
-    model = ModelLoader(BuildOptions(dtype=args.dtype), Companions.of(args.model), context).load(args.model)
+    model = ModelLoader(BuildOptions(precision=precision_of(args.dtype)), Companions.of(args.model), context).load(args.model)
     rows = score_sequences(model, sequences, args.max_tokens)
     shut_down()
     return rows if where.rank == 0 else None

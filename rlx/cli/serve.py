@@ -35,6 +35,7 @@ from rlx.rollout.embedded.options import add_options as add_arguments
 from rlx.rollout.embedded.protocol import RequestParser
 from rlx.rollout.embedded.weights import WeightStore
 from rlx.rollout.keys import EngineKeys
+from rlx.types.precision import precision_of
 
 _DRAIN_S = 1  # for answers to leave after a signal
 _WORKER_END_S = 0.3
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     with phase("load model"):
         try:
             device = "cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu"
-            model = LanguageModel(args.model, args.dtype, device, without_weights=args.await_weights)
+            model = LanguageModel(args.model, precision_of(args.dtype), device, without_weights=args.await_weights)
             if args.enable_fp32_lm_head:
                 model.keep_logits_in_fp32()
         except (TypeError, ValueError, OSError, RuntimeError) as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from rlx.arch.sizes import Sizes
 from rlx.config.schema import Config
+from rlx.types.precision import GRADIENT_BYTES
 
 GIB = 2**30
 RESERVE_BYTES = 4 * GIB
@@ -39,19 +40,18 @@ class Estimate:
 def estimate(config: Config, sizes: Sizes) -> Estimate:
     """The estimate for one configuration whose layout is in order."""
     layout, ranks = config.parallel, config.num_trainer_ranks
-    width = 2 if config.model.dtype == "bf16" else 4
-    state = 12 if config.model.dtype == "bf16" else 8  # Adam's two moments in fp32, and fp32 master weights of bf16 ones
+    width = config.model.precision.weight_bytes
     etp = layout.tp if layout.etp is None else layout.etp
     dense, experts = _stage(config, sizes, etp)
     dense_copies = ranks // (layout.tp * layout.pp) if config.optimizer.distributed else 1
     expert_copies = ranks // (etp * layout.ep * layout.pp) if config.optimizer.distributed else 1
     trains = 0 if config.evaluation.only else 1
-    optimizer = trains * state * (dense / dense_copies + experts / max(1, expert_copies))
-    weights, gradients = width * (dense + experts), trains * 4 * (dense + experts)
+    optimizer = trains * config.model.precision.optimizer_bytes * (dense / dense_copies + experts / max(1, expert_copies))
+    weights, gradients = width * (dense + experts), trains * GRADIENT_BYTES * (dense + experts)
     others = weights if config.has_reference else 0
     if config.trains_critic:
         others += weights + gradients + optimizer
-    engine_width = 0 if config.is_finetuning else 2 if config.rollout.dtype == "bf16" else width
+    engine_width = 0 if config.is_finetuning else config.engine_precision.weight_bytes
     tokens = config.batching.max_tokens_per_micro_batch / layout.cp
     return Estimate(
         weights=int(weights),

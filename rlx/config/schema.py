@@ -16,6 +16,7 @@ from rlx.config.finetune import FinetuneConfig as FinetuneConfig
 from rlx.config.options import option, required
 from rlx.config.sources import EvaluationSetConfig, SourceConfig
 from rlx.types.layout import ParallelDims
+from rlx.types.precision import PRECISIONS, Precision, precision_of
 
 MOST = 2**16  # ranks, machines, engines: a plan of more than anybody has must not be what fills the memory
 
@@ -77,7 +78,7 @@ class ModelConfig:
     reference_path: str | None = option(None, "Hugging Face folder or hub id of the reference; none: model.path")
     critic_path: str | None = option(None, "Hugging Face folder or hub id of the critic's body; none: model.path")
     tokenizer_path: str | None = option(None, "tokenizer folder or hub id; none: model.path")
-    dtype: str = option("fp32", "type of weights and activations", choices=("fp32", "bf16"))
+    dtype: str = option("fp32", "type of weights and activations", choices=tuple(PRECISIONS))
     fp32_head: bool = option(False, "keep the logits of a bf16 output layer in fp32, in trainers and the engines that rlx starts")
     layer_spec: str = option(
         "auto", "layers: auto takes transformer_engine on GPUs that have it", choices=("auto", "torch", "transformer_engine")
@@ -87,6 +88,11 @@ class ModelConfig:
         0.0, "weight of the experts' load-balancing loss (sequence by sequence, summed over layers)", minimum=0
     )
     moe_z_loss_coefficient: float = option(0.0, "weight of the routers' z-loss (Zoph et al. 2022)", minimum=0)
+
+    @property
+    def precision(self) -> Precision:
+        """The trainers'."""
+        return precision_of(self.dtype, fp32_head=self.fp32_head)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +167,7 @@ class RolloutConfig:
     tp: int = option(1, "tensor parallel ranks (GPUs) of each engine", minimum=1, maximum=MOST)
     python: str | None = option(None, "interpreter of the environment that holds sglang; none: rlx's own")
     endpoints: list[str] = option([], "URLs of servers that already run; then none is started")
-    dtype: str = option("auto", "engine weights; auto: model.dtype", choices=("auto", "fp32", "bf16"))
+    dtype: str = option("auto", "engine weights; auto: model.dtype", choices=("auto", *PRECISIONS))
     samples_per_prompt: int = option(1, "answers to each prompt", minimum=1)
     max_new_tokens: int = option(256, "response limit", minimum=1)
     temperature: float = option(1.0, "0 is greedy", minimum=0)
@@ -327,6 +333,12 @@ class Config:
         if not self.cluster.colocated:
             return "broadcast" if self.rollout.endpoints else "stream"
         return "ipc" if self.one_engine_sees_all_senders else "shm"
+
+    @property
+    def engine_precision(self) -> Precision:
+        """That of engines: ``rollout.dtype`` with auto resolved."""
+        dtype = self.model.dtype if self.rollout.dtype == "auto" else self.rollout.dtype
+        return precision_of(dtype, fp32_head=self.model.fp32_head)
 
     @property
     def sender_ranks(self) -> range:

@@ -80,8 +80,7 @@ def shared_phases(config: Config, found: Estimate, sizes: Sizes) -> tuple[Shared
     both = "weights; caches not counted" if mem_fraction_static(config) is None else "weights and key-value cache"
     words = {"none": both, "kv_cache": "weights", "all": "libraries"}
     held = caches if release == "none" else 0
-    width = 2 if config.model.dtype == "bf16" else 4
-    chunks = NUM_CHUNKS * max(config.sync.bucket_bytes, width * sizes.embedding)
+    chunks = NUM_CHUNKS * max(config.sync.bucket_bytes, config.model.precision.weight_bytes * sizes.embedding)
     return (
         SharedPhase(
             name="rollout",

@@ -37,8 +37,9 @@ from rlx.models.pipeline import megatron_layout
 from rlx.models.rotary import PackRotary
 from rlx.models.variants import ACTIVATION_FUNCTIONS, adapt_layer, scale_embeddings
 from rlx.parallel.context import ParallelContext, stage_of_chunk
+from rlx.types.precision import FP32, Precision
+from rlx.types.weights import torch_dtype
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HeadKind = Literal["token", "value", "score"]
 """Log-probs of tokens; values of tokens (a critic); or a sequence's score (a reward model: values without a bias)."""
 
@@ -47,7 +48,7 @@ HeadKind = Literal["token", "value", "score"]
 class BuildOptions:
     """How to compute, as opposed to what: see the configuration keys of the same names."""
 
-    dtype: str = "fp32"
+    precision: Precision = FP32
     layer_spec: str = "auto"
     recompute: str = "none"
     seed: int = 0
@@ -55,9 +56,9 @@ class BuildOptions:
     moe_z_loss_coefficient: float = 0.0
 
 
-def resolve_layer_spec(setting: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_layer_spec(options: BuildOptions, device: torch.device) -> str:
     """``auto`` takes Transformer Engine for bf16 on a GPU that has it. ValueError when it was asked for and cannot be used."""
-    usable = device.type == "cuda" and dtype == torch.bfloat16 and HAVE_TE
+    setting, usable = options.layer_spec, device.type == "cuda" and options.precision.name == "bf16" and HAVE_TE
     if setting == "auto":
         return "transformer_engine" if usable else "torch"
     if setting == "transformer_engine" and not usable:
@@ -72,11 +73,11 @@ def resolve_layer_spec(setting: str, device: torch.device, dtype: torch.dtype) -
 def megatron_config(arch: Architecture, context: ParallelContext, options: BuildOptions) -> TransformerConfig:
     """Megatron's configuration of ``arch`` under the context's layout. Collective scaling is explained in
     ``rlx.parallel.schedule``."""
-    dims, dtype = context.dims, DTYPES[options.dtype]
+    dims, dtype = context.dims, torch_dtype(options.precision.torch_name)
     on_gpu = context.device.type == "cuda"
     for dimension, problem in layout_problems(arch, dims):
         raise ValueError(f"parallel.{dimension}: {problem}")
-    with_engine = resolve_layer_spec(options.layer_spec, context.device, dtype) == "transformer_engine"
+    with_engine = resolve_layer_spec(options, context.device) == "transformer_engine"
     config_class = TransformerConfig if arch.latent is None else MLATransformerConfig
     return config_class(
         num_layers=arch.num_layers,
@@ -192,7 +193,7 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
     """This rank's chunks (one, or one a virtual stage), weights unset but for the value head."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # its deprecation notice
     config = megatron_config(arch, context, options)
-    spec_name = resolve_layer_spec(options.layer_spec, context.device, DTYPES[options.dtype])
+    spec_name = resolve_layer_spec(options, context.device)
     frequencies = inverse_frequencies(arch).to(context.device)
     chunks: list[nn.Module] = []
     for stage in range(context.dims.vpp):

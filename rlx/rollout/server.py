@@ -28,12 +28,12 @@ def engine_command(config: Config, *, index: int, port: int, python: str, parent
     rollout = config.rollout
     if not 0 <= index < rollout.num_engines:
         raise ValueError(f"engine index {index} is not in 0..{rollout.num_engines - 1} (rollout.num_engines)")
-    dtype = config.model.dtype if rollout.dtype == "auto" else rollout.dtype
-    command = [python, "-m", "rlx.cli.serve", "--model", config.model.path, "--port", str(port), "--dtype", dtype]
+    precision = config.engine_precision
+    command = [python, "-m", "rlx.cli.serve", "--model", config.model.path, "--port", str(port), "--dtype", precision.name]
     command += ["--rank", str(index), "--device", config.cluster.device, "--weight-timeout-s", str(config.sync.timeout_s)]
     if config.cluster.threads_per_rank is not None:
         command += ["--threads", str(config.cluster.threads_per_rank)]
-    if config.model.fp32_head and dtype != "fp32":
+    if precision.fp32_head:
         command.append("--enable-fp32-lm-head")
     if is_megatron_checkpoint(config.model.path):
         command.append("--await-weights")  # it cannot read them; the trainers publish theirs before the first request

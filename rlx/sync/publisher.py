@@ -80,7 +80,7 @@ class Publisher:
         self._place = place
         self._crew = Crew(place, self._engines, share, config.timeout_s)
         self._lane: Lane | None = None
-        self._proof = None if canary is None else ChecksumProof(self._crew, canary.dtype)
+        self._proof = None if canary is None else ChecksumProof(self._crew, canary.precision)
         self._connected = False
         self._failure: str | None = None
         self._num_syncs = 0

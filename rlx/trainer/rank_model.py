@@ -157,17 +157,9 @@ class ModelLoader:
     """Loads the models of one run. They share how they compute and what goes along with their weights; ``temperature`` divides
     their logits."""
 
-    def __init__(
-        self,
-        options: BuildOptions,
-        companions: Companions,
-        context: ParallelContext,
-        *,
-        fp32_head: bool = False,
-        temperature: float = 1.0,
-    ) -> None:
+    def __init__(self, options: BuildOptions, companions: Companions, context: ParallelContext, temperature: float = 1.0) -> None:
         self.options, self.companions, self.context = options, companions, context
-        self._fp32_head, self._temperature = fp32_head, temperature
+        self._temperature = temperature
 
     @classmethod
     def of(
@@ -175,7 +167,7 @@ class ModelLoader:
     ) -> Self:
         """As a configuration says. ``seed`` draws the start values of heads that no folder holds."""
         options = BuildOptions(
-            dtype=model.dtype,
+            precision=model.precision,
             layer_spec=model.layer_spec,
             recompute=model.recompute,
             seed=seed,
@@ -183,7 +175,7 @@ class ModelLoader:
             moe_z_loss_coefficient=model.moe_z_loss_coefficient,
         )
         companions = Companions.of(model.path, model.tokenizer_path, chat_template)
-        return cls(options, companions, context, fp32_head=model.fp32_head, temperature=temperature)
+        return cls(options, companions, context, temperature)
 
     def load(self, folder: str, kind: HeadKind = "token", learning: Learning | None = None) -> RankModel:
         """The folder's model, read-only unless ``learning`` brings an optimizer."""
@@ -221,7 +213,7 @@ class ModelLoader:
         return replace(model, head=self._token_head(model.arch, 1.0))
 
     def _token_head(self, arch: Architecture, temperature: float) -> Head:
-        return token_head(self.context, arch, temperature, fp32=self._fp32_head)
+        return token_head(self.context, arch, temperature, fp32=self.options.precision.fp32_head)
 
 
 def reduced(stats: Mapping[str, Tensor], group: dist.ProcessGroup, device: torch.device) -> Means:

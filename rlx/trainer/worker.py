@@ -33,6 +33,7 @@ from rlx.trainer.rank_model import Learning, Means, ModelLoader, RankModel, redu
 from rlx.trainer.scoring import add_ref_logprobs, score_sequences
 from rlx.trainer.weighting import add_importance, add_weights
 from rlx.types.layout import BatchPlan
+from rlx.types.precision import Precision
 from rlx.types.rollout import TrainSample, UpdateStats
 from rlx.types.weights import WeightManifest
 
@@ -67,7 +68,7 @@ class Worker:
         self.memory = self._make_memory(LEVELS[offload_level(config, context.device.type)], shares)
         disk = sync_folder(config.run.dir, config.sync.dir, loader.companions) if config.transport == "disk" else None
         options = LinkOptions(sync=config.sync, transport=config.transport, folder=disk, shares=shares)
-        canary = self._canary(config.run.seed, model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype)
+        canary = self._canary(config.run.seed, config.engine_precision)
         self.engines = EngineLink(options, context, expected_shapes(self.policy.arch), canary, self.memory)
 
     # Building
@@ -94,11 +95,11 @@ class Worker:
         notice(f"memory of trainer rank {self.context.rank}: {describe(found.sizes())}{put_away}")
         return found
 
-    def _canary(self, seed: int, dtype: str) -> CanarySpec:
+    def _canary(self, seed: int, engines: Precision) -> CanarySpec:
         return CanarySpec(
             vocab_size=self.policy.arch.vocab_size,
             seed=seed,
-            dtype="fp32" if dtype == "fp32" else "bf16",
+            precision=engines,
             score_on_trainer=self.score_sequences,
             export=self._weights,
         )

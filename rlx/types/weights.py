@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The type that torch calls so."""
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype), name
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
     """One tensor under its Hugging Face name. ``dtype`` is spelt as in safetensors-free text: "float32", "bfloat16"."""
@@ -19,7 +26,7 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        size = getattr(torch, self.dtype).itemsize
+        size = torch_dtype(self.dtype).itemsize
         for extent in self.shape:
             size *= extent
         return int(size)

@@ -31,6 +31,7 @@ from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
+from rlx.types.precision import FP32
 from rlx.types.weights import WeightManifest
 from tests.ports import free_port
 from tests.sglang.engines import RunningEngine, sglang_python
@@ -91,7 +92,7 @@ def publisher_of(engine: RunningEngine, model: LlamaForCausalLM, way: tuple[str,
     canary = CanarySpec(
         vocab_size=SHAPE["vocab_size"],
         seed=1,
-        dtype="fp32",
+        precision=FP32,
         score_on_trainer=lambda rows: [scores(model, row) for row in rows],
     )
     config = SyncConfig(

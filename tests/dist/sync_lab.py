@@ -27,6 +27,7 @@ from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
+from rlx.types.precision import FP32
 
 VOCAB = 101
 REPOSITORY = Path(__file__).parents[2]
@@ -200,7 +201,7 @@ def make_publisher(
     spec = CanarySpec(
         vocab_size=VOCAB,
         seed=5,
-        dtype="fp32",
+        precision=FP32,
         score_on_trainer=lambda sequences: reference_scores(model, sequences),
         export=export,
     )

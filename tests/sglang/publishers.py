@@ -14,6 +14,7 @@ from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
+from rlx.types.precision import FP32
 from tests.sglang.engines import RunningEngine
 from tests.sglang.models import VOCAB
 
@@ -45,4 +46,4 @@ def make_publisher(
 
 
 def canary_of(score_on_trainer, export=None) -> CanarySpec:
-    return CanarySpec(vocab_size=VOCAB, seed=7, dtype="fp32", score_on_trainer=score_on_trainer, export=export)
+    return CanarySpec(vocab_size=VOCAB, seed=7, precision=FP32, score_on_trainer=score_on_trainer, export=export)

@@ -133,7 +133,7 @@ _ALWAYS = (
     Rule("model.reference_path", lambda config: not config.has_reference, "there is no reference model"),
     Rule(
         "model.fp32_head",
-        lambda config: config.model.dtype == "fp32" and config.rollout.dtype in ("auto", "fp32"),
+        lambda config: config.model.dtype == config.engine_precision.name == "fp32",
         "everything is fp32 with model.dtype fp32",
     ),
     Rule("cluster.ray_address ray_wait_s", lambda config: config.cluster.launcher != "ray", "cluster.launcher is not ray"),

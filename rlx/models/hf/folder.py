@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlx.models.hf.files import HfFiles, itemsize
+from rlx.types.weights import torch_dtype as torch_dtype
 
 
 class HfFolder(HfFiles):
@@ -37,10 +38,3 @@ class HfFolder(HfFiles):
         with self._count_lock:
             self.bytes_read += run * rows
         return result
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The type that torch calls so."""
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype), name
-    return found

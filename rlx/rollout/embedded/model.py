@@ -24,8 +24,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlx.rollout.embedded.keyvalues import KeyValues, attention_mask, new_cache
+from rlx.types.precision import Precision
+from rlx.types.weights import torch_dtype
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The architecture's name in config.json says what a folder holds; this is a reward model, or another classifier.
 _CLASSIFIER = "ForSequenceClassification"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -54,17 +55,18 @@ class LanguageModel:
     """A Hugging Face causal model, or sequence classifier, in evaluation mode on one device; ``without_weights``: random ones
     until others come."""
 
-    def __init__(self, folder: Path, dtype: str, device: str, *, without_weights: bool = False) -> None:
+    def __init__(self, folder: Path, precision: Precision, device: str, *, without_weights: bool = False) -> None:
         transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         generates = not any(name.endswith(_CLASSIFIER) for name in config.architectures or ())
         auto: Any = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
         model: Any
+        dtype = torch_dtype(precision.torch_name)
         if without_weights:
-            model = auto.from_config(config, dtype=DTYPES[dtype])
+            model = auto.from_config(config, dtype=dtype)
         else:
-            model = auto.from_pretrained(folder, config=config, dtype=DTYPES[dtype], local_files_only=True)
+            model = auto.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
         self._head: Any = model.get_output_embeddings() if generates else getattr(model, "score", None)
         if not generates and self._head is None:
             raise ValueError(f"{folder}: {type(model).__name__} has no layer `score`, which reward models end in")
@@ -79,7 +81,7 @@ class LanguageModel:
             vocab_size=int(model.get_input_embeddings().weight.shape[0]),
             context_length=int(text_config.max_position_embeddings),
             end_ids=_end_ids(model, self.tokenizer),
-            dtype=dtype,
+            dtype=precision.name,
             device=str(self.device),
             generates=generates,
         )

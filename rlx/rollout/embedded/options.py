@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rlx.types.precision import PRECISIONS
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--model", required=True, type=Path, help="Hugging Face folder or hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", default=0, type=int, help="0: taken from the system")
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="type of weights and activations")
+    parser.add_argument("--dtype", default="fp32", choices=tuple(PRECISIONS), help="type of weights and activations")
     parser.add_argument("--enable-fp32-lm-head", action="store_true", help="logits in fp32 whatever --dtype is")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda when visible")
     parser.add_argument("--threads", type=_positive, help="CPU threads of the model; none: torch's choice")

@@ -24,7 +24,6 @@ ROOM_ABOVE_PORT = 10000
 # Inherited, they make other servers of the engines: one of gRPC, which refuses keys, and one that takes no weights; or they name
 # ports that engines of one machine would share.
 _FOREIGN = frozenset({"SGLANG_GRPC_PORT", "SGLANG_RUST_SERVER", "SGLANG_PORT", "SGLANG_TCP_STORE_PORT"})
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # Only token ids travel, so the server needs no tokenizer; at level "info" it would log its arguments, keys included.
 _DEFAULTS: Mapping[str, object] = {"skip_tokenizer_init": True, "log_level": "warning"}
 _CPU_DEFAULTS: Mapping[str, object] = {
@@ -73,13 +72,13 @@ def sglang_command(config: Config, site: SGLangSite) -> list[str]:
     """The command line. ``rollout.server_args`` win over the defaults; ValueError for those that rlx sets itself."""
     rollout = config.rollout
     given = server_args(rollout)
-    dtype = config.model.dtype if rollout.dtype == "auto" else rollout.dtype
+    precision = config.engine_precision
     fixed: dict[str, object] = {
         "model_path": config.model.path,
         "host": site.host,
         "port": site.port,
         "tp_size": rollout.tp,
-        "dtype": _DTYPES[dtype],
+        "dtype": precision.torch_name,
         "device": site.device,
         "config": site.key_file,
     }
@@ -87,8 +86,8 @@ def sglang_command(config: Config, site: SGLangSite) -> list[str]:
         fixed |= {"nnodes": site.span.num_nodes, "node_rank": site.span.rank, "dist_init_addr": site.span.address}
     # Engines that shared a seed would give the same draws to the same prompt.
     defaults = {**_DEFAULTS, "random_seed": (config.run.seed * 1009 + site.index) % 2**31}
-    if dtype != "fp32":
-        defaults["enable_fp32_lm_head"] = config.model.fp32_head
+    if precision.name != "fp32":
+        defaults["enable_fp32_lm_head"] = precision.fp32_head
     if site.device == "cpu":
         defaults |= _CPU_DEFAULTS
     if config.transport == "stream":

@@ -17,7 +17,9 @@ from rlx.rollout.sglang.control import EngineControl
 from rlx.sync.collective_phase import Crew
 from rlx.sync.errors import CanaryError
 from rlx.sync.proof.checksums import Checksums, kind, watched
-from rlx.sync.proof.tensor_compare import TORCH_DTYPE, Findings
+from rlx.sync.proof.tensor_compare import Findings
+from rlx.types.precision import Precision
+from rlx.types.weights import torch_dtype
 
 _NAMED = 10
 
@@ -25,8 +27,8 @@ _NAMED = 10
 class ChecksumProof:
     """One a publisher. Every method is collective over the trainer ranks."""
 
-    def __init__(self, crew: Crew, dtype: str) -> None:
-        self._crew, self._dtype = crew, dtype
+    def __init__(self, crew: Crew, precision: Precision) -> None:
+        self._crew, self._dtype = crew, torch_dtype(precision.torch_name)
         self._names: dict[int, frozenset[str]] | None = None  # by the tp of engines that give checksums, once they were asked
         self._books: dict[int, Checksums] = {}
         self._fitting: set[str] = set()  # kinds of which all were equal
@@ -38,7 +40,7 @@ class ChecksumProof:
             self._names = {tp: frozenset(names) for part in parts for tp, names in part}
         if not self._crew.place.is_sender:
             return tensors
-        self._books = {tp: Checksums(names, tp, TORCH_DTYPE[self._dtype]) for tp, names in self._names.items()}
+        self._books = {tp: Checksums(names, tp, self._dtype) for tp, names in self._names.items()}
         return watched(tensors, list(self._books.values()))
 
     def _ask(self) -> list[tuple[int, list[str]]]:

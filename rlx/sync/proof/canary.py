@@ -12,15 +12,14 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
 
 from torch import Tensor
 
 from rlx.sync.proof.tensor_compare import Findings
+from rlx.types.precision import Precision
 
 NUM_SEQUENCES = 6
 MIN_TOKENS, MAX_TOKENS = 5, 24
-DEFAULT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 # Times the tolerance: how far off an engine may be whose tensors are proved equal, and one of which only the scores are known.
 WIDE, NARROW = 10.0, 3.0
 
@@ -32,12 +31,12 @@ class CanarySpec:
     score_on_trainer  log-probs (temperature 1) of tokens 1..L-1 of each sequence, under the published weights;
                       called on every rank at once, its result is read on the lead
     export            the weights again, like ``publish``'s own iterator (collective); None: no search for the culprit
-    dtype             the engines' type of weights
+    precision         the engines'
     """
 
     vocab_size: int
     seed: int
-    dtype: Literal["fp32", "bf16"]
+    precision: Precision
     score_on_trainer: Callable[[Sequence[Sequence[int]]], list[list[float]]]
     export: Callable[[], Iterator[tuple[str, Tensor]]] | None = None
 

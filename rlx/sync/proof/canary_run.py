@@ -15,7 +15,7 @@ from rlx.sync.collective_phase import Crew
 from rlx.sync.engine_memory import KEY_VALUES, Sharing
 from rlx.sync.errors import CanaryError
 from rlx.sync.group import Engine
-from rlx.sync.proof.canary import DEFAULT_TOLERANCE, CanaryResult, CanarySpec, canary_sequences, compare, judge
+from rlx.sync.proof.canary import CanaryResult, CanarySpec, canary_sequences, compare, judge
 from rlx.sync.proof.tensor_compare import Findings, find_culprits, merge
 from rlx.types.weights import CanaryReport
 
@@ -32,7 +32,7 @@ class CanaryProof:
         proved: Mapping[str, Findings],
     ) -> None:
         self._crew, self._canary, self._sharing, self._proved = crew, canary, sharing, proved
-        self._tolerance = DEFAULT_TOLERANCE[canary.dtype] if tolerance is None else tolerance
+        self._tolerance = canary.precision.canary_tolerance if tolerance is None else tolerance
         self._sequences = canary_sequences(canary.vocab_size, canary.seed)
         self._results: dict[str, CanaryResult] = {}
 
@@ -92,7 +92,7 @@ class CanaryProof:
             for _ in self._canary.export():
                 pass
             return Findings()
-        return find_culprits(engine.control, self._canary.export(), self._canary.dtype)
+        return find_culprits(engine.control, self._canary.export(), self._canary.precision)
 
     def _judge_all(
         self, suspects: Sequence[Engine], findings: Sequence[Findings], wanted: Sequence[Sequence[float]]

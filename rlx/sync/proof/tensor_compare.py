@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rlx.rollout.sglang.control import EngineControl, EngineControlError
+from rlx.types.precision import Precision
+from rlx.types.weights import torch_dtype
 
-TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Tensors come back as JSON, ten bytes or more a number: of larger ones only the first rows are compared.
 _COMPARED_ELEMENTS = 2**18
 _VOCAB_MULTIPLE = 64
@@ -45,8 +46,8 @@ def merge(parts: Sequence[Findings]) -> Findings:
     )
 
 
-def find_culprits(control: EngineControl, tensors: Iterator[tuple[str, Tensor]], dtype: str) -> Findings:
-    """Compare the engine's tensors with ``tensors`` bit for bit in the engine's ``dtype``.
+def find_culprits(control: EngineControl, tensors: Iterator[tuple[str, Tensor]], precision: Precision) -> Findings:
+    """Compare the engine's tensors with ``tensors`` bit for bit in the engine's ``precision``.
 
     Drives ``tensors`` to its end. Of a tensor of more than 256 Ki elements only the first rows are compared, and of a
     tensor-parallel engine its first rank's share.
@@ -58,7 +59,7 @@ def find_culprits(control: EngineControl, tensors: Iterator[tuple[str, Tensor]],
         if refusals:
             continue
         rows = max(1, _COMPARED_ELEMENTS * tensor.shape[0] // max(1, tensor.numel()))
-        ours = tensor.detach()[:rows].to(TORCH_DTYPE[dtype]).float().cpu()
+        ours = tensor.detach()[:rows].to(torch_dtype(precision.torch_name)).float().cpu()
         try:
             theirs = _without_padding(torch.tensor(control.weights_by_name(name, rows), dtype=torch.float32), ours)
         except EngineControlError as error:

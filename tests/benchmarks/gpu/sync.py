@@ -29,6 +29,7 @@ from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
 from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
+from rlx.types.precision import BF16
 from tests.benchmarks.gpu.trainer import one_rank, random_model, randomise
 
 MIB = 2**20
@@ -72,7 +73,7 @@ def main(shape: str, model_dir: Path, url: str, ways: list[str]) -> None:
     canary = CanarySpec(
         vocab_size=arch.vocab_size,
         seed=0,
-        dtype="bf16",
+        precision=BF16,
         score_on_trainer=lambda rows: score_sequences(model, rows, 8192),
         export=lambda: stage_weights(chunks, arch, context),
     )

@@ -14,6 +14,7 @@ from rlx.models.build import BuildOptions, build_model, freeze
 from rlx.parallel.context import ParallelContext, build_context, connect
 from rlx.processes.device import take_device
 from rlx.types.layout import ParallelDims
+from rlx.types.precision import BF16
 
 LIMIT_S = 120.0
 
@@ -39,7 +40,7 @@ def config_of(model_dir: Path, layer_spec: str = "auto", max_concurrent: int = 5
 
 def random_model(model_dir: Path, context: ParallelContext) -> list[nn.Module]:
     """A Megatron model with random weights that nothing was read for."""
-    chunks = build_model(read_architecture(model_dir), context, BuildOptions(dtype="bf16"))
+    chunks = build_model(read_architecture(model_dir), context, BuildOptions(precision=BF16))
     freeze(chunks)
     randomise(chunks, 0)
     return chunks

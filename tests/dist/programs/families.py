@@ -26,6 +26,7 @@ from rlx.parallel.schedule import Divisors, forward_backward
 from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
 from rlx.types.batch import LossOutput
+from rlx.types.precision import precision_of
 from rlx.types.rollout import TrainSample
 from tests.dist.family_folders import folder_of, sequences
 from tests.dist.programs.layouts import context_of, main
@@ -99,7 +100,7 @@ def unlike(found: dict[str, Tensor], folder: Path) -> list[str]:
 def in_and_out(folder: Path, dtype: str, context: ParallelContext, exported_to: Path | None) -> list[str]:
     """What one way into Megatron and out again changes."""
     arch = read_architecture(folder)
-    chunks = build_model(arch, context, BuildOptions(dtype=dtype))
+    chunks = build_model(arch, context, BuildOptions(precision=precision_of(dtype)))
     load_hf(chunks, arch, folder, context)
     if exported_to is None:
         found = merged({name: tensor.clone() for name, tensor in stage_weights(chunks, arch, context)}, context)

@@ -16,6 +16,7 @@ from rlx.models.hf.io import load_hf
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import forward_only
+from rlx.types.precision import BF16
 from tests.dist.family_folders import sequences
 from tests.dist.programs.families import packs_of
 from tests.dist.programs.layouts import context_of, main
@@ -23,7 +24,7 @@ from tests.dist.programs.layouts import context_of, main
 
 def run_case(folder: Path, context: ParallelContext) -> list[dict[str, Tensor]]:
     arch = read_architecture(folder)
-    chunks = build_model(arch, context, BuildOptions(dtype="bf16"))
+    chunks = build_model(arch, context, BuildOptions(precision=BF16))
     load_hf(chunks, arch, folder, context)
 
     def hidden(chunk: nn.Module, batch: LocalBatch) -> Tensor:

@@ -28,6 +28,7 @@ from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
+from rlx.types.precision import FP32
 from tests.dist.programs.layouts import context_of, main
 
 
@@ -47,7 +48,7 @@ def disturbed(chunks: Sequence[nn.Module]) -> Iterator[None]:
 
 def publish(case: dict[str, Any], context: ParallelContext) -> None:
     arch = read_architecture(case["weights"])
-    chunks = build_model(arch, context, BuildOptions(dtype="fp32", layer_spec="torch", recompute="none", seed=1))
+    chunks = build_model(arch, context, BuildOptions(precision=FP32, layer_spec="torch", recompute="none", seed=1))
     load_hf(chunks, arch, case["weights"], context)
     model = RankModel(
         arch=arch, chunks=chunks, head=token_head(context, arch), context=context, companions=Companions.of(case["weights"])
@@ -60,7 +61,7 @@ def publish(case: dict[str, Any], context: ParallelContext) -> None:
     canary = CanarySpec(
         vocab_size=arch.vocab_size,
         seed=3,
-        dtype="fp32",
+        precision=FP32,
         score_on_trainer=lambda rows: score_sequences(model, rows, 256),
         export=weights,
     )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from rlx.rollout.embedded.engine import Engine
 from rlx.rollout.embedded.model import LanguageModel
 from rlx.rollout.embedded.sequence import SamplingParams, Sequence
+from rlx.types.precision import BF16, FP32
 from tests.unit.rollout_engine.process import Server, make_qwen2, random_prompts, reference_logprobs, save
 
 
@@ -26,7 +27,7 @@ def sequence(prompt: list[int], max_new_tokens: int) -> Sequence:
 
 @pytest.fixture
 def engine(qwen2_folder: Path) -> Iterator[Engine]:
-    engine = Engine(LanguageModel(qwen2_folder, "fp32", "cpu"), max_running=3)
+    engine = Engine(LanguageModel(qwen2_folder, FP32, "cpu"), max_running=3)
     engine.start()
     yield engine
     engine.close()
@@ -78,7 +79,7 @@ def test_weights_that_are_not_finite_give_an_error_instead_of_tokens(server: Ser
 
 
 def test_logits_of_a_bf16_model_can_be_kept_in_fp32(qwen2: PreTrainedModel, qwen2_folder: Path) -> None:
-    model = LanguageModel(qwen2_folder, "bf16", "cpu")
+    model = LanguageModel(qwen2_folder, BF16, "cpu")
     model.keep_logits_in_fp32()
     [prompt] = random_prompts(qwen2, [19])
     logits, key_values = model.prefill([prompt], all_logits=True)

@@ -18,6 +18,7 @@ from rlx.sync.group import Endpoint, Engine
 from rlx.sync.proof import checksums
 from rlx.sync.proof.by_checksums import ChecksumProof
 from rlx.sync.proof.checksums import Checksums, TileHash
+from rlx.types.precision import FP32
 from tests.unit.rollout_client.admin_peer import AdminPeer
 
 WORD = 2**32 - 1
@@ -126,7 +127,7 @@ def publish() -> Iterator[Callable[..., object]]:
     control = EngineControl(peer.url, timeout_s=5, keys=keys)
     place = PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)
     crew = Crew(place, (Engine(endpoint=Endpoint(url=peer.url), control=control),), lambda text: [text], 5)
-    proof = ChecksumProof(crew, "fp32")
+    proof = ChecksumProof(crew, FP32)
 
     def send(tensors: dict[str, Tensor], held: dict[str, str] | None):
         peer.checksums = None if held is None else [held]

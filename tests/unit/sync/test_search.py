@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlx.rollout.sglang.control import EngineControlError
 from rlx.sync.proof.tensor_compare import Findings, find_culprits
+from rlx.types.precision import BF16
 
 NAME = "model.embed_tokens.weight"
 UNFIT = f"{NAME} (by up to nan)"
@@ -52,10 +53,10 @@ LARGE = torch.randn(3000, 200).bfloat16().float()
     ],
 )
 def test_what_differs_and_how_much_was_seen(ours: Tensor, held: Tensor, found: Findings) -> None:
-    assert find_culprits(Engine(held), iter([(NAME, ours)]), "bf16") == found  # type: ignore[arg-type]
+    assert find_culprits(Engine(held), iter([(NAME, ours)]), BF16) == found  # type: ignore[arg-type]
 
 
 def test_an_engine_that_gives_nothing_is_asked_once() -> None:
     tensors = iter([("a", WHOLE), ("b", WHOLE)])
-    found = find_culprits(Engine(None), tensors, "bf16")  # type: ignore[arg-type]
+    found = find_culprits(Engine(None), tensors, BF16)  # type: ignore[arg-type]
     assert len(found.refusals) == 1 and not found.is_proof and next(tensors, None) is None

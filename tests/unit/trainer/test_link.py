@@ -16,6 +16,7 @@ from rlx.sync.errors import SyncError, SyncFailure
 from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.trainer.link import EngineLink, LinkOptions
+from rlx.types.precision import FP32
 from rlx.types.weights import WeightManifest
 
 ENDPOINT = (Endpoint(url="http://e0", incarnation=1),)
@@ -52,7 +53,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
 def link(events: Events) -> EngineLink:
     options = LinkOptions(sync=SyncConfig(), transport="shm", shares=True)
     context: Any = SimpleNamespace(device=torch.device("cpu"), rank=0)
-    canary = CanarySpec(vocab_size=8, seed=0, dtype="fp32", score_on_trainer=lambda rows: [], export=lambda: iter(()))
+    canary = CanarySpec(vocab_size=8, seed=0, precision=FP32, score_on_trainer=lambda rows: [], export=lambda: iter(()))
     memory: Any = events
     return EngineLink(options, context, {}, canary, memory)
 
