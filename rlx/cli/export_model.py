@@ -8,32 +8,24 @@ from pathlib import Path
 import torch
 
 from rlx.config.load import load_run
-from rlx.config.schema import Config, ParallelConfig
+from rlx.obs.log import phase
 from rlx.parallel.context import build_context, connect, shut_down
-from rlx.trainer.finetune_worker import FinetuneWorker
-from rlx.trainer.worker import Worker
+from rlx.trainer.rank_model import ModelLoader
 from rlx.types.layout import ParallelDims
 
 _TIMEOUT_S = 600.0
 
 
 def export(run_dir: str, checkpoint: str, out: str, device: torch.device) -> None:
-    """Build the run's models on one rank, load the checkpoint, write the folder."""
-    config = _to_read(load_run(Path(run_dir)))
+    """Load the run's policy from the checkpoint, on one rank and without what training takes; write the folder."""
+    config = load_run(Path(run_dir))
     connect(init_method="env://", rank=0, world_size=1, device=device, timeout_s=_TIMEOUT_S)
     context = build_context(ParallelDims(world_size=1), device, seed=0, timeout_s=_TIMEOUT_S)
-    worker = FinetuneWorker(config, context) if config.is_finetuning else Worker(config, context)
-    worker.load(checkpoint)
-    worker.export(out)
+    # The layers that the run's GPUs had need not be here.
+    loader = ModelLoader.of(replace(config.model, layer_spec="auto"), config.data.chat_template, config.run.seed, context)
+    with phase("load model"):
+        policy = loader.load(config.model.path, "score" if config.finetune.objective == "rm" else "token")
+        policy.load(Path(checkpoint) / "policy")
+    with phase("export"):
+        policy.export(out)
     shut_down()
-
-
-def _to_read(config: Config) -> Config:
-    """The run's models without what training takes, on one rank without a GPU."""
-    return replace(
-        config,
-        evaluation=replace(config.evaluation, only=True),
-        cluster=replace(config.cluster, colocated=False, device="cpu", num_trainer_ranks=1),
-        model=replace(config.model, layer_spec="auto"),
-        parallel=ParallelConfig(),
-    )
