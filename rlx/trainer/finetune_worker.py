@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlx.arch.architecture import Architecture
 from rlx.config.schema import Config
 from rlx.models.build import HeadKind
 from rlx.obs.log import phase
@@ -46,6 +47,11 @@ class FinetuneWorker:
             with phase("load reference"):
                 self.reference = loader.load_reference(config.model.reference_path or config.model.path, self.policy.arch)
         self._batch: RankBatch | None = None
+
+    @property
+    def arch(self) -> Architecture:
+        """The policy's."""
+        return self.policy.arch
 
     @property
     def batch(self) -> RankBatch:

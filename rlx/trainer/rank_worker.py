@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from rlx.arch.architecture import Architecture
 from rlx.config.schema import Config
 from rlx.parallel.context import ParallelContext
 from rlx.trainer.rank_model import Means
@@ -22,6 +23,10 @@ class RankWorker(Protocol):
 
     config: Config
     context: ParallelContext
+
+    @property
+    def arch(self) -> Architecture:
+        """The policy's."""
 
     def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
         """Hold these samples, laid out as planned, until the next ones."""

@@ -16,6 +16,7 @@ from rlx.algos.kl import kl_estimate
 from rlx.algos.registry import make_algorithm
 from rlx.algos.stats import sum_and_count
 from rlx.algos.value_loss import FIT, explained_variance, fit
+from rlx.arch.architecture import Architecture
 from rlx.arch.sizes import expected_shapes
 from rlx.config.schema import Config, ModelConfig, OptimizerConfig
 from rlx.config.sharing import offload_level
@@ -103,6 +104,11 @@ class Worker:
             score_on_trainer=self.score_sequences,
             export=self._weights,
         )
+
+    @property
+    def arch(self) -> Architecture:
+        """The policy's."""
+        return self.policy.arch
 
     @property
     def batch(self) -> RankBatch:
