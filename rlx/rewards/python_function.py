@@ -8,7 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -134,7 +134,8 @@ def _load_function(path: str, function_name: str) -> Callable[..., object]:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     home = Path.cwd()
     try:
-        spec.loader.exec_module(module)
+        with redirect_stdout(sys.stderr):  # what commands print is read by programs
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         # A user's file may fail in any way; all of them mean that this setting does not work.
         raise ValueError(f"reward.name: {path} cannot be imported: {type(error).__name__}: {error}") from error

@@ -215,3 +215,12 @@ def test_a_file_imports_its_neighbours_and_no_namesake_of_theirs(tmp_path: Path)
     (scored,) = service.score([RolloutGroup(prompt=prompt, trajectories=(ANSWER,) * 3)])
     service.close()
     assert [reward.value for reward in scored.rewards or ()] == [202.75] * 3
+
+
+def test_what_a_file_prints_while_it_is_read_is_no_commands_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``rlx check`` prints a configuration and ``rlx reward try`` JSON, for others to read."""
+    file = tmp_path / "noisy.py"
+    file.write_text("print('model loaded')\ndef reward(prompt, response, label):\n    return 1.0\n")
+    make_verifier(RewardConfig(name=f"{file}:reward"))
+    out, err = capsys.readouterr()
+    assert not out and "model loaded" in err
