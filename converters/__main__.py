@@ -1,41 +1,48 @@
-"""``python -m converters hf-to-megatron | megatron-to-hf``. What takes long to import is imported where it is needed, and
-torch and Megatron beside the work."""
+"""``python -m converters hf-to-megatron | megatron-to-hf``.
+
+Exit status: 0 done; 2 bad usage or input, found before anything was written; 1 anything else: differences, a full disk, an
+interruption.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from types import ModuleType
 
-from converters.books import Books
-from converters.cli import layout_of, parser
-from converters.plan import DTYPES
+import torch
+
+from converters.estimate import estimate
+from converters.plan import DTYPES, Layout
 from converters.source import described_by, find_companions
+from converters.to_hf import Options as ToHfOptions
+from converters.to_hf import ToHuggingFace
+from converters.to_megatron import Options as ToMegatronOptions
+from converters.to_megatron import ToMegatron
 from rlx.arch.architecture import parse_config_json
 from rlx.config.hub.located import model_folder
 from rlx.config.utf8 import enter_utf8_mode
 from rlx.models.hf.whole import LOADABLE
+from rlx.processes.device import take_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one conversion and return the exit status."""
     if argv is None:
         enter_utf8_mode("converters")
-    args = parser().parse_args(argv)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything imports torch: conversions are a CPU's work
-    with ExitStack() as stack:
-        return _main(args, stack)
-
-
-def _main(args: argparse.Namespace, stack: ExitStack) -> int:
+    args = _parser().parse_args(argv)
     try:
-        run = _prepare(args, stack)
+        run = _prepare(args)
+    except KeyboardInterrupt:
+        print("converters: interrupted before anything was written", file=sys.stderr)
+        return 1
     except (ValueError, FileNotFoundError) as error:
         print(f"converters: {error}", file=sys.stderr)
         return 2
@@ -56,38 +63,41 @@ def _main(args: argparse.Namespace, stack: ExitStack) -> int:
     return 1
 
 
-def _prepare(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
+def _megatron() -> ModuleType:
+    """Megatron's part, on the CPU. It is to find the device settled, and who is refused before does not wait for it."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    take_device("cpu", 0)
+    torch.set_num_threads(1)  # the workers are the parallelism
+    return import_module("converters.megatron_format")
+
+
+def _prepare(args: argparse.Namespace) -> Callable[[], int]:
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {args.workers}")
     if args.command == "megatron-to-hf":
-        return _prepare_to_hf(args, stack)
+        return _prepare_to_hf(args)
     if args.dry_run:
         return _prepare_estimate(args)
     source = model_folder("--hf", args.hf)
     companions = find_companions(source, args.config, args.tokenizer)
-    if args.dtype or args.verify:
-        importlib.import_module("torch")  # here before the other process starts, so that it is imported once
-    books = stack.enter_context(Books())
-    to_megatron = importlib.import_module("converters.to_megatron")  # while the other process begins
-    options = to_megatron.Options(
-        layout=layout_of(args),
+    options = ToMegatronOptions(
+        layout=_layout(args),
         dtype=DTYPES[args.dtype] if args.dtype else None,
         num_workers=args.workers,
         verify=args.verify,
         resume=args.resume,
     )
-    conversion = to_megatron.ToMegatron(source, companions, args.out, options, books)
+    conversion = ToMegatron(source, companions, args.out, options, _megatron)
     return lambda: _finish(conversion, args.out, "every tensor equals the source" if args.verify else None)
 
 
-def _prepare_to_hf(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
+def _prepare_to_hf(args: argparse.Namespace) -> Callable[[], int]:
     if not args.megatron.is_dir():
         raise ValueError(f"--megatron {args.megatron}: no such folder")
     companions = find_companions(args.megatron, args.config, args.tokenizer)
-    books = stack.enter_context(Books())
-    to_hf = importlib.import_module("converters.to_hf")  # while the other process begins
-    options = to_hf.Options(against=args.verify_against, num_workers=args.workers, resume=args.resume)
-    conversion = to_hf.ToHuggingFace(args.megatron, companions, args.out, options, books)
+    options = ToHfOptions(against=args.verify_against, num_workers=args.workers, resume=args.resume)
+    conversion = ToHuggingFace(args.megatron, companions, args.out, options, _megatron)
     proof = f"every tensor equals {args.verify_against}" if args.verify_against else None
     return lambda: _finish(conversion, args.out, proof)
 
@@ -100,7 +110,7 @@ def _prepare_estimate(args: argparse.Namespace) -> Callable[[], int]:
     config = parse_config_json(file)
     own = str(config.get("dtype") or config.get("torch_dtype"))
     dtype = DTYPES[args.dtype] if args.dtype else own if own in LOADABLE else "bfloat16"
-    lines = list(importlib.import_module("converters.estimate").estimate(arch, layout_of(args), dtype, args.out))
+    lines = list(estimate(arch, _layout(args), dtype, args.out))
 
     def show() -> int:
         print("\n".join(lines))
@@ -109,7 +119,7 @@ def _prepare_estimate(args: argparse.Namespace) -> Callable[[], int]:
     return show
 
 
-def _finish(conversion: Any, out: Path, proof: str | None) -> int:
+def _finish(conversion: ToMegatron | ToHuggingFace, out: Path, proof: str | None) -> int:
     differences = conversion.run()
     for difference in differences:
         print(f"converters: MISMATCH {difference.name}: {difference.what}", file=sys.stderr)
@@ -120,12 +130,46 @@ def _finish(conversion: Any, out: Path, proof: str | None) -> int:
     return 0
 
 
-def _end(status: int) -> NoReturn:
-    """End without taking torch apart module by module, which takes a third of a second. Nothing is open here any more."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def _parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m converters", description="Convert checkpoints between Hugging Face and Megatron, on a CPU."
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_to_megatron(commands.add_parser("hf-to-megatron", help="Hugging Face folder or hub id to Megatron (torch_dist)"))
+    _add_to_hf(commands.add_parser("megatron-to-hf", help="Megatron checkpoint to Hugging Face folder"))
+    return top
+
+
+def _add_to_megatron(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--hf", required=True, metavar="DIR_OR_HUB_ID", help="folder, or owner/name to download from the hub")
+    _add_common(command)
+    for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
+        command.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"cut for this {meaning}-parallel size")
+    command.add_argument("--etp", type=int, metavar="N", help="tensor-parallel size of experts (default: --tp)")
+    command.add_argument("--dtype", choices=sorted(DTYPES), help="store in this type (default: each tensor's own)")
+    command.add_argument("--verify", action="store_true", help="re-read and compare every bit; print a manifest")
+    command.add_argument("--dry-run", action="store_true", help="print shards, bytes a rank and seconds; needs only config.json")
+
+
+def _add_to_hf(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--megatron", required=True, type=Path, metavar="DIR", help="Megatron checkpoint (torch_dist)")
+    _add_common(command)
+    command.add_argument("--verify-against", type=Path, metavar="HF_DIR", help="re-read and compare with this folder")
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="new or empty folder")
+    command.add_argument("--config", metavar="FILE", help="config.json to use where the folder has none")
+    command.add_argument("--tokenizer", metavar="DIR", help="folder with the tokenizer, where the model's has none; or: none")
+    command.add_argument("--workers", type=int, default=min(4, len(os.sched_getaffinity(0))), metavar="N", help="threads")
+    command.add_argument("--resume", action="store_true", help="go on with what an interrupted run left in DIR.partial")
+
+
+def _layout(args: argparse.Namespace) -> Layout:
+    """The target layout asked for."""
+    return Layout(tp=args.tp, pp=args.pp, ep=args.ep, etp=args.tp if args.etp is None else args.etp)
 
 
 if __name__ == "__main__":
-    _end(main())
+    sys.exit(main())

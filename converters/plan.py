@@ -1,5 +1,5 @@
 """What a conversion moves and how it is cut into files: computed from the configuration alone. Knows no Megatron
-and no torch."""
+and no torch; where Megatron keeps each parameter it is told."""
 
 from __future__ import annotations
 
@@ -70,6 +70,33 @@ class Part:
     @property
     def num_elements(self) -> int:
         return self.parameter.num_elements // self.shard.size
+
+
+Position = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A block of a stored tensor that one parameter, or one of its halves, fills. Shapes count the axes of layers and
+    experts, ``num_prepended`` of them, which the parameter itself does not have."""
+
+    key: str
+    global_shape: Position
+    offset: Position
+    shape: Position
+    num_prepended: int
+
+
+Places = Mapping[tuple[str, ...], tuple[Piece, ...]]
+"""The pieces by the Hugging Face names of a parameter, in the order in which they make it up along its first axis."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalTensor:
+    """Shape of a stored tensor, and torch's name of its type."""
+
+    shape: Position
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""Where in which file of a torch_dist checkpoint the blocks of tensors lie. Knows no torch, which takes a second to import."""
+"""Where in which file of a torch_dist checkpoint the blocks of tensors lie. Torch's pickles are read without running anything
+that they name."""
 
 from __future__ import annotations
 
@@ -9,19 +10,47 @@ import pickle
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from converters.extents import Columns, Extent
-from converters.items import Position
-from converters.pickles import Plain, read_plainly
-from converters.places import GlobalTensor, Piece
+from converters.plan import GlobalTensor, Piece, Position
 from rlx.models.hf.files import itemsize
 
 _LOCAL_HEADER_BYTES = 30  # of a zip archive; the lengths of name and extra field are its last two words
+_KEPT: dict[tuple[str, str], type] = {("torch", "Size"): tuple, ("collections", "OrderedDict"): dict}
 _STORAGES = {"BFloat16Storage": "bfloat16", "FloatStorage": "float32", "HalfStorage": "float16"}
+
+
+class Plain:
+    """Stands for a value of any class: the arguments that it was made with, and its attributes. What is named and not made,
+    as ``torch.bfloat16``, is a class of that ``__name__``."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.args = state
+
+
+def read_plainly(stream: IO[bytes], persistent: Callable[[Any], Any] | None = None) -> Any:
+    """The pickled value, made of plain Python values and ``Plain`` ones. pickle.UnpicklingError when it is none."""
+    return _PlainUnpickler(stream, persistent).load()
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def __init__(self, stream: IO[bytes], persistent: Callable[[Any], Any] | None) -> None:
+        super().__init__(stream)
+        if persistent is not None:
+            self.persistent_load = persistent  # type: ignore[method-assign]
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _KEPT.get((module, name)) or type(name, (Plain,), {"__module__": module})
 
 
 class Window(io.RawIOBase):

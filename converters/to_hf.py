@@ -1,25 +1,21 @@
-"""Megatron checkpoint (converted, or from a training run) to a Hugging Face folder, file by file. Knows no torch."""
+"""Megatron checkpoint (converted, or from a training run) to a Hugging Face folder, file by file."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-from converters.books import Books
-from converters.differences import Difference, differences_of
 from converters.export import Exporter
 from converters.extents import write_all
 from converters.journal import Output, check_free, fingerprint
-from converters.places import check_agreement, places
 from converters.plan import Parameter, batched, file_bytes, parameters
 from converters.source import described_by
 from converters.storage import StoredCheckpoint
+from converters.verify import Difference, differences_of
 from converters.work import Advance, run_all
 from rlx.models.hf.companions import MANIFEST, Companions
 from rlx.models.hf.files import (
@@ -57,17 +53,18 @@ class Options:
 class ToHuggingFace:
     """One conversion. Construction checks everything that can be checked without reading weights (ValueError)."""
 
-    def __init__(self, megatron: Path, companions: Companions, out: Path, options: Options, books: Books) -> None:
+    def __init__(
+        self, source: Path, companions: Companions, out: Path, options: Options, megatron: Callable[[], ModuleType]
+    ) -> None:
         check_free(out)
-        self._companions, self._out, self._options, self._books = companions, out, options, books
-        self._megatron = megatron
+        self._source, self._companions, self._out, self._options = source, companions, out, options
         self._against = None if options.against is None else HfFiles(options.against)
         if self._against is not None:
             _ = self._against.files  # broken or missing: say so before any work
         self._arch = described_by(companions.config)
-        books.open(self._arch)
-        self._stored, self._places = StoredCheckpoint(megatron), places(self._arch)
-        self._exporter = Exporter(self._stored, self._arch, self._places, _noted_dtypes(megatron))
+        self._stored = StoredCheckpoint(source)
+        places = megatron().skeleton(self._arch).places
+        self._exporter = Exporter(self._stored, self._arch, places, _noted_dtypes(source))
         problems = list(self._exporter.problems())
         if problems:
             raise ValueError("\n".join(problems[:20]))
@@ -76,10 +73,9 @@ class ToHuggingFace:
     def run(self) -> list[Difference]:
         """Write; with ``against``, compare what was written before it is given its name. The differences found."""
         differences = []
-        mark = fingerprint(self._megatron, self._arch)
+        mark = fingerprint(self._source, self._arch)
         with Output(self._out, mark, resume=self._options.resume) as output:
             self._convert(output)
-            check_agreement(self._places, self._books.places())
             if self._against is not None:
                 differences = differences_of(HfFiles(output.folder), self._against, self._options.num_workers)
             if not differences:
@@ -142,12 +138,8 @@ class ToHuggingFace:
                 writes = self._exporter.writes(parameter)
                 for name, write in (writes or {}).items():
                     advance(write(stream.fileno(), len(file.header) + file.starts[name]))
-                for name, start, content in self._blocks.bytes_of(parameter) if writes is None else ():
+                for name, start, content in self._exporter.block_bytes(parameter) if writes is None else ():
                     advance(write_all(stream.fileno(), content, len(file.header) + file.starts[name] + start))
-
-    @cached_property
-    def _blocks(self) -> Any:
-        return importlib.import_module("converters.blocks").Blocks(self._exporter)  # only where torch is needed
 
 
 def _noted_dtypes(folder: Path) -> dict[str, str]:

@@ -1,31 +1,44 @@
-"""Hugging Face folder to Megatron checkpoint, part by part. Knows no torch, which takes a second to import."""
+"""Hugging Face folder to Megatron checkpoint, part by part."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial, reduce
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-from converters.books import Books
-from converters.differences import Difference
+import torch
+
 from converters.extents import Columns, Extent, cut, put, put_columns, write_all
-from converters.items import Item, ItemFile, Position, Write
+from converters.items import Item, ItemFile, Write
 from converters.journal import Output, check_free, fingerprint
-from converters.places import GlobalTensor, Piece, Places, check_agreement, places
-from converters.plan import Cutter, FilePlan, Layout, Parameter, Part, file_plans, parameters
+from converters.plan import (
+    Cutter,
+    FilePlan,
+    GlobalTensor,
+    Layout,
+    Parameter,
+    Part,
+    Piece,
+    Places,
+    Position,
+    file_plans,
+    parameters,
+)
 from converters.source import check_tensors, described_by
+from converters.verify import Difference, compare, report
 from converters.work import Advance, run_all
 from rlx.arch.architecture import Architecture
 from rlx.arch.weights import Run
 from rlx.models.hf.companions import MANIFEST, Companions
-from rlx.models.hf.files import HfFiles, itemsize, prevailing
+from rlx.models.hf.files import itemsize, prevailing
+from rlx.models.hf.folder import HfFolder, torch_dtype
+from rlx.models.hf.row_tensors import load
 
-_FILES = "blocks with room around them"  # what an interrupted run must have written to be gone on with
+_FILES = "blocks as torch saves them"  # what an interrupted run must have written to be gone on with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,19 +55,21 @@ class Options:
 class ToMegatron:
     """One conversion. Construction checks everything that can be checked without reading weights (ValueError)."""
 
-    def __init__(self, source: Path, companions: Companions, out: Path, options: Options, books: Books) -> None:
+    def __init__(
+        self, source: Path, companions: Companions, out: Path, options: Options, megatron: Callable[[], ModuleType]
+    ) -> None:
         check_free(out)
         self._companions, self._options, self._out = companions, options, out
         self._arch: Architecture = described_by(companions.config)
-        self._books = books
-        books.open(self._arch)
-        self._source = HfFiles(source)
+        self._source = HfFolder(source)
         wanted = parameters(self._arch)
         self._left_out = check_tensors(self._source, wanted, self._arch)
         self._dtypes = {p.hf_names: self._dtype_of(p) for p in wanted}
         self._cutter = Cutter(self._arch)
         self._plans = file_plans(self._arch, options.layout, self._itemsize)
-        self._places: Places = places(self._arch)
+        self._megatron = megatron()
+        self._skeleton = self._megatron.skeleton(self._arch)
+        self._places: Places = self._skeleton.places
         self._tensors = self._global_tensors()
 
     def run(self) -> list[Difference]:
@@ -63,7 +78,6 @@ class ToMegatron:
         mark = fingerprint(self._source.path, options.layout, options.dtype, self._arch, _FILES)
         with Output(self._out, mark, resume=options.resume) as output:
             items, total = self._convert(output)
-            check_agreement(self._places, self._books.places())
             self._describe(output.folder, items)
             differences = self._verify(output.folder, total) if options.verify else []
             if not differences:
@@ -104,7 +118,7 @@ class ToMegatron:
     def _write_part(self, file: ItemFile, part: Part) -> None:
         blocks = list(self._blocks(part))  # none where a slice of the vocabulary is all padding
         for (piece, offset, shape), (write, like) in zip(blocks, self._writes(part, blocks) if blocks else (), strict=True):
-            file.add(piece.key, offset, shape, write, like=like)
+            file.add((piece.key, offset, shape), self._tensors[piece.key].dtype, write, like=like)
 
     def _blocks(self, part: Part) -> Iterator[tuple[Piece, Position, Position]]:
         """The blocks that the part fills, in its order: pieces with the offsets and shapes of the blocks in them."""
@@ -126,7 +140,7 @@ class ToMegatron:
         stored = [(shape, self._tensors[piece.key].dtype) for piece, _, shape in blocks]
         own = {self._source.tensor(name).dtype for name in parameter.hf_names}
         if len(own.union(dtype for _, dtype in stored)) > 1:
-            yield from ((partial(_write_memory, content), 0) for content in self._casts.blocks(part, stored))
+            yield from ((partial(_write_memory, content), 0) for content in self._cast(part, stored))
             return
         runs = [(parameter.hf_names[run.tensor], run) for run in parameter.row.runs(part.shard, self._arch)]
         if runs[0][1].dim:
@@ -151,9 +165,13 @@ class ToMegatron:
         step, column = length // shape[0], length // (shape[0] * shape[1])
         return Columns(descriptor, position + run.start * column, (run.stop - run.start) * column, step, shape[0])
 
-    @cached_property
-    def _casts(self) -> Any:
-        return importlib.import_module("converters.casts").Casts(self._source.path, self._arch)  # only where torch is needed
+    def _cast(self, part: Part, stored: Sequence[tuple[Position, str]]) -> Iterator[memoryview]:
+        """The bytes of the blocks, of these shapes and types, that make up the part. Padding, which comes last, is left out."""
+        value = load(part.parameter.row, self._source.read, part.parameter.hf_names, part.shard, self._arch)
+        slices = value.chunk(len(stored)) if len(stored) > 1 else (value,)
+        for (shape, dtype), slice_ in zip(stored, slices, strict=True):
+            kept = slice_.narrow(part.axis, 0, shape[len(shape) - slice_.dim() + part.axis])
+            yield memoryview(kept.to(torch_dtype(dtype)).contiguous().view(-1).view(torch.uint8).numpy())
 
     def _dtype_of(self, parameter: Parameter) -> str:
         """What a fused parameter is stored in: the narrowest type that holds all its tensors exactly."""
@@ -180,7 +198,8 @@ class ToMegatron:
         dtypes = self._hf_dtypes()
         self._companions.write(folder, prevailing((dtype, math.prod(self._source.shape(name))) for name, dtype in dtypes.items()))
         layout = self._options.layout
-        self._books.describe(folder, self._tensors, {plan.name: items[plan.name] for plan in self._plans})
+        files = {plan.name: items[plan.name] for plan in self._plans}
+        self._megatron.write_description(folder, self._tensors, files, self._skeleton)
         manifest = {
             "format": 1,
             "model_type": self._arch.model_type,
@@ -198,10 +217,8 @@ class ToMegatron:
         return {name: own or self._source.tensor(name).dtype for name in names}
 
     def _verify(self, folder: Path, total: int) -> list[Difference]:
-        verify = importlib.import_module("converters.verify")  # not on the way of a conversion that is not verified
-        found: list[Difference]
-        found, rows = verify.compare(folder, self._source.path, self._arch, self._places, self._options.num_workers, total)
-        verify.report(rows)
+        found, rows = compare(folder, self._source.path, self._arch, self._places, self._options.num_workers, total)
+        report(rows)
         return found
 
 

@@ -1,4 +1,5 @@
-"""Proof of a conversion: what was written, read back through the tables' exports, against the source, bit for bit."""
+"""Proof of a conversion, bit for bit: what was written, read back through the tables' exports, against the source; and one
+Hugging Face folder against another."""
 
 from __future__ import annotations
 
@@ -10,15 +11,21 @@ from pathlib import Path
 
 import torch
 
-from converters.blocks import Blocks
-from converters.differences import Difference
 from converters.export import Exporter
-from converters.places import Places
-from converters.plan import Parameter, parameters
+from converters.plan import Parameter, Places, parameters
 from converters.storage import StoredCheckpoint
 from converters.work import Advance, run_all
 from rlx.arch.architecture import Architecture
+from rlx.models.hf.files import EMBEDDING, HEAD, HfFiles, row_blocks, same_tensor
 from rlx.models.hf.folder import HfFolder, torch_dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A tensor that is not what it should be, and how."""
+
+    name: str
+    what: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -37,7 +44,6 @@ def compare(
     """Re-read the checkpoint in ``folder`` and compare every tensor with ``source``, cast to the stored type."""
     stored, original = StoredCheckpoint(folder), HfFolder(source)
     exporter = Exporter(stored, arch, places, {})
-    blocks = Blocks(exporter)
     differences: list[Difference] = []
     lines: list[Line] = []
     lock = threading.Lock()
@@ -47,7 +53,7 @@ def compare(
         wrong: dict[str, str] = {}
         dtype = exporter.dtype(parameter.hf_names[0], parameter)
         try:
-            for name, start, block in blocks.of(parameter):
+            for name, start, block in exporter.blocks(parameter):
                 expected = original.read(name, 0, start, start + block.shape[0]).to(torch_dtype(dtype))
                 if not _same_bits(block, expected):
                     wrong.setdefault(name, _first_difference(block, expected, start))
@@ -92,3 +98,37 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def differences_of(found: HfFiles, expected: HfFiles, num_workers: int) -> list[Difference]:
+    """Name by name, bit by bit. A tied output matrix that ``found`` leaves to the embedding counts as there."""
+    differences = [Difference(name=name, what="is not in the reference") for name in found.files if name not in expected.files]
+    both = []
+    for name in expected.files:
+        if name in found.files:
+            both.append(name)
+        elif not _is_implied(name, found, expected):
+            differences.append(Difference(name=name, what="is missing"))
+
+    def check(name: str, advance: Advance) -> None:
+        a, b = found.tensor(name), expected.tensor(name)
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            what = f"has shape {list(a.shape)} and {a.dtype}, expected {list(b.shape)} and {b.dtype}"
+            differences.append(Difference(name=name, what=what))
+            return
+        for start, stop in row_blocks(a.shape, a.num_bytes):
+            block = found.read_rows(name, start, stop)
+            if block != expected.read_rows(name, start, stop):
+                differences.append(Difference(name=name, what=f"differs in rows {start} to {stop - 1}"))
+                return
+            advance(len(block))
+
+    total = sum(found.tensor(name).num_bytes for name in both)
+    run_all("verifying", both, check, num_workers=num_workers, total_bytes=total)
+    return sorted(differences, key=lambda difference: difference.name)
+
+
+def _is_implied(name: str, found: HfFiles, expected: HfFiles) -> bool:
+    if name.endswith(".rotary_emb.inv_freq"):
+        return True
+    return name == HEAD and EMBEDDING in found.files and same_tensor(expected, name, found, EMBEDDING)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import io
 import json
 import os
@@ -13,12 +12,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
-from converters import export, extents, places, to_hf
+from converters import export, extents, to_hf
 from converters.__main__ import main as convert
-from converters.books import without_compiler
 from converters.items import ItemFile, Write
+from converters.plan import Position
 from tests.dist.programs import layouts
 
 _GATHER_BYTES = 2**40  # nothing is that long: all is gathered in memory
@@ -46,14 +43,16 @@ def wrong_weight(key_part: str) -> Iterator[None]:
     """Changes the last bit of one element of the layer 1 block of a tensor as it is written."""
     add = ItemFile.add
 
-    def change(file: ItemFile, key: str, offset: tuple[int, ...], shape: tuple[int, ...], write: Write, **options: Any) -> None:
+    def change(file: ItemFile, block: tuple[str, Position, Position], dtype: str, write: Write, **options: Any) -> None:
+        key, offset, _ = block
+
         def wrong(descriptor: int, position: int) -> int:
             size = write(descriptor, position)
             (byte,) = os.pread(descriptor, 1, position + 20)
             os.pwrite(descriptor, bytes([byte ^ 1]), position + 20)
             return size
 
-        add(file, key, offset, shape, wrong if key_part in key and offset[0] == 1 else write, **options)
+        add(file, block, dtype, wrong if key_part in key and offset[0] == 1 else write, **options)
 
     with mock.patch.object(ItemFile, "add", change):
         yield
@@ -65,18 +64,11 @@ def hf_disk_full(_: Any) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def other_rule(_: Any) -> Iterator[None]:
-    with mock.patch.object(places, "_FUSED_NORMS", {}):
-        yield
-
-
 FAULTS: dict[str | None, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
     None: contextlib.nullcontext,
     "disk full": disk_full_after,
     "wrong weight": wrong_weight,
     "disk full on the way back": hf_disk_full,
-    "other rule": other_rule,
 }
 
 
@@ -117,7 +109,4 @@ def program(arguments: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    without_compiler()
-    importlib.import_module("converters.description")  # with Megatron: once here, not once a command in its forked process
     program(layouts.arguments())

@@ -1,14 +1,10 @@
-"""Moves of bytes: rows exported, stretches, columns, frames, and what they say when they fail; torch's and Megatron's process."""
+"""Moves of bytes: rows exported, stretches, columns, blocks as torch saves them, and what they say when they fail."""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
-import subprocess
-import sys
-import threading
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from converters import books, extents
+from converters import extents
 from converters.extents import Columns, Extent, cut, put, put_columns
-from converters.frames import frame
 from converters.items import ItemFile
-from converters.places import check_agreement, places
 from converters.plan import exported_rows, parameters
-from converters.work import Advance, run_all
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import architecture_of
 from rlx.arch.weights import Shard
 from rlx.models.hf.row_tensors import load
-from tests.dist.launch import ROOT
 
 CONFIG: dict[str, Any] = {
     "model_type": "phi3", "hidden_act": "silu", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -111,74 +103,22 @@ def test_a_full_disk_is_not_taken_for_another_way(source: tuple[int, bytes], mon
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_framed_blocks_are_what_torch_saves(source: tuple[int, bytes], tmp_path: Path, dtype: torch.dtype) -> None:
+def test_blocks_are_what_torch_saves(source: tuple[int, bytes], tmp_path: Path, dtype: torch.dtype) -> None:
     shape, name = (1, 7, 24), str(dtype).removeprefix("torch.")
     size = 7 * 24 * dtype.itemsize
     value = torch.frombuffer(bytearray(source[1][3 : 3 + size]), dtype=dtype).view(shape)
     file = ItemFile(tmp_path / "items")
-    file.add("copied", (0, 0, 0), shape, partial(put, [Extent(source[0], 3, 100), Extent(source[0], 103, size - 100)]), like=3)
-    file.add("again", (0, 0, 0), shape, partial(put, [Extent(source[0], 3, size)]))
+    halves = [Extent(source[0], 3, 100), Extent(source[0], 103, size - 100)]
+    file.add(("copied", (0, 0, 0), shape), name, partial(put, halves), like=3)
+    file.add(("again", (0, 0, 0), shape), name, partial(put, [Extent(source[0], 3, size)]))
     file.close()
-    before = (tmp_path / "items").stat().st_size
-    with (tmp_path / "items").open("r+b", buffering=0) as stream:
-        frames = [frame(stream.fileno(), item, name) for item in file.items]
     content = (tmp_path / "items").read_bytes()
-    assert len(content) == before and file.items[0].position % 4096 == 3
+    assert len(content) == file.items[-1].position + file.items[-1].length
+    assert content.index(source[1][3 : 3 + size]) % 4096 == 3, "pages are copied whole"
     saved = io.BytesIO()
     torch.save(value, saved)
-    for (position, length), item in zip(frames, file.items, strict=True):
-        assert content[item.position : item.position + item.num_bytes] == source[1][3 : 3 + size]
-        assert length == len(saved.getvalue())
-        found = torch.load(io.BytesIO(content[position : position + length]), weights_only=True)
+    for item in file.items:
+        assert item.length == len(saved.getvalue())
+        found = torch.load(io.BytesIO(content[item.position : item.position + item.length]), weights_only=True)
         assert found.dtype == dtype and found.shape == shape
         assert torch.equal(found.view(torch.uint8), value.view(torch.uint8))
-
-
-def test_disagreements_are_named() -> None:
-    ours = places(arch_of("llama"))
-    theirs = {names: pieces for names, pieces in ours.items() if "model.norm.weight" not in names}
-    check_agreement(ours, ours)
-    with pytest.raises(ValueError, match=r"model\.norm\.weight: .*decoder\.final_layernorm\.weight.*Megatron says nothing"):
-        check_agreement(ours, theirs)
-
-
-def test_megatrons_process_says_how_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(books, "without_compiler", lambda: os._exit(3))
-    with pytest.raises(RuntimeError, match="status 3"), books.Books() as kept:
-        kept.open(arch_of("llama"))
-        kept.places()
-
-    def broken() -> None:
-        raise KeyError("nothing of that name")
-
-    monkeypatch.setattr(books, "without_compiler", broken)
-    with pytest.raises(RuntimeError, match="nothing of that name"), books.Books() as kept:
-        kept.open(arch_of("llama"))
-        kept.places()
-
-
-def test_nothing_waits_for_torch() -> None:
-    """Neither what is imported nor the process's start: torch takes a second, in which weights can move."""
-    modules = "converters.__main__, converters.to_megatron, converters.to_hf, converters.estimate, sys"
-    code = f"import {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
-
-
-def test_a_refusal_does_not_wait_for_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(books, "without_compiler", lambda: time.sleep(60))
-    start = time.monotonic()
-    with books.Books() as kept:
-        pass
-    assert time.monotonic() - start < 10 and not kept._process.is_alive()
-
-
-def test_workers_give_way_and_only_they() -> None:
-    """To the process that imports Megatron, which takes longest."""
-    own, found = os.getpriority(os.PRIO_PROCESS, 0), list[int]()
-
-    def work(item: int, advance: Advance) -> None:
-        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        advance(1)
-
-    run_all("working", [1, 2], work, num_workers=2, total_bytes=2)
-    assert len(found) == 2 and (min(found) > own or own >= 16) and os.getpriority(os.PRIO_PROCESS, 0) == own

@@ -1,4 +1,4 @@
-"""Checkpoints read without torch: what their pickles say, where plain data lie, and what is not plain."""
+"""Checkpoints read: what their pickles say, where plain data lie, and what is not plain."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from converters.items import Position
-from converters.pickles import Plain, read_plainly
-from converters.places import Piece
-from converters.storage import StoredCheckpoint
+from converters.plan import Piece, Position
+from converters.storage import Plain, StoredCheckpoint, read_plainly
 
 TENSORS = {
     "whole": torch.arange(48, dtype=torch.float32).view(6, 8).bfloat16(),
