@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     try:
+        check_out(args.out)
         args.model = str(model_folder("--model", args.model))
         arch = read_architecture(args.model)
         read_sequences(args.tokens, arch)
@@ -48,6 +49,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 _OPTIONS = ("model", "tokens", "out", "tp", "pp", "cp", "ep", "etp", "dtype", "device", "max_tokens")
+
+
+def check_out(out: Path) -> None:
+    """ValueError for a file that could not be written once the work is done."""
+    if os.path.isdir(out) or not os.path.isdir(out.parent) or not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out: {out} cannot be written: name a file in a folder that is there and yours")
 
 
 def dims_of(args: argparse.Namespace, arch: Architecture) -> ParallelDims:

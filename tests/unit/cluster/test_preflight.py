@@ -285,6 +285,9 @@ def test_scoring_refuses_the_same(run: Run, capsys: pytest.CaptureFixture[str]) 
     command = ["score", "--model", str(run.model), "--tokens", str(tokens), "--out", str(run.folder / "out.jsonl")]
     assert main([*command, "--tp", "5"]) == 2
     assert "--tp: 5 does not divide the model's 12 attention heads" in capsys.readouterr().err
+    for out in (run.folder, run.folder / "nowhere" / "out.jsonl"):
+        assert main([*command[:-1], str(out)]) == 2
+        assert f"--out: {out} cannot be written" in capsys.readouterr().err
     run.rows([{"input_ids": [5, 131]}], "tokens.jsonl")
     assert main(command) == 2
     assert f"{tokens}:1: token 131 is outside the vocabulary of 131" in capsys.readouterr().err
