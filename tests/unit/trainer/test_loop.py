@@ -33,7 +33,7 @@ from rlx.obs.metrics import read_metrics
 from rlx.types.layout import BatchPlan, ParallelDims
 from rlx.types.rollout import FinishReason, Prompt, Reward, RolloutGroup, SamplingSpec, StepReport, TrainSample, UpdateStats
 from rlx.types.weights import WeightManifest
-from tests.trajectories import answered
+from tests.trajectories import answered, conversation
 
 
 @dataclass
@@ -204,6 +204,18 @@ def test_answers_that_were_cut_off_are_counted() -> None:
     assert trainer.step().metrics["response/cut_off_share"] == 0.25
 
 
+def test_the_length_of_an_answer_is_what_was_sampled_in_all_its_turns() -> None:
+    trainer = make_trainer(Calls(), name="grpo")
+    turns = conversation((1, 2, 3), (5, 6), (40,) * 3, (7,), (41,))
+
+    def generate(prompts: Sequence[Prompt], sampling: SamplingSpec) -> Iterator[RolloutGroup]:
+        for prompt in prompts:
+            yield RolloutGroup(prompt=prompt, trajectories=(turns,) * 4)
+
+    trainer.roles.rollout.generate = generate  # type: ignore[method-assign]
+    assert trainer.step().metrics["response/tokens_mean"] == 3.0
+
+
 def test_batch_is_in_prompt_order_and_drops_are_counted() -> None:
     calls = Calls()
     metrics = make_trainer(calls, name="grpo").step().metrics
@@ -349,7 +361,7 @@ def test_an_evaluation_alone_is_of_the_newest_checkpoint_where_asked(tmp_path: P
     policy = FakePolicy(Calls())
     policy.load = loaded.append  # type: ignore[method-assign]
     for step in (3, 12):
-        write_checkpoint(tmp_path / "checkpoints", step, {}, lambda folder: None, keep=9)
+        write_checkpoint(tmp_path / "checkpoints", step, {"step": step, "seed": 0, "prompts": {}}, lambda folder: None, keep=9)
     for resume in ("never", "auto", "never"):
         run = RunConfig(dir=str(tmp_path / "eval"), resume=resume)
         config = replace(base, run=run, evaluation=EvaluationConfig(only=True))
