@@ -7,12 +7,16 @@ prove each of them. An exception stands in a table here, with its reason, and mu
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import pytest
+
+from tests.references import unused_functions
+from tests.statements import statements
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,9 +58,25 @@ PARALLEL_STATE_HOME = "rlx/parallel/context.py"
 ENVIRONMENT_HOMES = {"config", "cluster", "engines", "processes"}
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 6
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_MODULES = 400, 60, 6, 14
+# Folders of equals, which a reader need not have read all of to find one.
+LIBRARIES = {"rlx/cli": "commands", "rlx/algos": "algorithms", "rlx/arch/families": "families", "rlx/rewards": "verifiers"}
+# Methods that others call by names of their own.
+CALLED_FROM_ELSEWHERE = {"rlx/parallel/cpu_backend.py:_Stream": "Megatron takes it for a CUDA stream or event"}
 
 LATE_IMPORTS = {
+    "converters/__main__.py:_megatron": "Megatron must find the device settled; who is refused does not wait",
+    "rlx/cli/check.py:_look": "it imports transformers, inside torch_hidden",
+    "rlx/cli/export_rank.py:main": "Megatron must find the device settled when it is imported",
+    "rlx/cli/score_rank.py:main": "Megatron must find the device settled when it is imported",
+    "rlx/cli/train.py:_run_ray": "Ray takes seconds to import; only when it is the launcher",
+    "rlx/cli/worker.py:_main_from_config": "only where torchrun started the process",
+    "rlx/cli/worker.py:_run_rank": "torch and Megatron, once the parent is watched and the device settled",
+    "rlx/cluster/ray/actors.py:open_store": "an actor of engines needs no torch",
+    "rlx/cluster/ray/actors.py:run": "Megatron must find device and environment settled when it is imported",
+    "rlx/cluster/ray/actors.py:_serve": "an actor of trainers needs no engines",
+    "rlx/config/hub/located.py:model_folder": "huggingface_hub takes a second to import; only for what is not here",
+    "rlx/config/hub/located.py:data_path": "the same",
     "rlx/data/tasks.py:_reasoning_gym": "an extra, and it takes seconds to import; only when a source asks for it",
     "rlx/rewards/reasoning_gym.py:_load": "an extra, and it takes seconds to import; only when it is the verifier",
     "rlx/obs/trackers.py:__init__": "wandb is an extra, and TensorBoard takes a second to import; both only when asked for",
@@ -107,9 +127,23 @@ class Source:
                     base = ".".join((*above, base)).rstrip(".")
                 yield base
                 yield from (f"{base}.{alias.name}" for alias in node.names)
+            elif isinstance(node, ast.Call) and (name := _imported_by_call(node)):
+                yield name
 
     def functions(self) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
         yield from (node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def _imported_by_call(node: ast.Call) -> str:
+    """The module of ``import_module("...")`` or ``__import__("...")``; "" for other calls."""
+    called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+    first = node.args[0] if node.args else None
+    is_literal = isinstance(first, ast.Constant) and isinstance(first.value, str)
+    return str(first.value) if called in ("import_module", "__import__") and is_literal else ""
+
+
+def _is_late(node: ast.AST) -> bool:
+    return isinstance(node, ast.Import | ast.ImportFrom) or (isinstance(node, ast.Call) and bool(_imported_by_call(node)))
 
 
 def _is_within(name: str, package: str) -> bool:
@@ -187,7 +221,7 @@ def no_utils(source: Source) -> Iterator[str]:
 def late_imports(source: Source) -> Iterator[str]:
     """An import inside a function hides a cycle or a cost; each needs a reason."""
     for function in source.functions():
-        late = [node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)]
+        late = [node for node in ast.walk(function) if _is_late(node)]
         if late and f"{source.path}:{function.name}" not in LATE_IMPORTS:
             yield f"{function.name} imports inside: {ast.unparse(late[0])}"
 
@@ -208,6 +242,12 @@ def budgets(source: Source) -> Iterator[str]:
         count = len([name for name in names if name not in ("self", "cls")])
         if count > MAX_PARAMETERS:
             yield f"{function.name} has {count} parameters, more than {MAX_PARAMETERS}"
+
+
+def crowded_folders(paths: list[str]) -> dict[str, int]:
+    """Folders of more modules than a reader can hold in mind, but for libraries; ``__init__.py`` counts for none."""
+    counts = Counter(str(Path(path).parent) for path in paths if Path(path).name != "__init__.py")
+    return {folder: count for folder, count in counts.items() if count > MAX_MODULES and folder not in LIBRARIES}
 
 
 def unknown_top_level(names: set[str]) -> set[str]:
@@ -244,8 +284,25 @@ def test_exceptions_are_still_needed() -> None:
         path, _, name = place.partition(":")
         named = [function for function in sources[path].functions() if function.name == name]
         assert reason
-        assert any(isinstance(node, ast.Import | ast.ImportFrom) for function in named for node in ast.walk(function)), place
+        assert any(_is_late(node) for function in named for node in ast.walk(function)), place
     assert all(reason and place.partition(":")[0] in sources for place, reason in OVER_BUDGET.items())
+
+
+def test_no_folder_is_crowded() -> None:
+    paths = [source.path for source in product_sources()]
+    assert not crowded_folders(paths)
+    assert all(reason and any(path.startswith(f"{folder}/") for path in paths) for folder, reason in LIBRARIES.items())
+
+
+def test_no_function_is_there_for_tests_alone() -> None:
+    sources = {source.path: source.text for source in product_sources()}
+    around = {path: text for path, text in sources.items() if path.startswith("launch/")}
+    around["setup.py"] = (ROOT / "setup.py").read_text(encoding="utf-8")
+    texts = [path for folder, suffix in (("docs", "md"), ("configs", "yaml")) for path in (ROOT / folder).rglob(f"*.{suffix}")]
+    docs = [path.read_text(encoding="utf-8") for path in texts]
+    product = {path: text for path, text in sources.items() if path not in around}
+    unused = unused_functions(product, around, docs, set(CALLED_FROM_ELSEWHERE))
+    assert not unused, "\n".join(f"{one.path}:{one.node.lineno} {one.name}" for one in unused)
 
 
 def test_top_level_holds_nothing_else() -> None:
@@ -286,6 +343,9 @@ BITES: list[tuple[Rule, str, str]] = [
     (no_utils, "rlx/utils/a.py", ""),
     (no_utils, "rlx/data/utils.py", ""),
     (late_imports, "rlx/data/a.py", "class A:\n    async def f(self):\n        from json import loads"),
+    (late_imports, "rlx/data/a.py", "def f():\n    return importlib.import_module('json').loads"),
+    (layers, "rlx/data/a.py", "def f():\n    return import_module('rlx.rewards.base')"),
+    (third_party, "rlx/sync/a.py", "x = __import__('sglang')"),
     (budgets, "rlx/data/a.py", "x = 1\n" * 401),
     (budgets, "rlx/data/a.py", "def f():\n" + "    x = 1\n" * 60),
     (budgets, "rlx/data/a.py", "class A:\n    def f(self, a, b, c, /, d, e, *, g, h=1): pass"),
@@ -318,3 +378,36 @@ def test_rule_lets_good_code_pass(rule: Rule, path: str, text: str) -> None:
 def test_top_level_and_readme_rules_bite() -> None:
     assert unknown_top_level({"rlx", ".ci", "scripts", "README.md"}) == {"scripts"}
     assert unmapped_packages({"data", "sync"}, "rlx/data/  prompts") == {"sync"}
+
+
+def test_crowded_folders_and_unused_functions_bite() -> None:
+    assert crowded_folders([f"rlx/data/{number}.py" for number in range(15)]) == {"rlx/data": 15}
+    assert crowded_folders(["rlx/data/__init__.py", *(f"rlx/data/{number}.py" for number in range(14))]) == {}
+    assert crowded_folders([f"rlx/cli/{number}.py" for number in range(40)]) == {}
+    text = """
+class Thing(Base):
+    def used(self): return self.spelt
+    @property
+    def spelt(self): return getattr(self, "by_name")
+    def by_name(self): ...
+    def idle(self): return self.idle()
+    def only_for_idle(self): return self.idle() + helper_of_idle()
+class Wanted(Protocol):
+    def wanted(self): ...
+class Widget(qt.Widget):
+    def paint(self): ...
+class Base:
+    def __len__(self): ...
+    @route("/x")
+    def handled(self): ...
+def helper_of_idle(): ...
+def in_docs(): ...
+Thing().used()
+"""
+    unused = unused_functions({"rlx/a.py": text}, {}, ["`path/to/a.py:in_docs`"], set())
+    assert [one.name for one in unused] == ["idle", "only_for_idle", "helper_of_idle"]
+    assert unused_functions({"rlx/a.py": "class A:\n    def f(self): ..."}, {}, [], {"rlx/a.py:A"}) == []
+
+
+def test_statements_are_counted_without_docstrings() -> None:
+    assert statements('"""A module."""\nx = 1\n\n\ndef f():\n    """A function."""\n    if x:\n        return 2\n') == 4

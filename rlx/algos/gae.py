@@ -16,16 +16,11 @@ import torch
 from torch import Tensor
 
 
-def gae(rewards_L: Tensor, values_L: Tensor, mask_L: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages [L] and returns [L] (= advantages + values) of one sample; 0 off the mask. See the module's convention."""
-    sequence_L = torch.zeros_like(mask_L, dtype=torch.int64)
-    return gae_packed(rewards_L, values_L, mask_L, sequence_L, gamma, lam)
-
-
 def gae_ragged(
     rewards: Sequence[Tensor], values: Sequence[Tensor], masks: Sequence[Tensor], gamma: float, lam: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """``gae`` of many samples at once: lists of [L_b] tensors in, two lists of [L_b] tensors out, same order."""
+    """Advantages [L_b] and returns [L_b] (= advantages + values) of many samples, in order; 0 off the masks. See the module's
+    convention."""
     if not rewards:
         return [], []
     lengths = [mask.numel() for mask in masks]

@@ -12,12 +12,8 @@ noise only. Shape legend: T packed tokens.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
-
-Estimator = Literal["k1", "k2", "k3"]
 
 # exp(20) = 4.9e8 and its square still fit float32. Beyond it a ratio says only "far away": the value saturates and
 # the gradient through it is 0, instead of inf and NaN.

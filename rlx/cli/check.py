@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rlx.arch.families.registry import read_architecture
 from rlx.arch.sizes import sizes_of
+from rlx.cluster.without_torch import torch_hidden
 from rlx.config.load import ConfigError, dump_config, load_config, on_paper
 from rlx.config.memory import describe, estimate, memory_problems
 from rlx.config.packaged import packaged
@@ -22,7 +23,6 @@ from rlx.config.sharing import describe_phases, shared_phases, sharing_problems
 from rlx.placement.from_config import check_spanning, seats_of
 from rlx.placement.seats import PlacementError, picture
 from rlx.processes.rundir import check_run_dir
-from rlx.processes.without_torch import torch_hidden
 
 NUM_ROWS = 1000
 

@@ -13,8 +13,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from rlx.config.nearest import nearest_key
-from rlx.config.options import LARGEST, broken_limits
+from rlx.config.options import LARGEST, broken_limits, nearest_key
 from rlx.config.schema import Config
 
 # Far below where writing and reading it again would end.

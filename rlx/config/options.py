@@ -1,10 +1,11 @@
-"""How a field of the schema is declared: default, help, allowed values, limits."""
+"""How a field of the schema is declared: default, help, allowed values, limits; which one a misspelt key most likely meant."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
+from difflib import SequenceMatcher
 from typing import Any, TypedDict, Unpack, cast
 
 
@@ -58,3 +59,15 @@ def broken_limits(value: float, limits: Limits) -> list[str]:
     high: Limits = {} if {"maximum", "below"} & limits.keys() else {"maximum": largest}
     bounds = cast(Mapping[str, float], {**limits, **low, **high})
     return [f"{_HOLDS[name][0]} {bound:.10g}" for name, bound in bounds.items() if not _HOLDS[name][1](value, bound)]
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """The known dotted key closest to ``key``. The last part counts as much as the whole, so that a right name
+    in the wrong section finds its home. Raises ValueError when ``known`` is empty."""
+    return max(known, key=lambda candidate: _likeness(key, candidate))
+
+
+def _likeness(left: str, right: str) -> float:
+    whole = SequenceMatcher(None, left, right).ratio()
+    last = SequenceMatcher(None, left.rpartition(".")[2], right.rpartition(".")[2]).ratio()
+    return whole + last

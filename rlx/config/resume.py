@@ -7,7 +7,7 @@ by what it names (a folder may move; other weights or rows are refused where the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,15 +115,6 @@ def effect_of(key: str) -> str:
     if name in _FOLLOWED.get(section, "").split():
         return TAKES_EFFECT
     raise KeyError(f"{key} has no class in {__name__}: say what becomes of it when a run goes on")
-
-
-def leaf_keys() -> Iterator[str]:
-    """Every key that has a value, those of rows as ``SECTION.KEY.NAME.FIELD``."""
-    for entry in all_entries():
-        if not entry.is_section:
-            yield entry.key
-            row = row_class(entry.hint)
-            yield from (below.key for below in section_entries(row, f"{entry.key}.NAME.")) if row else ()
 
 
 def compare(saved: Mapping[str, Any], config: Config) -> list[Change]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -185,10 +184,3 @@ class ValueHead(nn.Module):
             state, prefix, {}, sharded_offsets, tp_group=self.groups.tp, dp_cp_group=self.groups.dp_cp
         )
         return sharded
-
-
-def num_parameters(chunks: list[nn.Module], group: dist.ProcessGroup) -> int:
-    """Parameters of a model over all ranks of its model-parallel group."""
-    count = torch.tensor(sum(p.numel() for chunk in chunks for p in chunk.parameters()), device=torch.cuda.current_device())
-    dist.all_reduce(count, group=group)
-    return int(count)

@@ -61,11 +61,6 @@ class ParallelContext:
         """The rank of its pipeline stage that speaks for the stage's weights."""
         return self.tp_rank == 0 and self.cp_rank == 0 and self.dp_rank == 0
 
-    @property
-    def last_stage_rank(self) -> int:
-        """Global rank of the last pipeline stage in this rank's pipeline."""
-        return int(dist.get_global_rank(self.groups.pp, self.dims.pp - 1))
-
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 
@@ -74,11 +69,6 @@ class ParallelContext:
         values: list[Any] = [None] * self.dims.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
-
-    def broadcast_object(self, value: Any, source: int = 0) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box, src=source, group=self.control)
-        return box[0]
 
     def raise_together(self, error: BaseException | None) -> None:
         """Raise on every rank if any rank failed, so that nobody waits for a rank that has given up.

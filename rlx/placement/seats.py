@@ -78,13 +78,6 @@ class Seats:
         """The nodes that lead an engine, in order."""
         return sorted({seat.nodes[0] for seat in self.engines})
 
-    @property
-    def idle_gpus(self) -> int:
-        """GPUs that nobody uses."""
-        used = {(rank // self.ranks_per_node, rank % self.ranks_per_node) for rank in range(self.trainer_ranks)}
-        used |= {(node, gpu) for seat in self.engines for node in seat.nodes for gpu in seat.gpus}
-        return max(0, self.machines.nodes * (self.machines.gpus_per_node or 0) - len(used))
-
 
 class PlacementError(ValueError):
     """The demand does not fit; the message says what would."""

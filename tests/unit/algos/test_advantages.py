@@ -9,7 +9,7 @@ import statistics
 import pytest
 import torch
 
-from rlx.algos.gae import gae, gae_packed, gae_ragged
+from rlx.algos.gae import gae_packed, gae_ragged
 from rlx.algos.grpo import group_relative_advantages
 from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.ppo import token_rewards
@@ -49,7 +49,7 @@ def test_gae_equals_its_definition_on_ragged_batches(seed: int, gamma: float, la
         assert advantage_L[inside].tolist() == pytest.approx(wanted, abs=1e-5)
         assert (return_L - advantage_L)[inside].tolist() == pytest.approx(value_L[inside].tolist(), abs=1e-5)
         assert not advantage_L[~inside].any() and not return_L[~inside].any()
-        alone, _ = gae(reward_L, value_L, mask_L, gamma, lam)
+        ((alone,), _) = gae_ragged([reward_L], [value_L], [mask_L], gamma, lam)
         assert torch.equal(alone, advantage_L)
 
 
@@ -63,7 +63,7 @@ def test_monte_carlo_return_is_the_final_reward() -> None:
     mask_L = torch.tensor([0, 0, 1, 1, 1, 0])
     rewards_L = token_rewards(0.75, mask_L)
     assert rewards_L.tolist() == [0, 0, 0, 0, 0.75, 0]
-    _, returns_L = gae(rewards_L, torch.randn(6), mask_L, 1.0, 1.0)
+    _, (returns_L,) = gae_ragged([rewards_L], [torch.randn(6)], [mask_L], 1.0, 1.0)
     assert returns_L.tolist() == pytest.approx([0, 0, 0.75, 0.75, 0.75, 0])
 
 

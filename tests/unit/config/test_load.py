@@ -13,7 +13,7 @@ import pytest
 from rlx.config.convert import Entry, all_entries
 from rlx.config.document import document
 from rlx.config.load import ConfigError, load_config
-from rlx.config.nearest import nearest_key
+from rlx.config.options import nearest_key
 
 Problems = Callable[..., tuple[str, ...]]
 ROOT = Path(__file__).resolve().parents[3]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from rlx.config import resume
-from rlx.config.convert import to_config, to_tree
+from rlx.config.convert import all_entries, row_class, section_entries, to_config, to_tree
 from rlx.config.schema import Config
 
 BASE: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "p.jsonl"}, "reward": {"name": "exact"}}
@@ -33,8 +34,17 @@ def changes(was: Config, now: Config) -> dict[str, str]:
     return {change.key: change.effect for change in resume.compare(json.loads(json.dumps(to_tree(was))), now)}
 
 
+def leaf_keys() -> Iterator[str]:
+    """Every key that has a value, those of rows as ``SECTION.KEY.NAME.FIELD``."""
+    for entry in all_entries():
+        if not entry.is_section:
+            yield entry.key
+            row = row_class(entry.hint)
+            yield from (below.key for below in section_entries(row, f"{entry.key}.NAME.")) if row else ()
+
+
 def test_every_key_is_classed_once_and_no_other() -> None:
-    keys = list(resume.leaf_keys())
+    keys = list(leaf_keys())
     assert len(keys) == len(set(keys)) > 150
     assert {resume.effect_of(key) for key in keys} == {
         resume.TAKES_EFFECT, resume.REFUSED, resume.BY_CONTENT, resume.IRRELEVANT
