@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from rlx.arch.architecture import Architecture, is_megatron_checkpoint
 from rlx.arch.families.registry import weight_table
 from rlx.arch.sizes import expected_shapes
-from rlx.models.hf.auto_classes import classifier_class
+from rlx.models.hf.auto_classes import classifier_class, needs_score_bias
 from rlx.models.hf.companions import Companions
 from rlx.models.hf.folder import HfFolder
 from rlx.models.hf.io import stage_weights, write_hf
-from rlx.models.hf.whole import SCORE, check_score
+from rlx.models.hf.whole import SCORE, SCORE_BIAS, check_score
 from rlx.models.layers import ValueHead
 from rlx.parallel.context import ParallelContext
 
@@ -55,11 +54,18 @@ def export_classifier(
     """As ``hf.io.export_hf``, with the score's head in place of the output layer. Collective over all ranks."""
     table = weight_table(arch)
     output = set(table["output_layer.weight"].hf_names) if "output_layer.weight" in table else set()
-    own = score_weights(chunks) if context.is_sender else ()
-    heads: Iterator[tuple[str, Tensor]] = ((name, weight.detach()) for name, weight in own)
+    heads = {SCORE, SCORE_BIAS} if needs_score_bias(arch.model_type) else {SCORE}
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        yield from stage_weights(chunks, arch, context)
+        for name, weight in score_weights(chunks) if context.is_sender else ():
+            yield name, weight.detach()
+            if SCORE_BIAS in heads:
+                yield SCORE_BIAS, weight.detach().new_zeros(1)
+
     write_hf(
-        itertools.chain(stage_weights(chunks, arch, context), heads),
-        (expected_shapes(arch).keys() - output) | {SCORE},
+        weights(),
+        (expected_shapes(arch).keys() - output) | heads,
         companions=companions,
         target=target,
         context=context,

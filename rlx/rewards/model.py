@@ -15,14 +15,14 @@ class ModelScorer:
     """The model's score of the whole trajectory (``url`` is the server's, with or without ``/classify``).
 
     Token ids are sent, so both models must share a tokenizer (``send_text`` true sends text instead). ``label_index`` picks
-    among several outputs.
+    among several outputs; without it there must be one, as a server that knows no such reward model gives hidden states.
     """
 
     def __init__(
         self,
         *,
         url: str,
-        label_index: int = 0,
+        label_index: int | None = None,
         send_text: bool = False,
         batch_size: int = 32,
         max_wait_s: float = 0.02,
@@ -43,6 +43,12 @@ class ModelScorer:
         answer = self._poster.post({"text" if self._send_text else "input_ids": list(questions)})
         rows = answer if isinstance(answer, list) else [answer]
         try:
-            return [row["embedding"][self._label_index] for row in rows]
+            outputs = [row["embedding"] for row in rows]
+            if self._label_index is None and any(len(output) != 1 for output in outputs):
+                raise RemoteError(
+                    f"/classify answered {max(map(len, outputs))} numbers a sequence, expected one score: either the server does "
+                    f"not know this kind of reward model, or reward.args.label_index says which number is the score"
+                )
+            return [output[self._label_index or 0] for output in outputs]
         except (KeyError, IndexError, TypeError) as error:
             raise RemoteError(f"/classify answered {str(answer)[:200]!r}, expected embeddings of scores") from error

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlx.config.schema import RewardConfig
+from rlx.models.hf.folder import HfFolder
+from rlx.models.hf.whole import SCORE_BIAS
 from rlx.rewards.registry import make_verifier
 from rlx.types.rollout import Prompt
 from tests.dist.checkpoints import VOCAB_SIZE, make_qwen2
@@ -193,6 +195,8 @@ def test_reward_model_is_a_sequence_classifier(arguments: dict[str, Any], result
     """Two ranks of a pipeline wrote the untrained model; transformers' loss on it is the one that was reported."""
     model = AutoModelForSequenceClassification.from_pretrained(Path(arguments["folder"]) / "rm").train()
     assert model.num_labels == 1
+    bias = HfFolder(Path(arguments["folder"]) / "rm").read(SCORE_BIAS, 0, 0, 1)
+    assert bias.tolist() == [0.0] and bias.dtype == torch.float32  # for SGLang, which would make one up
     scores = []
     for side in (0, 1):
         rows = [model(torch.tensor([pair[side]["token_ids"]])).logits[0, 0] for pair in arguments["pairs"]]

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rlx.models.hf.auto_classes import needs_score_bias
+from rlx.models.hf.whole import SCORE_BIAS
+
 VOCAB = 131
 
 # SGLang pads hidden units to a multiple of 32 on CPUs, and then cannot read fused or experts' weights that are not.
@@ -65,6 +68,14 @@ def make_reward_model(family: str, seed: int) -> PreTrainedModel:
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
     model.base_model.load_state_dict(body.base_model.state_dict())
     return model
+
+
+def save_reward_model(model: PreTrainedModel, folder: Path) -> None:
+    """With the tensor that stands in an export for SGLang alone."""
+    state = model.state_dict()
+    if needs_score_bias(model.config.model_type):
+        state[SCORE_BIAS] = torch.zeros(1)
+    model.save_pretrained(folder, state_dict=state)
 
 
 def save(family: str, seed: int, folder: Path) -> Path:

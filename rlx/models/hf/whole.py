@@ -12,7 +12,7 @@ from rlx.models.hf.companions import MANIFEST
 from rlx.models.hf.files import HfFiles, refuse_untied
 
 LOADABLE = ("float32", "bfloat16", "float16")
-SCORE = "score.weight"
+SCORE, SCORE_BIAS = "score.weight", "score.bias"
 _SHOWN = 3
 _BUFFERS = (".inv_freq", ".masked_bias")
 

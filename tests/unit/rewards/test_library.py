@@ -233,6 +233,7 @@ class Scorer(BaseHTTPRequestHandler):
 
     requests: list[Any]
     failures: list[int]
+    outputs = 1
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -243,7 +244,7 @@ class Scorer(BaseHTTPRequestHandler):
         if self.path == "/score":
             answer: Any = {"scores": [len(item["response"]) for item in body["items"]]}
         elif self.path == "/classify":
-            answer = [{"embedding": [sum(ids)]} for ids in body["input_ids"]]
+            answer = [{"embedding": [sum(ids), 0.5][: self.outputs]} for ids in body["input_ids"]]
         else:
             text = body["messages"][0]["content"]
             answer = {"choices": [{"message": {"content": "fine. Score: 7" if "good" in text else "no idea"}}]}
@@ -308,6 +309,15 @@ def test_model_and_judge_read_their_servers(server: Any) -> None:
     assert not lost.valid and "no score" in (lost.error or "")
     with pytest.raises(ValueError, match=r"reward\.args\.template"):
         ask("judge", {"url": url, "model": "m", "template": "{question}"}, "")
+
+
+def test_one_of_several_outputs_is_named(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does not know the kind of reward model answers with hidden states, whose first number is no score."""
+    monkeypatch.setattr(Scorer, "outputs", 2)
+    args = {"url": f"http://127.0.0.1:{server.server_port}"}
+    assert [ask("model", args | {"label_index": index}, "r", num_tokens=3).value for index in (0, 1)] == [18, 0.5]
+    with pytest.raises(RemoteError, match=r"answered 2 numbers a sequence, expected one score.*reward\.args\.label_index"):
+        ask("model", args, "r", num_tokens=3)
 
 
 def test_a_sum_of_both_kinds_is_a_chain(server: Any) -> None:
