@@ -14,11 +14,12 @@ from rlx.models.hf.whole import SCORE_BIAS
 
 VOCAB = 131
 
-# SGLang pads hidden units to a multiple of 32 on CPUs, and then cannot read fused or experts' weights that are not.
+# On CPUs SGLang pads hidden units to a multiple of 32 a rank (here there are up to two) and then cannot read fused or experts'
+# weights that are not; nor are its checksums those of what was sent.
 _DENSE = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -25,7 +25,7 @@ from tests.sglang.test_protocol import TOLERANCE, weights, worst
 
 pytestmark = [pytest.mark.sglang, needs_sglang, pytest.mark.timeout(900)]
 LEADER, FOLLOWER = 1, 2
-START_S = 400
+START_S = 700
 
 
 class SpanningEngine:
@@ -38,7 +38,7 @@ class SpanningEngine:
         (self._run_dir / "logs").mkdir(parents=True)
         config = engine_config("sglang", model, self._run_dir, tp=self.tp)
         cluster = ClusterConfig(device="cpu", threads_per_rank=1, nodes=3, rollout_nodes=2, gpus_per_node=1)
-        config = replace(config, cluster=cluster, rollout=replace(config.rollout, max_restarts=1))
+        config = replace(config, cluster=cluster, rollout=replace(config.rollout, max_restarts=1, start_timeout_s=600))
         self.keys = run_keys(self._run_dir)
         self._nodes = [
             NodeEngines(config, self._run_dir, Node(number=number, address="127.0.0.1"), seats_of(config).parts_of(number))
@@ -89,8 +89,10 @@ def _command(process: psutil.Process) -> list[str]:
 @pytest.fixture(scope="module")
 def spanning(first_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpanningEngine]:
     engine = SpanningEngine(first_weights, tmp_path_factory.mktemp("spanning"))
-    yield engine.wait()
-    engine.stop()
+    try:
+        yield engine.wait()
+    finally:
+        engine.stop()
 
 
 def publish(engine: SpanningEngine, seed: int, version: int) -> None:
