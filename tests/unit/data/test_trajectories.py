@@ -100,5 +100,5 @@ def test_several_turns_reach_a_loss_at_the_sampled_tokens_alone() -> None:
     loss = make_algorithm(AlgorithmConfig(name="ppo")).policy_loss(
         LossInputs(weights_T=pack.loss_mask_T, logprobs_T=logprobs_T, old_logprobs_T=old_T, advantages_T=advantages_T)
     )
-    loss.loss.backward()  # type: ignore[no-untyped-call]
+    loss.loss.backward()
     assert logprobs_T.grad is not None and torch.equal(logprobs_T.grad, -advantages_T)
