@@ -1,10 +1,10 @@
-"""One trainer rank, under torchrun's environment variables. Rank 0 drives the loop; the others wait for its commands.
+"""One trainer rank, under torchrun's environment variables: it runs the commands of the driver, which rank 0 starts.
 
     torchrun --nnodes N --nproc-per-node G -m rlx.cli.worker CONFIG.yaml [key=value ...]     the whole job
     python -m rlx.cli.worker RUN_DIR --endpoints-file FILE     one rank of a run that a launcher of ours prepared
 
-Exit status: 0 done; 1 failed; 2 wrong configuration; 75 saved and left because SIGUSR1 asked, to be started again with
-run.resume=auto (0 where RLX_REQUEUE_FILE names a file, which then says so instead).
+Exit status: 0 done; 1 failed; 2 wrong configuration; 75 (the whole job's rank 0) saved and left because SIGUSR1 asked, to be
+started again with run.resume=auto (0 where RLX_REQUEUE_FILE names a file, which then says so instead).
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def main(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         config = load_config(str(Path(args.run) / "config.yaml"), [])
-        done = _run_rank(config, where, args.endpoints_file, stop.is_set)
+        _run_rank(config, where, args.endpoints_file)
     except Exception as error:
         log_failure(error)
         # Peers may be inside a collective with us: leave without the orderly shutdown that would wait for them.
         sys.stderr.flush()
         os._exit(1)
-    return 0 if done else REQUEUE_STATUS
+    return 0
 
 
 def _main_from_config(args: argparse.Namespace, where: RankEnvironment, stop: StopRequest) -> int:
@@ -67,13 +67,14 @@ def _main_from_config(args: argparse.Namespace, where: RankEnvironment, stop: St
         hide_gpus(_device_of(args))
         join_run = import_module("rlx.cluster.torchrun").join_run
         with join_run(args.run, args.overrides, where, stop.is_set) as joined:
-            done = _run_rank(joined.config, where, joined.endpoints_file, stop.is_set)
+            joined.done = _run_rank(joined.config, where, joined.endpoints_file)
     except ConfigError as error:
         lines = [f"rlx: error: {problem}" for problem in error.problems]
         print("\n".join(lines), file=sys.stderr)
         report_cause(lines)
         return 2
-    return 0 if done or report_requeue() else REQUEUE_STATUS
+    left_early = where.rank == 0 and not joined.done
+    return REQUEUE_STATUS if left_early and not report_requeue() else 0
 
 
 def _device_of(args: argparse.Namespace) -> str:
@@ -84,13 +85,13 @@ def _device_of(args: argparse.Namespace) -> str:
         return "auto"
 
 
-def _run_rank(config: Config, where: RankEnvironment, engines: Path, stop_asked: Callable[[], bool]) -> bool:
+def _run_rank(config: Config, where: RankEnvironment, engines: Path) -> bool:
     """The models' libraries take seconds to import: not before the run is known to begin, nor before the device is settled."""
     settings = import_module("rlx.processes.device")
     device = settings.take_device(config.cluster.device, where.local_rank)
     settings.take_threads(config.cluster.threads_per_rank, where.ranks_here)
-    run_rank: Callable[..., bool] = import_module("rlx.driver.rank").run_rank
-    return run_rank(config, where, device, engines, stop_asked)
+    run_rank: Callable[..., bool] = import_module("rlx.cluster.rank").run_rank
+    return run_rank(config, where, device, engines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""One machine: engines and trainer ranks as child processes of this one.
+"""One machine: the driver, the trainer ranks and the engines as child processes of this one.
 
-Engines and trainers start at the same time, so that models load side by side; trainers find the engines through
+All start at the same time, so that models load side by side; trainers find the engines through
 ``RUN_DIR/engines.json``, which appears once all engines are healthy and lists those that serve now.
 """
 
@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlx.cluster.driver import driver_command, stop_file_of
 from rlx.cluster.progress import Progress
 from rlx.config.load import ConfigError, dump_config
 from rlx.config.schema import Config
@@ -42,6 +43,7 @@ from rlx.processes.children import (
 from rlx.processes.interrupts import Interrupts
 from rlx.processes.orphan_guard import Guard
 from rlx.processes.rundir import ENDPOINTS, log_path, open_run_dir
+from rlx.processes.stopping import REQUEUE_STATUS
 from rlx.processes.supervisor import NoEngines, Outcome, Supervisor
 from rlx.processes.threads import thread_variables
 from rlx.rollout.keys import EngineKeys
@@ -58,8 +60,9 @@ def trainer_command(run_dir: Path, endpoints_file: Path, parent_pipe: int) -> li
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Programs:
-    """What to run as a trainer rank and as an engine."""
+    """What to run as the driver, as a trainer rank and as an engine."""
 
+    driver: Callable[[Path, Path, int, Path], Sequence[str]] = driver_command
     trainer: Callable[[Path, Path, int], Sequence[str]] = trainer_command
     engine: Callable[[Config, EngineSite], EnginePlan] = plan_engine
 
@@ -67,11 +70,11 @@ class Programs:
 def run_local(config: Config, programs: Programs = Programs()) -> int:
     """Run the whole job here and report on stdout and stderr. Must be called in the main thread.
 
-    Returns 0 when the training is done, 1 after a failure (its cause is in the last lines of stderr), 128 + N after
-    signal N. Raises ConfigError, with nothing started, when the run folder or an engine's
-    settings cannot be used. No process outlives it.
+    Returns 0 when the training is done, 75 when SIGUSR1 or SIGTERM asked to save and leave, 1 after a failure (its cause is in
+    the last lines of stderr), 128 + N after signal N. Raises ConfigError, with nothing started, when the run folder or an
+    engine's settings cannot be used. No process outlives it.
     """
-    with open_run_dir(config) as run_dir, Interrupts() as interrupts:
+    with open_run_dir(config) as run_dir, Interrupts(saves=not config.evaluation.only) as interrupts:
         (run_dir / "config.yaml").write_text(dump_config(config))
         progress = Progress(run_dir, total_steps=config.run.steps)
         launch = Launch(config, run_dir, programs, progress, interrupts)
@@ -85,7 +88,10 @@ def run_local(config: Config, programs: Programs = Programs()) -> int:
             return 1
         if outcome.interrupted:
             print(f"rlx: {interrupts.name}: stopped {launch.described}; run folder: {run_dir}", file=sys.stderr, flush=True)
-            return 128 + interrupts.number
+            return interrupts.status
+        if outcome.left_early:
+            print(f"rlx: {interrupts.name} asked to save and leave; run.resume=auto goes on", flush=True)
+            return REQUEUE_STATUS
         print(progress.summary(), flush=True)
         return 0
 
@@ -100,9 +106,12 @@ class Launch:
         self._progress = progress
         self._interrupts = interrupts
         self._id = uuid.uuid4().hex
+        self._stop_file = stop_file_of(run_dir, self._id)
         self._num_engines = config.rollout.num_engines if config.starts_engines else 0
         self._env = child_environment(config, self._id, num_peers=self._num_engines)
         self._open = ExitStack()
+        self._open.callback(lambda: self._stop_file.unlink(missing_ok=True))
+        self._driver: Child | None = None
         self._trainers: list[Child] = []
         self._engines: Engines | None = None
 
@@ -122,7 +131,7 @@ class Launch:
         self._parent_pipe = self._open.enter_context(inherited_pipe())
         keys = run_keys(self._run_dir)
         self._check_engines(keys)
-        log = log_path(self._run_dir, "trainer", 0)
+        log = log_path(self._run_dir, "driver", 0)
         self._guard = Guard(launch_id=self._id, launcher_pid=os.getpid(), log=log, env=self._guard_env())
         self._open.callback(self._guard.dismiss)
         self._progress.say(f"starting {self.described}; run folder: {self._run_dir}")
@@ -134,7 +143,7 @@ class Launch:
             outcome = self._run_trainers()
             if not retries_left or not self._failed_on_port(outcome):
                 break
-            stop_all(self._trainers, hurry=self._interrupts.is_urgent)
+            stop_all(self._workers(), hurry=self._interrupts.is_urgent)
             self._progress.say("the trainers' port was taken by another program; starting them again with a new one")
         return outcome
 
@@ -145,15 +154,19 @@ class Launch:
         return left
 
     def _children(self) -> list[Child]:
-        return [*self._trainers, *(() if self._engines is None else self._engines.all_children())]
+        return [*self._workers(), *(() if self._engines is None else self._engines.all_children())]
+
+    def _workers(self) -> list[Child]:
+        return [*(() if self._driver is None else (self._driver,)), *self._trainers]
 
     def _run_trainers(self) -> Outcome:
         port = free_port()
         self._trainers = []
+        self._driver = self._spawn_worker("driver", 0, port)
         for rank in range(self._config.num_trainer_ranks):
-            self._trainers.append(self._spawn_trainer(rank, port))
+            self._trainers.append(self._spawn_worker("trainer", rank, port))
         supervisor = Supervisor(
-            self._trainers,
+            self._workers(),
             NoEngines() if self._engines is None else self._engines,
             interrupted=self._interrupts.is_set,
             tick=self._tick,
@@ -161,16 +174,20 @@ class Launch:
         return supervisor.watch(leave_timeout_s=self._config.run.failure_timeout_s)
 
     def _tick(self) -> None:
+        if self._interrupts.ask_to_save() and not self._stop_file.exists():
+            self._stop_file.touch()
+            self._progress.say(self._interrupts.promise)
         if self._engines is not None:
             self._engines.tick()
         self._progress.tick()
 
     def _failed_on_port(self, outcome: Outcome) -> bool:
-        """Whichever rank is to blame: one that reached the stranger on that port may have failed before rank 0."""
-        if outcome.cause is None or outcome.cause.role != "trainer":
+        """Whoever is to blame: one that reached the stranger on that port may have failed before rank 0."""
+        if outcome.cause is None or outcome.cause.role not in ("driver", "trainer"):
             return False
-        logs = [trainer.log_text() for trainer in self._trainers]
-        return any(is_port_taken(log) for log in logs) and all(last_phase(log).step < 0 for log in logs)
+        ranks = [trainer.log_text() for trainer in self._trainers]
+        logs = [child.log_text() for child in self._workers()]
+        return any(is_port_taken(log) for log in logs) and all(last_phase(log).step < 0 for log in ranks)
 
     def _site(self, index: int, keys: EngineKeys) -> EngineSite:
         return EngineSite(index=index, run_dir=self._run_dir, parent_pipe=self._parent_pipe, env=self._env, keys=keys)
@@ -196,12 +213,14 @@ class Launch:
         self._open.callback(self._engines.cancel)
         self._engines.start(range(self._num_engines))
 
-    def _spawn_trainer(self, rank: int, port: int) -> Child:
+    def _spawn_worker(self, role: str, rank: int, port: int) -> Child:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._config.num_trainer_ranks, "MASTER_PORT": port}
+        env = self._env | {name: str(number) for name, number in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        place = (self._run_dir, self._run_dir / ENDPOINTS, self._parent_pipe)
+        if role == "driver":
+            return self._spawn(role, rank, self._programs.driver(*place, self._stop_file), env)
         threads = thread_variables(self._config.cluster.threads_per_rank, os.environ, self._config.num_trainer_ranks)
-        env = self._env | threads | {name: str(number) for name, number in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        argv = self._programs.trainer(self._run_dir, self._run_dir / ENDPOINTS, self._parent_pipe)
-        return self._spawn("trainer", rank, argv, env)
+        return self._spawn(role, rank, self._programs.trainer(*place), env | threads)
 
     def _spawn(self, role: str, rank: int, argv: Sequence[str], env: Mapping[str, str]) -> Child:
         path = log_path(self._run_dir, role, rank)

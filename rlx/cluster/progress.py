@@ -17,7 +17,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.status import Status
 
-from rlx.obs.log import last_phase
+from rlx.obs.log import WAITING, last_phase
 
 _COLUMNS = (
     ("reward", "reward/mean", "{:+.4f}"),
@@ -71,7 +71,10 @@ class Progress:
         self._total_steps = total_steps
         self._console = Console(file=out or sys.stdout, highlight=False, markup=False, soft_wrap=True)
         self._metrics = Tail(run_dir / "metrics.jsonl", skip_old=True)
-        self._log = Tail(run_dir / "logs" / "trainer-0.log", skip_old=True)
+        self._driver_log, self._rank_log = (
+            Tail(run_dir / "logs" / f"{who}-0.log", skip_old=True) for who in ("driver", "trainer")
+        )
+        self._shown = ""
         self._rows: list[Row] = []
         self._began = time.monotonic()
         self._status: Status | None = None
@@ -85,8 +88,10 @@ class Progress:
 
     def tick(self) -> None:
         """Show what is new."""
-        for line in self._log.lines():
-            self._show_phase(line)
+        for line in self._rank_log.lines():
+            self._show_phase(line, is_driver=False)
+        for line in self._driver_log.lines():
+            self._show_phase(line, is_driver=True)
         for line in self._metrics.lines():
             row = _parse(line)
             if row is not None:
@@ -126,16 +131,18 @@ class Progress:
         seconds = time_left([row for row in self._rows if "perf/step_s" in row], self._total_steps)
         return f"  eta {_duration(seconds)}" if seconds and "perf/step_s" in row else ""
 
-    def _show_phase(self, line: str) -> None:
+    def _show_phase(self, line: str, *, is_driver: bool) -> None:
+        """Rank 0's log tells of loading, the driver's of all that follows."""
         _, found, text = line.partition(" NOTICE ")
         if found:
             self.say(text)
         now = last_phase(line)
-        if " PHASE step=" not in line:
+        if " PHASE step=" not in line or (now.step >= 0 and not is_driver) or now.name == WAITING:
             return
         if self._status is not None:
             self._status.update(now.name if now.step < 0 else f"step {now.step}: {now.name}")
-        if now.step < 0:
+        if now.step < 0 and now.name != self._shown:
+            self._shown = now.name
             self.say(now.name)
 
 

@@ -1,9 +1,9 @@
 """A run whose trainer ranks torchrun starts, on one node or many, from nothing but the configuration.
 
-Rank 0 validates, makes the run folder (on a file system that all nodes see) and tells the others where it is. The first
-rank of each node also starts that node's engines and, in a thread of its own, looks after them; rank 0's thread puts the
-list of engines together and shows the run's progress on the terminal. From there on a rank works as under the local
-launcher. Whoever fails ends its engines and its process; torchrun then ends the others.
+Rank 0 validates, makes the run folder (on a file system that all nodes see), tells the others where it is and starts the
+driver. The first rank of each node also starts that node's engines and, in a thread of its own, looks after them; rank 0's
+thread watches the driver, puts the list of engines together and shows the run's progress on the terminal. From there on a rank
+works as under the local launcher. Whoever fails ends its engines and its process; torchrun then ends the others.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TextIO
 
 from torch._C._distributed_c10d import TCPStore
 
+from rlx.cluster.driver import DriverProcess
 from rlx.cluster.preflight import preflight
 from rlx.cluster.progress import Progress
 from rlx.config.load import ConfigError, dump_config, load_config
@@ -55,21 +56,22 @@ from rlx.processes.rundir import (
     wait_for_shared,
 )
 from rlx.processes.stopping import end_on_signals
+from rlx.processes.supervisor import now_text
 
 MEET_S = 300.0
 END_KEY = "rlx/end"
 _LOOK_S = 0.2
 _TOLD_KEY, _TELL_S = "rlx/told", 60.0
-_HOSTED_S = 20.0
+_HOSTED_S, _DRIVER_S = 20.0, 3.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class JoinedRun:
-    """What a rank needs to take part."""
+    """What a rank needs to take part; ``done`` is for the rank to say: False when it was asked to save and leave."""
 
     config: Config
-    run_dir: Path
     endpoints_file: Path
+    done: bool = True
 
 
 @contextmanager
@@ -90,19 +92,21 @@ def join_run(
         nodes = range(seats.machines.nodes)
         pulse = Pulse(meet(meeting, place.rank), meeting.node, nodes, run=meeting.attempt, end=END_KEY)
         duty = _Duty(config, run_dir, (place, meeting), _to_log(log_path(run_dir, "trainer", place.rank)), pulse)
+        joined = JoinedRun(config=config, endpoints_file=run_dir / ENDPOINTS)
         try:
             default_interface(meeting.own_address())
-            duty.begin(seats)
-            yield JoinedRun(config=config, run_dir=run_dir, endpoints_file=run_dir / ENDPOINTS)
+            duty.begin(seats, stop_asked)
+            yield joined
+            duty.await_driver()
         except Exception as error:
             log_failure(error)
-            duty.fail(f"{type(error).__name__}: {error}", str(run_dir / "logs" / f"trainer-{place.rank}.log"))
+            duty.fail(f"{type(error).__name__}: {error}")
         except BaseException:
             duty.stop()
             raise
         if place.rank == 0:
             store.set(END_KEY, "end")
-        duty.finish("asked to save and leave; run.resume=auto goes on" if stop_asked() else None)
+        duty.finish(None if joined.done else "asked to save and leave; run.resume=auto goes on")
 
 
 def meet(meeting: Rendezvous, rank: int) -> TCPStore:
@@ -245,16 +249,17 @@ class _Duty(threading.Thread):
         self._stopping = threading.Event()
         self._once = threading.Lock()
         self._engines: NodeEngines | None = None
+        self._driver: DriverProcess | None = None
         self._ticks: list[Callable[[], None]] = [self._watch_agent, self._watch_hosts]
         self._agent = os.getppid()
 
-    def begin(self, seats: Seats) -> None:
-        """Start what this rank is to start, and the thread; SIGTERM and SIGINT now end the process whatever the main
-        thread is in."""
+    def begin(self, seats: Seats, stop_asked: Callable[[], bool]) -> None:
+        """Start what this rank is to start, and the thread; ``stop_asked`` on rank 0 is handed on to the driver. SIGTERM and
+        SIGINT now end the process whatever the main thread is in."""
         end_on_signals(self.end)
         node, own = self._meeting.node, self._config.starts_engines
         if self._place.rank == 0:
-            self._begin_rank_0(seats if own else None)
+            self._begin_rank_0(seats if own else None, stop_asked)
         parts = seats.parts_of(node) if own and self._place.local_rank == 0 else {}
         if parts:
             here = Node(number=node, address=self._meeting.own_address(), num_engines=len(parts))
@@ -264,7 +269,7 @@ class _Duty(threading.Thread):
             self._pulse.start()
         self.start()
 
-    def _begin_rank_0(self, seats: Seats | None) -> None:
+    def _begin_rank_0(self, seats: Seats | None, stop_asked: Callable[[], bool]) -> None:
         if seats is None:
             write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._config.rollout))
         else:
@@ -272,6 +277,15 @@ class _Duty(threading.Thread):
         self._progress = Progress(self._run_dir, total_steps=self._config.run.steps, out=self._terminal)
         self._progress.say(f"{self._place.world_size} trainer rank(s) under torchrun; run folder: {self._run_dir}")
         self._ticks.append(self._progress.tick)
+        self._driver = DriverProcess(self._run_dir, dict(os.environ), stop_asked)
+        self._ticks.append(self._tend_driver)
+
+    def await_driver(self) -> None:
+        """On rank 0, once the ranks were let go: until the driver has ended well. RuntimeError with its cause else."""
+        if self._driver is not None:
+            cause = self._driver.ended(self._config.run.failure_timeout_s)
+            if cause is not None:
+                raise RuntimeError(cause.cause)
 
     def run(self) -> None:
         while not self._stopping.wait(_LOOK_S):
@@ -280,7 +294,7 @@ class _Duty(threading.Thread):
                     tick()
             except Exception as error:  # whatever it is, nobody else would notice
                 log_failure(error)
-                self.fail(f"{type(error).__name__}: {error}", str(self._run_dir / "logs"))
+                self.fail(f"{type(error).__name__}: {error}", self._run_dir / "logs")
 
     def finish(self, note: str | None) -> None:
         """The training is done, or left as ``note`` says: end the engines, say the last words."""
@@ -298,6 +312,8 @@ class _Duty(threading.Thread):
             if self._engines is not None:
                 self._engines.stop()
                 self._engines = None
+            if self._driver is not None:
+                self._driver.stop()
 
     def end(self, number: int) -> None:
         """Leave because of a signal; does not return."""
@@ -305,41 +321,60 @@ class _Duty(threading.Thread):
         self.stop()
         os._exit(128 + number)
 
-    def fail(self, cause: str, log: str, role: str = "trainer", rank: int | None = None, host: str | None = None) -> None:
-        """Leave because of a failure; does not return. What only follows from another's failure is said in one line."""
-        number = self._place.rank if rank is None else rank
-        host = host or socket.gethostname()
-        if role == "trainer" and speaks_of_lost_peer(cause):
+    def fail(self, cause: str, log: Path | None = None) -> None:
+        """Leave because this rank failed; does not return."""
+        own = log_path(self._run_dir, "trainer", self._place.rank)
+        blamed = self._cause_of("trainer", self._place.rank, cause, log or own)
+        if speaks_of_lost_peer(cause) and self._driver is not None:
+            blamed = self._driver.ended(_DRIVER_S) or blamed  # a driver that failed explains it
+        self.leave(blamed, socket.gethostname())
+
+    def leave(self, cause: Cause, host: str) -> None:
+        """Leave because somebody failed; does not return. What only follows from another's failure is said in one line."""
+        if cause.role in ("driver", "trainer") and speaks_of_lost_peer(cause.cause):
             lost = self._pulse.lost(0)
-            cause = cause if lost is None else f"{lost}; {cause}"
-            lines = [f"rlx: trainer rank {number} on {host} lost a peer: {cause.splitlines()[0]}"]
+            text = cause.cause if lost is None else f"{lost}; {cause.cause}"
+            lines = [f"rlx: {cause.role} rank {cause.rank} on {host} lost a peer: {text.splitlines()[0]}"]
         else:
-            lines = [f"rlx: FAILED {role} rank {number} on {host} {where(current_phase())}", f"rlx: cause: {cause}"]
-            lines.append(f"rlx: logs: {log}")
+            lines = [f"rlx: FAILED {cause.role} rank {cause.rank} on {host} {where(cause.phase)}", f"rlx: cause: {cause.cause}"]
+            lines.append(f"rlx: logs: {cause.log_path}")
         print("\n".join(lines), file=self._terminal, flush=True)
         report_cause(lines)
         self.stop()
         # Peers may be inside a collective with us: leave without the orderly shutdown that would wait for them.
         os._exit(1)
 
+    def _cause_of(self, role: str, rank: int, cause: str, log: Path) -> Cause:
+        return Cause(role=role, rank=rank, phase=current_phase(), cause=cause, log_path=log, when=now_text())
+
     def _watch_agent(self) -> None:
         if os.getppid() != self._agent:
-            self.fail(
-                f"torchrun's own process (pid {self._agent}) died", str(log_path(self._run_dir, "trainer", self._place.rank))
-            )
+            self.fail(f"torchrun's own process (pid {self._agent}) died")
 
     def _watch_hosts(self) -> None:
         words = self._pulse.last_words
         if words is not None:
-            self.fail(words.cause, words.log or str(self._run_dir / "logs"), words.role, words.rank, words.host)
+            log = self._run_dir / "logs" if words.log is None else Path(words.log)
+            self.leave(self._cause_of(words.role, words.rank, words.cause, log), words.host)
         lost = self._pulse.lost(self._config.run.failure_timeout_s)
         if lost is not None:
-            self.fail(str(lost), str(log_path(self._run_dir, "trainer", self._place.rank)))
+            self.fail(str(lost))
+
+    def _tend_driver(self) -> None:
+        assert self._driver is not None
+        self._driver.hand_on_stop()
+        cause = self._driver.failure()
+        if cause is not None:
+            self._tell(cause, self._driver.child.log_text())
 
     def _tend_engines(self) -> None:
         with self._once:
             cause: Cause | None = None if self._engines is None else self._engines.tick()
             log = "" if self._engines is None or cause is None else self._engines.log_of(cause)
         if cause is not None:
-            print(*shown_log(cause, log), sep="\n", file=self._terminal, flush=True)
-            self.fail(cause.cause, str(cause.log_path), cause.role, cause.rank)
+            self._tell(cause, log)
+
+    def _tell(self, cause: Cause, log: str) -> None:
+        """Leave because of somebody that this rank started."""
+        print(*shown_log(cause, log), sep="\n", file=self._terminal, flush=True)
+        self.leave(cause, socket.gethostname())

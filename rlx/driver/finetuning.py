@@ -1,4 +1,4 @@
-"""Rank 0's part of fine-tuning: wires the model, the examples and the run folder together and runs the loop."""
+"""The driver's part of fine-tuning: wires the model, the examples and the run folder together and runs the loop."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ from rlx.data.examples import Example, ExampleSource
 from rlx.data.tokenizer import tokenizer_of
 from rlx.driver.finetune import Batches, FinetuneTrainer
 from rlx.driver.keeping import evaluate_alone, train
-from rlx.driver.ranks import Ranks
+from rlx.driver.lane import CommandLane
 from rlx.models.hf.fingerprint import origin_of
 from rlx.obs.log import logger, phase
+from rlx.trainer.commands import (
+    Export,
+    Load,
+    LoadBatch,
+    Save,
+    ScoreReference,
+    Update,
+    Validate,
+)
 from rlx.types.layout import BatchPlan
 from rlx.types.rollout import StepReport, TrainSample, UpdateStats
 
@@ -22,42 +31,40 @@ from rlx.types.rollout import StepReport, TrainSample, UpdateStats
 class RankedModel:
     """TrainedModel over ranks."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, lane: CommandLane, config: Config) -> None:
+        self._lane, self._config = lane, config
 
     def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
-        self._ranks.call("load_batch", samples, plan)
+        self._lane.ask(LoadBatch(samples=samples, plan=plan))
 
     def score_reference(self) -> None:
-        self._ranks.call("score_reference")
+        self._lane.ask(ScoreReference())
 
     def update(self) -> UpdateStats:
-        stats: UpdateStats = self._ranks.call("update")
-        return stats
+        return self._lane.ask(Update())
 
     def validate(self) -> Mapping[str, float]:
-        means: Mapping[str, float] = self._ranks.call("validate")
-        return means
+        return self._lane.ask(Validate())
 
     def origin(self) -> Mapping[str, object]:
-        return origin_of(self._ranks.worker.config)
+        return origin_of(self._config)
 
     def save(self, path: str) -> None:
-        self._ranks.call("save", path)
+        self._lane.ask(Save(folder=path))
 
     def load(self, path: str) -> None:
-        self._ranks.call("load", path)
+        self._lane.ask(Load(folder=path))
 
     def export_hf(self, path: str) -> None:
-        self._ranks.call("export", path)
+        self._lane.ask(Export(folder=path))
 
 
-def drive_finetuning(config: Config, ranks: Ranks, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
-    """Train to the end: resume, step, save, export; or only evaluate. Runs on rank 0 while the other ranks serve.
+def drive_finetuning(config: Config, lane: CommandLane, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
+    """Train to the end: resume, step, save, export; or only evaluate.
 
     False when ``stop_asked`` ended it early; what was done is saved.
     """
-    batches = Batches(config, ranks.worker.context.dims, RankedModel(ranks))
+    batches = Batches(config, config.parallel.dims(config.num_trainer_ranks), RankedModel(lane, config))
     with phase("read examples"):
         tokenizer = tokenizer_of(config)
         held_out = _held_out(config, tokenizer)

@@ -1,4 +1,4 @@
-"""Rank 0's way to publish: to the engines that serve now, without those that fail meanwhile.
+"""The driver's way to publish: to the engines that serve now, without those that fail meanwhile.
 
 A publication in which an engine dies or hangs is repeated on the others; the launcher starts the missing one again, and
 it gets the weights with the next publication before any request reaches it. One on the trainers' devices is held back by the
@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from rlx.driver.ranks import Ranks
+from rlx.driver.lane import CommandLane
 from rlx.engines.fleet import (
     Fleet,
     Held,
@@ -28,6 +29,13 @@ from rlx.rollout.sglang.control import EngineControl, EngineControlError
 from rlx.sync.engine_memory import KEY_VALUES
 from rlx.sync.errors import SyncError, SyncFailure
 from rlx.sync.group import Endpoint
+from rlx.trainer.commands import (
+    BeginTraining,
+    Command,
+    EndTraining,
+    MakeRoom,
+    Publish,
+)
 from rlx.types.weights import WeightManifest
 
 _POLL_S = 0.1
@@ -41,8 +49,8 @@ Adopt = Callable[[Sequence[str], int], None]
 class EnginePublisher:
     """``path`` is the launcher's list of engines; ``adopt`` hears which urls serve which version after each success."""
 
-    def __init__(self, ranks: Ranks, path: Path, *, start_timeout_s: float, shares_devices: bool = False) -> None:
-        self._ranks, self._path, self._start_timeout_s = ranks, path, start_timeout_s
+    def __init__(self, lane: CommandLane, path: Path, *, start_timeout_s: float, shares_devices: bool = False) -> None:
+        self._lane, self._path, self._start_timeout_s = lane, path, start_timeout_s
         self._shares_devices = shares_devices
         self._lock = threading.Lock()
         self._version = 0
@@ -70,7 +78,7 @@ class EnginePublisher:
         """Engines on the trainers' devices make room until the next publication."""
         if self._shares_devices:
             with self._lock:
-                self._take_turns("begin_training")
+                self._take_turns(lambda engines: BeginTraining(endpoints=engines))
 
     @contextmanager
     def room(self) -> Iterator[None]:
@@ -79,14 +87,14 @@ class EnginePublisher:
             yield
             return
         with self._lock:
-            self._take_turns("begin_training", (KEY_VALUES,))
+            self._take_turns(lambda engines: BeginTraining(endpoints=engines, tags=(KEY_VALUES,)))
             yield
-            self._take_turns("end_training")
+            self._take_turns(lambda engines: EndTraining(endpoints=engines))
 
-    def _take_turns(self, method: str, *more: object) -> None:
+    def _take_turns(self, make: Callable[[Sequence[Endpoint]], Command[Any, SyncFailure | None]]) -> None:
         """An engine that cannot follow is replaced; the others and the trainers go on, even when no engine is left."""
         fleet = read_fleet(self._path)
-        failure = self._ranks.call(method, _endpoints(fleet), *more)
+        failure = self._lane.ask(make(_endpoints(fleet)))
         if failure is not None:
             logger.warning("%s", failure.message)
             if not self._repair(fleet, failure):
@@ -105,7 +113,7 @@ class EnginePublisher:
         for _ in range(_MAX_ATTEMPTS):
             fleet = self._serving()
             endpoints = _endpoints(fleet)
-            answer = self._ranks.call("publish", version, endpoints)
+            answer = self._lane.ask(Publish(version=version, endpoints=endpoints))
             if isinstance(answer, WeightManifest):
                 self._version = version
                 self._served = {endpoint.url: version for endpoint in endpoints}
@@ -136,7 +144,7 @@ class EnginePublisher:
     def _let_start(self, held: Sequence[Held]) -> Fleet:
         """Start these while what trainers put away is away, which stays so until each serves or has failed: an engine takes
         what is free on its devices as it starts. SyncError when the launcher says nothing in time."""
-        self._ranks.call("make_room")
+        self._lane.ask(MakeRoom())
         for one in held:
             let_start(self._path.parent, one)
         limit_s = self._start_timeout_s + _SETTLE_S

@@ -1,4 +1,4 @@
-"""Rank 0's part: wires the roles together and runs the training loop."""
+"""The driver's part of reinforcement learning: wires the roles together and runs the loop."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.registry import make_algorithm
+from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import Config
 from rlx.data.prompts import PromptSource
 from rlx.data.tokenizer import answer_decoder, tokenizer_of
 from rlx.driver.evaluate import Evaluation
 from rlx.driver.keeping import evaluate_alone, train
+from rlx.driver.lane import CommandLane
 from rlx.driver.ppo import PPOTrainer
 from rlx.driver.publishing import EnginePublisher
 from rlx.driver.ranks import (
     RankedCritic,
     RankedPolicy,
     RankedReference,
-    Ranks,
 )
 from rlx.driver.roles import RewardService, Roles, RolloutService
 from rlx.engines.fleet import read_fleet
@@ -31,34 +32,35 @@ from rlx.rewards.pool.pools import make_reward_service
 from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
 from rlx.rollout.router import EngineCare
+from rlx.trainer.commands import MemoryMetrics
 from rlx.types.rollout import SamplingSpec, StepReport
 
 
-def drive(config: Config, ranks: Ranks, engines: Path, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
-    """Train to the end: resume, iterate, save, export. Runs on rank 0 while the other ranks serve.
+def drive(config: Config, lane: CommandLane, engines: Path, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
+    """Train to the end: resume, iterate, save, export.
 
     False when ``stop_asked`` ended it early; what was done is saved.
     """
     with ExitStack() as stack:
         tokenizer = tokenizer_of(config)
-        trainer = _make_trainer(config, ranks, engines, tokenizer, stack)
+        trainer = _make_trainer(config, lane, engines, tokenizer, stack)
         roles = trainer.roles
         evaluation = Evaluation(config, roles.rollout, roles.reward, trainer.sampling, tokenizer)
 
         def complete(row: StepReport) -> StepReport:
             is_due = evaluation.sets and config.evaluation.is_due(row.step, config.run.steps)
             found = evaluation.measure(row.step) if is_due else {}
-            return replace(row, metrics={**row.metrics, **found, **roles.rollout.counts(), **ranks.call("memory_metrics")})
+            return replace(row, metrics={**row.metrics, **found, **roles.rollout.counts(), **lane.ask(MemoryMetrics())})
 
         return train(config, trainer, roles.policy, stop_asked, begin=trainer.publish_start, complete=complete)
 
 
-def drive_evaluation(config: Config, ranks: Ranks, engines: Path) -> None:
-    """Publish the weights to the engines and evaluate them there. Runs on rank 0 while the other ranks serve."""
+def drive_evaluation(config: Config, lane: CommandLane, engines: Path) -> None:
+    """Publish the weights to the engines and evaluate them there."""
     with ExitStack() as stack:
         tokenizer = tokenizer_of(config)
-        publisher, rollout, reward = _make_services(config, ranks, engines, tokenizer, stack)
-        policy = RankedPolicy(ranks, publisher)
+        publisher, rollout, reward = _make_services(config, lane, engines, tokenizer, stack)
+        policy = RankedPolicy(lane, publisher, config)
         evaluation = Evaluation(config, rollout, reward, sampling_of(config, tokenizer), tokenizer)
 
         def measure(step: int) -> Mapping[str, float]:
@@ -70,34 +72,38 @@ def drive_evaluation(config: Config, ranks: Ranks, engines: Path) -> None:
 
 
 def _make_trainer(
-    config: Config, ranks: Ranks, engines: Path, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
+    config: Config, lane: CommandLane, engines: Path, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
 ) -> PPOTrainer:
     algorithm = make_algorithm(config.algorithm)
-    publisher, rollout, reward = _make_services(config, ranks, engines, tokenizer, stack)
+    publisher, rollout, reward = _make_services(config, lane, engines, tokenizer, stack)
     roles = Roles(
-        policy=RankedPolicy(ranks, publisher),
-        critic=RankedCritic(ranks) if algorithm.needs_critic else None,
-        reference=RankedReference(ranks) if config.algorithm.needs_reference else None,
+        policy=RankedPolicy(lane, publisher, config),
+        critic=RankedCritic(lane) if algorithm.needs_critic else None,
+        reference=RankedReference(lane) if config.algorithm.needs_reference else None,
         rollout=rollout,
         reward=reward,
         prompts=PromptSource(config.data, tokenizer, config.run.seed),
     )
     logger.info("prompts: %d; over the length limit: %s", len(roles.prompts), dict(roles.prompts.drops))
     controller = make_kl_controller(config.algorithm)
-    return PPOTrainer(config, ranks.worker.context.dims, roles, algorithm, controller, sampling_of(config, tokenizer))
+    return PPOTrainer(
+        config, config.parallel.dims(config.num_trainer_ranks), roles, algorithm, controller, sampling_of(config, tokenizer)
+    )
 
 
 def _make_services(
-    config: Config, ranks: Ranks, engines: Path, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
+    config: Config, lane: CommandLane, engines: Path, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
 ) -> tuple[EnginePublisher | None, RolloutService, RewardService]:
-    publisher, rollout = _make_rollout(config, ranks, engines, stack)
+    publisher, rollout = _make_rollout(config, lane, engines, stack)
     stack.callback(rollout.close)
     pool = make_reward_service(config.reward, answer_decoder(config, tokenizer))
     stack.callback(pool.close)
     return publisher, rollout, pool
 
 
-def _make_rollout(config: Config, ranks: Ranks, engines: Path, stack: ExitStack) -> tuple[EnginePublisher | None, RolloutService]:
+def _make_rollout(
+    config: Config, lane: CommandLane, engines: Path, stack: ExitStack
+) -> tuple[EnginePublisher | None, RolloutService]:
     if config.rollout.replay is not None:
         return None, RolloutReplay(config.rollout.replay)
     recorder = None
@@ -105,13 +111,13 @@ def _make_rollout(config: Config, ranks: Ranks, engines: Path, stack: ExitStack)
         recorder = RolloutRecorder(config.rollout.record)
         stack.callback(recorder.close)
     publisher = EnginePublisher(
-        ranks, engines, start_timeout_s=config.rollout.start_timeout_s, shares_devices=config.cluster.colocated
+        lane, engines, start_timeout_s=config.rollout.start_timeout_s, shares_devices=config.cluster.colocated
     )
     fleet = read_fleet(engines)
     rollout = HttpRolloutService(
         [member.url for member in fleet.members],
         config.rollout,
-        ranks.worker.arch.vocab_size,
+        read_architecture(config.model.path).vocab_size,
         recorder,
         api_key=fleet.keys.api_key,
         care=EngineCare(recover=publisher.publish_again, report_unwell=publisher.report_unwell),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -81,6 +82,17 @@ def read_fleet(path: Path) -> Fleet:
         launched=content["launched"],
         num_restarts=content["num_restarts"],
     )
+
+
+def wait_for_fleet(path: Path, start_timeout_s: float) -> Fleet:
+    """What serves once all engines do. TimeoutError a minute after they were to."""
+    limit_s = start_timeout_s + 60
+    deadline = time.monotonic() + limit_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no engines in {path} after {limit_s:.0f} s")
+        time.sleep(0.05)
+    return read_fleet(path)
 
 
 def request_replacement(run_dir: Path, member: Member) -> None:

@@ -82,7 +82,7 @@ class NodeEngines:
         self._guard = Guard(
             launch_id=self._id,
             launcher_pid=os.getpid(),
-            log=log_path(run_dir, "trainer", 0),
+            log=log_path(run_dir, "driver", 0),
             env={name: value for name, value in self._env.items() if name != LAUNCH_ID},
         )
         self._open.callback(self._guard.dismiss)

@@ -6,8 +6,8 @@ lines are meant for machines as well as people:
     2026-01-31T12:00:00.123 trainer-1 PHASE step=3 update policy
     2026-01-31T12:00:01.456 trainer-1 FAILED step=3 phase="update policy" cause="ValueError: ..."
 
-``last_phase`` and ``first_failure`` read them back from a log's text. Lines of rank 0 that begin with NOTICE are shown to
-the user as well.
+``last_phase`` and ``first_failure`` read them back from a log's text. Lines of the driver and of rank 0 that begin with
+NOTICE are shown to the user as well.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from datetime import UTC, datetime
 
 _PHASE = re.compile(r"^(\S+) (\S+) PHASE step=(-?\d+) (.+)$", re.MULTILINE)
 _FAILED = re.compile(r'^(\S+) (\S+) FAILED step=(-?\d+) phase="([^"]*)" cause="(.*)"$', re.MULTILINE)
+
+WAITING = "wait for the driver"
+"""The phase of a trainer rank between two commands."""
 
 logger = logging.getLogger("rlx")
 

@@ -99,7 +99,7 @@ def cause_of(ended: Ended) -> Cause:
     """One child's own cause: its FAILED line where it wrote one, else how it ended."""
     failure: Failure | None = first_failure(ended.log)
     if failure is not None:
-        phase = failure.phase if ended.role == "trainer" or failure.phase.step >= 0 else ended.phase
+        phase = failure.phase if ended.role in ("driver", "trainer") or failure.phase.step >= 0 else ended.phase
         return _cause(ended, phase, failure.cause, failure.when, consequence=speaks_of_lost_peer(failure.cause), told=True)
     # Aborts and plain exits follow a collapse that took the process some time to notice; a kill does not.
     sudden = ended.returncode < 0 and -ended.returncode != signal.SIGABRT

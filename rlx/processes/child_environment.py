@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +19,7 @@ def child_environment(config: Config, launch_id: str, *, num_peers: int) -> dict
     import rlx from; on CPUs, without GPUs."""
     env = QUIET | dict(os.environ) | hidden_gpus(config.cluster.device)
     env |= thread_variables(config.cluster.threads_per_rank, env, num_peers)
-    root = str(Path(rlx.__file__).resolve().parents[1])
-    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
-    env["PYTHONUNBUFFERED"] = "1"
-    env["TOKENIZERS_PARALLELISM"] = env.get("TOKENIZERS_PARALLELISM", "false")
+    env = child_variables(env)
     env[LAUNCH_ID] = launch_id
     # SGLang sets these for itself; a group whose two sides differ forms, and its first broadcast fails.
     env.setdefault("NCCL_CUMEM_ENABLE", "0")
@@ -31,6 +28,13 @@ def child_environment(config: Config, launch_id: str, *, num_peers: int) -> dict
         # All peers are here: do not depend on the host name resolving, and listen to nobody outside.
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return env
+
+
+def child_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """``env`` and what every process of ours needs: where to import rlx from, and output that is not held back."""
+    root = str(Path(rlx.__file__).resolve().parents[1])
+    path = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    return {"TOKENIZERS_PARALLELISM": "false", **env, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 @contextmanager

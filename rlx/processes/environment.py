@@ -75,12 +75,12 @@ class Rendezvous:
             return str(probe.getsockname()[0])
 
 
-def rendezvous() -> Rendezvous:
+def rendezvous(world: RankEnvironment | None = None) -> Rendezvous:
     """Read torchrun's further variables; without them (plain ``srun`` with RANK and so on set) all ranks are one node's."""
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(f"environment variable {' and '.join(missing)} must be set: start this through a launcher")
-    world = rank_environment()
+    world = world or rank_environment()
     ranks_per_node = world.ranks_here
     return Rendezvous(
         address=os.environ["MASTER_ADDR"],

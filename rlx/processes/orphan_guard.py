@@ -27,7 +27,7 @@ class Guard:
     """The launcher's handle on its guard process, which writes to the same standard error."""
 
     def __init__(self, *, launch_id: str, launcher_pid: int, log: Path, env: Mapping[str, str]) -> None:
-        log_start = log.stat().st_size if log.exists() else 0  # what earlier runs left in rank 0's log
+        log_start = log.stat().st_size if log.exists() else 0  # what earlier runs left in the driver's log
         self._process = subprocess.Popen(
             [sys.executable, "-m", "rlx.processes.orphan_guard", launch_id, str(launcher_pid), str(log), str(log_start)],
             stdin=subprocess.PIPE,
@@ -71,7 +71,7 @@ def _report(launcher_pid: int, log: Path, log_start: int, left: Collection[int])
     text = log.read_bytes()[log_start:].decode("utf-8", errors="replace") if log.exists() else ""
     fate = f"processes still alive: {sorted(left)}" if left else "all its processes were ended"
     return (
-        f"rlx: FAILED launcher (pid {launcher_pid}) died while trainer rank 0 was {where(last_phase(text))}\n"
+        f"rlx: FAILED launcher (pid {launcher_pid}) died while the driver was {where(last_phase(text))}\n"
         f"rlx: cause: the launcher was killed or crashed; {fate}\n"
         f"rlx: logs: {log}\n"
     )
@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="ends what a dead launcher leaves behind; started by the launcher")
     parser.add_argument("launch_id")
     parser.add_argument("launcher_pid", type=int)
-    parser.add_argument("log", type=Path, help="rank 0's log")
+    parser.add_argument("log", type=Path, help="the driver's log")
     parser.add_argument("log_start", type=int, help="bytes of it that are older than this launch")
     args = parser.parse_args()
     sessions: set[int] = set()

@@ -1,4 +1,4 @@
-"""What a trainer rank answers itself: SIGUSR1 or a file asks it to save and leave, SIGTERM and SIGINT end it.
+"""What a driver and a trainer rank answer themselves: SIGUSR1 or a file asks to save and leave, SIGTERM and SIGINT end it.
 
 Python runs signal handlers between two steps of the main thread's own code, which may be inside a collective for
 minutes. What must not wait, ending, therefore hangs on the wake-up file descriptor, which the system's handler writes.
@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 REQUEUE_STATUS = 75
@@ -17,17 +18,17 @@ REQUEUE_STATUS = 75
 
 
 class StopRequest:
-    """From its birth (in the main thread) SIGUSR1, or the file that RLX_STOP_FILE names, asks this process to stop after the
-    current step."""
+    """From its birth (in the main thread) SIGUSR1, the file that RLX_STOP_FILE names, or ``file`` once it is there, asks this
+    process to stop after the current step."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path | None = None) -> None:
         self._asked = False
-        self._file = os.environ.get("RLX_STOP_FILE")
+        self._files = [name for name in (os.environ.get("RLX_STOP_FILE"), file) if name is not None]
         signal.signal(signal.SIGUSR1, self._ask)
 
     def is_set(self) -> bool:
         """Whether somebody asked."""
-        return self._asked or (self._file is not None and os.path.exists(self._file))
+        return self._asked or any(map(os.path.exists, self._files))
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

@@ -20,6 +20,7 @@ from rlx.processes.causes import (
     cause_of,
     first_cause,
 )
+from rlx.processes.stopping import REQUEUE_STATUS
 
 _POLL_S = 0.2
 _SETTLE_S = 3.0
@@ -27,10 +28,12 @@ _SETTLE_S = 3.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """``cause`` when something failed, ``interrupted`` when a signal came; neither when the training is done."""
+    """``cause`` when something failed, ``interrupted`` when a signal came; neither when the training is done, or when it saved
+    and left because it was asked to (``left_early``)."""
 
     cause: Cause | None = None
     interrupted: bool = False
+    left_early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ class NoEngines:
 
 
 class Supervisor:
-    """Watches ``trainers`` and ``engines``; ``tick`` is called at each look."""
+    """Watches ``trainers`` (the driver first, then the ranks) and ``engines``; ``tick`` is called at each look."""
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class Supervisor:
             if self._causes() or self._overdue(leave_timeout_s):
                 return self._settle(leave_timeout_s)
             if done:
-                return Outcome()
+                return Outcome(left_early=any(seen.returncode == REQUEUE_STATUS for seen in self._exits.values()))
             time.sleep(_POLL_S)
         return Outcome(interrupted=True)
 
@@ -152,7 +155,7 @@ class Supervisor:
             if status is not None and child not in self._exits:
                 self._exits[child] = _Exit(status, self._last_look, now_text())
         self._last_look = began
-        done = [child in self._exits and self._exits[child].returncode == 0 for child in self._trainers]
+        done = [self._ended_well(child) for child in self._trainers]
         if any(done) and self._first_done is None:
             self._first_done = time.monotonic()
         return all(done)
@@ -179,12 +182,14 @@ class Supervisor:
     def _is_failure(self, child: Watched, seen: _Exit) -> bool:
         """A trainer may end well; an engine is to serve until we stop it, which is after the last trainer ended."""
         if child in self._trainers:
-            return seen.returncode != 0
+            return not self._ended_well(child)
         if self._engines.forgives(child):
             return False
-        return seen.returncode != 0 or not all(
-            trainer in self._exits and self._exits[trainer].returncode == 0 for trainer in self._trainers
-        )
+        return seen.returncode != 0 or not all(map(self._ended_well, self._trainers))
+
+    def _ended_well(self, child: Watched) -> bool:
+        """Done, or saved and left because it was asked to."""
+        return child in self._exits and self._exits[child].returncode in (0, REQUEUE_STATUS)
 
     def _ended(self, child: Watched, seen: _Exit) -> Ended:
         log = child.log_text()

@@ -81,7 +81,7 @@ def test_engines_are_killed_and_come_back(tmp_path: Path) -> None:
 
 def wait_for_rollout(run_dir: Path) -> None:
     """So that the engine that is killed next has requests."""
-    wait_until(lambda: last_phase((run_dir / "logs" / "trainer-0.log").read_text()).name == "rollout")
+    wait_until(lambda: last_phase((run_dir / "logs" / "driver-0.log").read_text()).name == "rollout")
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def test_an_engine_on_the_trainers_devices_starts_again_once_they_made_room(tmp_
             phases = phases_since(logs / f"trainer-{rank}.log", released)
             assert "make room" in phases and "publish" not in phases
         wait_until(lambda: len(metrics.read_text().splitlines()) >= 2)
-        wait_until(lambda: last_phase((logs / "trainer-0.log").read_text()).name == "rollout")
+        wait_until(lambda: last_phase((logs / "driver-0.log").read_text()).name == "rollout")
         kill_engine(run_dir, 0)
         assert [script.wait(240) for script in scripts] == [0] * len(scripts), (tmp_path / "node-0.out").read_text()[-3000:]
     finally:

@@ -101,7 +101,7 @@ def run(tmp_path: Path, assets: Path) -> Iterator[Run]:
     started.end()
 
 
-@pytest.mark.parametrize("name", ["trainer-0", "trainer-1", "engine-0", "launcher"])
+@pytest.mark.parametrize("name", ["driver-0", "trainer-0", "trainer-1", "engine-0", "launcher"])
 def test_kill(run: Run, name: str) -> None:
     run.wait_for_step(2)
     ports = run.listening_ports()
@@ -118,7 +118,7 @@ def test_kill(run: Run, name: str) -> None:
 
 def check_last_lines(run: Run, name: str, lines: list[str]) -> None:
     if name == "launcher":
-        found = re.fullmatch(rf"rlx: FAILED launcher \(pid {run.launcher.pid}\) died while trainer rank 0 was {STEP}", lines[0])
+        found = re.fullmatch(rf"rlx: FAILED launcher \(pid {run.launcher.pid}\) died while the driver was {STEP}", lines[0])
     else:
         role, _, rank = name.partition("-")
         found = re.fullmatch(rf"rlx: FAILED {role} rank {rank} {STEP}", lines[0])

@@ -82,7 +82,7 @@ def test_same_losses_as_the_local_launcher(start: Start, nodes: RayNodes, demo: 
     run = start(3, "cluster.nodes=2", f"rollout.record={record}", "rollout.num_engines=2", address=nodes.address)
     run.wait_for_step(1)
     assert run.finish() == 0, run.out
-    assert {"trainer-0.log", "trainer-1.log", "engine-0.log", "engine-1.log"} <= {
+    assert {"driver-0.log", "trainer-0.log", "trainer-1.log", "engine-0.log", "engine-1.log"} <= {
         path.name for path in (run.dir / "logs").iterdir()
     }
     assert "rlx: node 0-1: 1 trainer rank(s), 1 engine(s)" in run.out
@@ -142,7 +142,7 @@ def test_an_exception_in_a_rank_reaches_the_terminal(start: Start, nodes: RayNod
     run = start(2, f"reward.name={function}:score", address=nodes.address)
     assert run.finish() == 1
     lines = last_lines(run)
-    assert re.fullmatch(r'rlx: FAILED trainer rank 0 on \S+ in phase "rollout" of step 1', lines[0]), lines
+    assert re.fullmatch(r'rlx: FAILED driver rank 0 on \S+ in phase "rollout" of step 1', lines[0]), lines
     assert "no such luck" in lines[1]
     wait_until_free(nodes)
 

@@ -43,7 +43,9 @@ def test_same_losses_as_the_local_launcher(demo: Path, tmp_path: Path, nodes: li
     assert nodes[0].finish(280) == [0, 0], nodes[0].out(0)[-3000:] + nodes[0].out(1)[-3000:]
     assert not (tmp_path / "seen").exists(), (tmp_path / "seen").read_text()
     assert "rlx: done: 2 steps" in nodes[0].out(0)
-    assert {"trainer-0.log", "trainer-1.log", "engine-0.log"} <= {path.name for path in (tmp_path / "run" / "logs").iterdir()}
+    assert {"driver-0.log", "trainer-0.log", "trainer-1.log", "engine-0.log"} <= {
+        path.name for path in (tmp_path / "run" / "logs").iterdir()
+    }
     assert not nodes[0].members()
     rlx("train", *demo_overrides(demo, tmp_path / "local", 2), f"rollout.replay={record}", "run.export_hf=false")
     ours = [{key: value for key, value in row.items() if not key.startswith("sync/")} for row in numbers(tmp_path / "run")]

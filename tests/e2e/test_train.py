@@ -44,7 +44,9 @@ def test_run_folder_is_complete(whole: Path) -> None:
     assert all(row.metrics["mismatch/logprob_abs_mean"] <= 1e-4 for row in read_metrics(whole / "metrics.jsonl"))
     assert all(row["sync/version"] == row["step"] for row in rows)
     assert {"config.yaml", "metrics.jsonl", "logs", "hf"} <= {path.name for path in whole.iterdir()}
-    assert {"trainer-0.log", "trainer-1.log", "engine-0.log"} <= {path.name for path in (whole / "logs").iterdir()}
+    assert {"driver-0.log", "trainer-0.log", "trainer-1.log", "engine-0.log"} <= {
+        path.name for path in (whole / "logs").iterdir()
+    }
     AutoModelForCausalLM.from_pretrained(whole / "hf")
     assert not unexplained(key for row in read_metrics(whole / "metrics.jsonl") for key in row.metrics)
 
@@ -101,7 +103,7 @@ def test_a_reward_function_that_raises_is_the_cause(demo: Path, tmp_path: Path) 
     done = rlx("train", *demo_overrides(demo, tmp_path / "run", 2), f"reward.name={function}:score", check=False)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-3:]
-    assert 'FAILED trainer rank 0 in phase "rollout" of step 1' in last[0]
+    assert 'FAILED driver rank 0 in phase "rollout" of step 1' in last[0]
     assert "no such luck" in last[1]
 
 

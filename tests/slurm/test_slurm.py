@@ -96,7 +96,7 @@ def test_saves_and_is_queued_again_and_the_next_start_goes_on(
     log = (slurm.folder / "logs" / f"{job}.log").read_text()
     assert "training ended with status 75" in log and "start 2" in log
     assert ("time is nearly up: saving" in log) == (why == "time")
-    assert "resumed from" in (run_dir / "logs" / "trainer-0.log").read_text()
+    assert "resumed from" in (run_dir / "logs" / "driver-0.log").read_text()
     slurm.run("scancel", job)
     assert slurm.wait_for(job, "CANCELLED", "PENDING", limit_s=START_S) == "CANCELLED"
     wait_until_gone(*names)

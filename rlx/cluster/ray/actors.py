@@ -26,7 +26,6 @@ from rlx.processes.causes import Cause
 from rlx.processes.children import JOB_ID, kill_members
 from rlx.processes.environment import RankEnvironment, interface_of
 from rlx.processes.rundir import ENDPOINTS, log_path, wait_for_shared
-from rlx.processes.stopping import REQUEUE_STATUS
 from rlx.processes.threads import VARIABLES
 
 _LOOK_S = 0.2
@@ -43,11 +42,6 @@ class Job:
     run_dir: Path
     folder: str
     env: Mapping[str, str]
-
-    @property
-    def stop_file(self) -> Path:
-        """Its presence asks the run to save and leave."""
-        return self.run_dir / f".stop-{self.id}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +89,7 @@ class Keeper:
 
 
 class TrainerActor:
-    """One trainer rank: the same ``Worker`` in the same loop as under the other launchers."""
+    """One trainer rank, as under the other launchers."""
 
     def __init__(self, job: Job, host: Host, place: RankEnvironment) -> None:
         self._job, self._place = job, place
@@ -109,7 +103,7 @@ class TrainerActor:
         return Meeting(address=address, port=int(self._store.port))
 
     def run(self, meeting: Meeting) -> int:
-        """To the end of the training: 0, REQUEUE_STATUS when it was left early, 1 after a failure, which is in the log."""
+        """To the end of the training: 0, or 1 after a failure, which is in the log."""
         job, place = self._job, self._place
         _log_to(log_path(job.run_dir, "trainer", place.rank))
         start_log("trainer", place.rank)
@@ -121,12 +115,11 @@ class TrainerActor:
             settings = import_module("rlx.processes.device")
             device = settings.take_device(config.cluster.device, place.local_rank)
             settings.take_threads(config.cluster.threads_per_rank, place.ranks_here)
-            run_rank = import_module("rlx.driver.rank").run_rank
-            done: bool = run_rank(config, place, device, job.run_dir / ENDPOINTS, job.stop_file.exists)
+            import_module("rlx.cluster.rank").run_rank(config, place, device, job.run_dir / ENDPOINTS)
         except Exception as error:
             log_failure(error)
             return 1
-        return 0 if done else REQUEUE_STATUS
+        return 0
 
 
 class EngineActor:

@@ -1,6 +1,6 @@
 """A run on a Ray cluster: trainer ranks and engines are actors in one placement group, watched from here.
 
-The launcher is Ray's driver process; it trains nothing. A keeper on every node of the plan answers for its host. The
+The launcher is Ray's driver process; rlx's own driver is its child. A keeper on every node of the plan answers for its host. The
 run folder must be on a file system that all nodes see: logs, metrics and the list of engines are read there.
 """
 
@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlx.cluster.driver import DriverProcess
 from rlx.cluster.progress import Progress
 from rlx.cluster.ray.actors import (
     EngineActor,
@@ -60,6 +61,7 @@ from rlx.processes.supervisor import (
     NoEngines,
     Outcome,
     Supervisor,
+    Watched,
     now_text,
 )
 
@@ -93,7 +95,7 @@ def run_ray(config: Config, address: RayAddress) -> int:
         if outcome.interrupted:
             print(f"rlx: {interrupts.name}: stopped; run folder: {run_dir}", file=sys.stderr, flush=True)
             return interrupts.status
-        if launch.left_early:
+        if outcome.left_early:
             print(f"rlx: {interrupts.name} asked to save and leave; run.resume=auto goes on", flush=True)
             return REQUEUE_STATUS
         print(progress.summary(), flush=True)
@@ -112,13 +114,9 @@ class RayLaunch:
         self._cluster: RayCluster | None = None
         self._keepers: list[tuple[Host, Any]] = []
         self._hosts: HostWatch | None = None
+        self._driver: DriverProcess | None = None
         self._trainers: list[ActorChild] = []
         self._engines: RayEngines | None = None
-
-    @property
-    def left_early(self) -> bool:
-        """Whether rank 0 saved and left because it was asked to."""
-        return bool(self._trainers) and self._trainers[0].answer == REQUEUE_STATUS
 
     def host_of(self, cause: Cause) -> str | None:
         """Where the one to blame ran."""
@@ -127,7 +125,8 @@ class RayLaunch:
 
     def log_of(self, cause: Cause) -> str:
         """What the one to blame wrote."""
-        found = [child for child in self._children() if child.spec.log_path == cause.log_path]
+        workers: list[Watched] = [] if self._driver is None else [self._driver.child]
+        found = [child for child in [*workers, *self._children()] if child.spec.log_path == cause.log_path]
         return found[-1].log_text() if found else ""
 
     def run(self) -> Outcome:
@@ -171,7 +170,6 @@ class RayLaunch:
             self._guard_own_cluster()
         self._cluster = RayCluster(self._config, self._address, self._job.id, self._is_unwanted)
         self._open.callback(self._cluster.leave)
-        self._open.callback(lambda: self._job.stop_file.unlink(missing_ok=True))
         room = self._cluster.reserve(self._progress.say)
         self._open.callback(self._cluster.release, room)
         check_spanning(self._config, room.seats)
@@ -184,7 +182,10 @@ class RayLaunch:
             write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._config.rollout))
         self._start_trainers(room, hosts)
         engines = NoEngines() if self._engines is None else self._engines
-        supervisor = Supervisor(self._trainers, engines, interrupted=self._interrupts.is_set, tick=self._tick)
+        assert self._driver is not None
+        supervisor = Supervisor(
+            [self._driver.child, *self._trainers], engines, interrupted=self._interrupts.is_set, tick=self._tick
+        )
         return self._with_lost_host(supervisor.watch(leave_timeout_s=self._config.run.failure_timeout_s))
 
     def _is_unwanted(self) -> bool:
@@ -195,7 +196,7 @@ class RayLaunch:
         """A cluster of our own ends with this process, however that ends; the guard makes sure of it and tells the terminal.
         Two helpers of Ray's hide from it (their titles overwrite their environment) and leave by themselves within minutes."""
         env = dict(os.environ)
-        log = log_path(self._run_dir, "trainer", 0)
+        log = log_path(self._run_dir, "driver", 0)
         guard = Guard(launch_id=self._job.id, launcher_pid=os.getpid(), log=log, env=env)
         self._open.callback(guard.dismiss)
         os.environ[LAUNCH_ID] = self._job.id  # what Ray starts here inherits it
@@ -252,6 +253,10 @@ class RayLaunch:
             options = _in_bundle(room, rank // each, num_cpus=self._threads)
             handles.append(_actor(TrainerActor, options).remote(self._job, hosts[rank // each], place))
         [meeting] = self._cluster.wait_for([handles[0].open_store.remote(hosts[0].address)], _START_S, "trainer rank 0")
+        world_of = {"MASTER_ADDR": meeting.address, "MASTER_PORT": str(meeting.port), "WORLD_SIZE": str(world)}
+        env = {**os.environ, **self._job.env, **world_of, "RANK": "0", "LOCAL_RANK": "0"}
+        self._driver = DriverProcess(self._run_dir, env, self._interrupts.ask_to_save)
+        self._open.callback(self._driver.stop)
         for rank, handle in enumerate(handles):
             call = partial(handle.run.remote, meeting)
             log = log_path(self._run_dir, "trainer", rank)
@@ -264,8 +269,7 @@ class RayLaunch:
 
     def _tick(self) -> None:
         assert self._hosts is not None
-        if self._interrupts.ask_to_save() and not self._job.stop_file.exists():
-            self._job.stop_file.touch()
+        if self._driver is not None and self._driver.hand_on_stop():
             self._progress.say(self._interrupts.promise)
         if self._engines is not None:
             self._engines.tick()
@@ -294,7 +298,7 @@ class RayLaunch:
         return outcome
 
     def _own_cause(self, text: str) -> Cause:
-        log = log_path(self._run_dir, "trainer", 0)
+        log = log_path(self._run_dir, "driver", 0)
         return Cause(role="launcher", rank=0, phase=Phase(name="start"), cause=text, log_path=log, when=now_text())
 
 

@@ -20,7 +20,6 @@ from rlx.engines.fleet import (
 )
 from rlx.engines.node import Assembly, part_path
 from rlx.processes.causes import Cause
-from rlx.processes.stopping import REQUEUE_STATUS
 from rlx.processes.supervisor import Watched
 
 _KILLED, _LOST = -9, -1
@@ -76,8 +75,7 @@ class ActorChild:
         except RayError as error:
             self._status, self._why = _KILLED, reason_of_death(error, self.spec.host.name)
         else:
-            status = self.answer if isinstance(self.answer, int) else int(self.answer is not None)
-            self._status = 0 if status == REQUEUE_STATUS else status
+            self._status = self.answer if isinstance(self.answer, int) else int(self.answer is not None)
 
 
 def reason_of_death(error: RayError, host: str) -> str:

@@ -1,6 +1,7 @@
-"""A small stand-in for a trainer rank or an engine: real process, real sockets, no model.
+"""A small stand-in for a trainer rank, the driver or an engine: real process, real sockets, no model.
 
     dummy_child.py trainer RUN_DIR ENDPOINTS_FILE PARENT_PIPE RANK_TO_BEHAVIOUR_JSON
+    dummy_child.py driver PARENT_PIPE RANK_TO_BEHAVIOUR_JSON STOP_FILE      (done when rank 0 is to be done)
     dummy_child.py engine PARENT_PIPE BEHAVIOUR      ("once": healthy in its first life only)
 
 Rank 0 listens on MASTER_PORT and every other rank stays connected to it: when one goes, the others notice.
@@ -84,11 +85,22 @@ def train(run_dir: Path, endpoints_file: Path, behaviour: str, rank: int, world_
                 if act == "exit":
                     sys.exit(7)
                 os.kill(os.getpid(), signal.SIGKILL)
+            if any(run_dir.glob(".stop-*")):
+                return
             check_peers(peers)
         if rank == 0:
             row = {"step": step, "reward/mean": step / 10, "kl/ref": 0.01, "perf/step_s": 0.1, "perf/tokens_per_s": 50.0}
             with (run_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def drive(behaviour: str, stop_file: Path) -> None:
+    act, at = behaviour.split()[:2]
+    for step in range(int(at) + 1 if act == "done" else 10_000):
+        with phase("update policy", step=step):
+            time.sleep(0.1)
+        if stop_file.exists():
+            sys.exit(75)
 
 
 def serve(behaviour: str) -> None:
@@ -117,6 +129,12 @@ def main() -> None:
         start_log("engine", 0)
         watch_parent(int(sys.argv[2]))
         serve(sys.argv[3])
+        return
+    if sys.argv[1] == "driver":
+        start_log("driver", 0)
+        if "deaf" not in sys.argv[3]:
+            watch_parent(int(sys.argv[2]))
+        drive(json.loads(sys.argv[3])["0"], Path(sys.argv[4]))
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     start_log("trainer", rank)

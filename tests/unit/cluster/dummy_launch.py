@@ -34,6 +34,7 @@ def main() -> int:
         local.free_port = lambda: ports.pop() if ports else free_port()
     programs = local.Programs(
         trainer=lambda run_dir, file, pipe: [sys.executable, CHILD, "trainer", str(run_dir), str(file), str(pipe), behaviours],
+        driver=lambda run_dir, file, pipe, stop: [sys.executable, CHILD, "driver", str(pipe), behaviours, str(stop)],
         engine=lambda config, site: EnginePlan(
             argv=[sys.executable, CHILD, "engine", str(site.parent_pipe), engine], env=site.env
         ),

@@ -247,7 +247,7 @@ def test_engine_never_healthy(launch, engine: str) -> None:
     assert run.members() == []
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_interrupt(launch, number: int, status: int) -> None:
     run = launch({"0": "done 999 grandchildren", "1": "done 999"}, "ok")
     run.wait_for_step(1)
@@ -256,6 +256,17 @@ def test_interrupt(launch, number: int, status: int) -> None:
     assert run.finish() == status
     assert f"stopped 2 trainer rank(s) and 1 engine(s); run folder: {run.dir}" in run.last_lines[-1]
     assert run.members() == [] and not any(map(is_listening, grandchild_ports(run)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_asked_to_save_the_driver_is_told_and_the_status_says_so(launch, number: int) -> None:
+    run = launch({"0": "done 999", "1": "done 999"}, "ok")
+    run.wait_for_step(1)
+    run.process.send_signal(number)
+    assert run.finish() == 75, run.err
+    name = signal.Signals(number).name
+    assert f"{name}: saving after this step" in run.out and f"{name} asked to save and leave" in run.out
+    assert run.members() == [] and not list(run.dir.glob(".stop-*"))
 
 
 def test_second_interrupt_kills_at_once(launch) -> None:
@@ -284,7 +295,7 @@ def test_killed_launcher_leaves_nothing(launch, kind: str) -> None:
     run.process.kill()
     run.wait_until_gone(12, [int(url.rpartition(":")[2]), *grandchild_ports(run)])
     assert re.fullmatch(
-        rf'rlx: FAILED launcher \(pid {run.process.pid}\) died while trainer rank 0 was in phase "update policy" of step \d+',
+        rf'rlx: FAILED launcher \(pid {run.process.pid}\) died while the driver was in phase "update policy" of step \d+',
         run.last_lines[0],
     )
     assert "all its processes were ended" in run.last_lines[1]

@@ -40,8 +40,12 @@ def test_steps_phases_and_summary(tmp_path: Path) -> None:
     progress = Progress(tmp_path, total_steps=7, out=out)
     (tmp_path / "logs" / "trainer-0.log").write_text(
         "2026-01-01T00:00:00.000 trainer-0 PHASE step=-1 load model\nloss of phase\n"
-        "2026-01-01T00:00:01.000 trainer-0 PHASE step=1 roll out\n"
-        "2026-01-01T00:00:02.000 trainer-0 NOTICE warning: step 1: the verifier failed\n"
+        "2026-01-01T00:00:01.000 trainer-0 PHASE step=-1 load model\n"
+        "2026-01-01T00:00:01.000 trainer-0 PHASE step=1 update policy\n"
+    )
+    (tmp_path / "logs" / "driver-0.log").write_text(
+        "2026-01-01T00:00:01.000 driver-0 PHASE step=1 roll out\n"
+        "2026-01-01T00:00:02.000 driver-0 NOTICE warning: step 1: the verifier failed\n"
     )
     rewards = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.9]
     rows = [{"step": i, "reward/mean": r, "perf/step_s": 2.0, "perf/tokens_per_s": 10.5} for i, r in enumerate(rewards, 1)]

@@ -1,4 +1,4 @@
-"""Rank 0 and engines that are held back: room first, then the start, then the weights; every wait ends."""
+"""The driver and engines that are held back: room first, then the start, then the weights; every wait ends."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,22 @@ from rlx.engines.fleet import (
 )
 from rlx.sync.engine_memory import KEY_VALUES
 from rlx.sync.errors import SyncError
+from rlx.trainer.commands import Command, Publish
 from rlx.types.weights import WeightManifest
 
 
 class RecordingRanks:
-    """Stands in for all trainer ranks: notes what they are told, and delivers every publication."""
+    """Stands in for the lane to all trainer ranks: notes what they are told, and delivers every publication."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
-    def call(self, method: str, *args: Any) -> Any:
-        self.calls.append(
-            (method, *([getattr(one, "url", one) for one in arg] if isinstance(arg, tuple) else arg for arg in args))
-        )
-        if method == "publish":
-            return WeightManifest(version=args[0], tensors=(), num_bytes=0, seconds=0.0)
+    def ask(self, command: Command[Any, Any]) -> Any:
+        told = [getattr(command, field.name) for field in fields(command)]  # type: ignore[arg-type]
+        shown = ([getattr(one, "url", one) for one in value] if isinstance(value, tuple) else value for value in told)
+        self.calls.append((command.title.replace(" ", "_"), *(value for value in shown if value is not None)))
+        if isinstance(command, Publish):
+            return WeightManifest(version=command.version, tensors=(), num_bytes=0, seconds=0.0)
         return None
 
 

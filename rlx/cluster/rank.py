@@ -1,0 +1,57 @@
+"""What every trainer rank does, whoever started it: join the world and the driver, build the models, serve, leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rlx.cluster.colocation import clear_devices
+from rlx.config.schema import Config
+from rlx.driver.meeting import find_driver, lane_secret
+from rlx.engines.fleet import read_fleet, wait_for_fleet
+from rlx.obs.log import logger, phase
+from rlx.parallel.context import ParallelContext, build_context, connect, shut_down
+from rlx.processes.environment import RankEnvironment, leave_launcher_store, rendezvous
+from rlx.sync.engine_memory import EngineMemory
+from rlx.trainer.finetune_worker import FinetuneWorker
+from rlx.trainer.lane import join_driver, serve, signs_of_life
+from rlx.trainer.worker import Worker
+
+
+def run_rank(config: Config, where: RankEnvironment, device: torch.device, endpoints_file: Path) -> bool:
+    """Join, build the models and run the driver's commands to the end; False when the run was asked to stop early."""
+    if config.cluster.colocated and not config.is_finetuning:
+        # Engines size their memory by what the GPU has free as they start, and then make room before a model is built.
+        with phase("wait for engines"):
+            wait_for_fleet(endpoints_file, config.rollout.start_timeout_s)
+    with phase("connect"):
+        meeting, limit_s = rendezvous(where), config.run.failure_timeout_s
+        context = _join(config, where, device)
+        channel = join_driver(find_driver(meeting, limit_s), lane_secret(endpoints_file.parent), where.rank, limit_s)
+    with signs_of_life(channel):
+        worker = FinetuneWorker(config, context) if config.is_finetuning else _with_engines(config, context, endpoints_file)
+        done = serve(channel, worker)
+        worker.close()
+        context.barrier()
+    shut_down()
+    logger.info("done" if done else "left, as asked")
+    return done
+
+
+def _with_engines(config: Config, context: ParallelContext, endpoints_file: Path) -> Worker:
+    memory = EngineMemory()
+    if config.cluster.colocated:
+        memory = clear_devices(config, context, read_fleet(endpoints_file))
+    worker = Worker(config, context)
+    with phase("wait for engines"):
+        worker.engines.use(wait_for_fleet(endpoints_file, config.rollout.start_timeout_s).keys, memory)
+    return worker
+
+
+def _join(config: Config, where: RankEnvironment, device: torch.device) -> ParallelContext:
+    dims = config.parallel.dims(where.world_size)
+    limit_s = config.run.failure_timeout_s
+    connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=limit_s)
+    leave_launcher_store()
+    return build_context(dims, device, seed=config.run.seed, timeout_s=limit_s)
