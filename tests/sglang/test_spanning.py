@@ -41,7 +41,9 @@ class SpanningEngine:
         config = replace(config, cluster=cluster, rollout=replace(config.rollout, max_restarts=1, start_timeout_s=600))
         self.keys = run_keys(self._run_dir)
         self._nodes = [
-            NodeEngines(config, self._run_dir, Node(number=number, address="127.0.0.1"), seats_of(config).parts_of(number))
+            NodeEngines(
+                config, self._run_dir, Node(number=number, address="127.0.0.1", num_engines=1), seats_of(config).parts_of(number)
+            )
             for number in (FOLLOWER, LEADER)
         ]
 

@@ -69,7 +69,9 @@ class Job:
     def start(self, *numbers: int) -> None:
         for number in numbers:
             parts = seats_of(self.config).parts_of(number)
-            self.nodes[number] = NodeEngines(self.config, self.run_dir, Node(number=number, address="127.0.0.1"), parts)
+            self.nodes[number] = NodeEngines(
+                self.config, self.run_dir, Node(number=number, address="127.0.0.1", num_engines=len(parts)), parts
+            )
 
     def step(self) -> list[Cause]:
         time.sleep(0.05)
