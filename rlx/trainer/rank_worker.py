@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from rlx.arch.architecture import Architecture
-from rlx.config.schema import Config
-from rlx.parallel.context import ParallelContext
 from rlx.trainer.rank_model import Means
 from rlx.types.layout import BatchPlan
 from rlx.types.rollout import TrainSample
@@ -20,13 +17,6 @@ from rlx.types.rollout import TrainSample
 
 class RankWorker(Protocol):
     """The methods that both kinds of workers have."""
-
-    config: Config
-    context: ParallelContext
-
-    @property
-    def arch(self) -> Architecture:
-        """The policy's."""
 
     def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
         """Hold these samples, laid out as planned, until the next ones."""
