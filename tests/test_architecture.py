@@ -67,6 +67,7 @@ CALLED_FROM_ELSEWHERE = {"rlx/parallel/cpu_backend.py:_Stream": "Megatron takes 
 LATE_IMPORTS = {
     "converters/__main__.py:_megatron": "Megatron must find the device settled; who is refused does not wait",
     "rlx/cli/check.py:_look": "it imports transformers, inside torch_hidden",
+    "rlx/cli/driver.py:main": "torch comes in once the parent is watched and the GPUs are hidden",
     "rlx/cli/export_rank.py:main": "Megatron must find the device settled when it is imported",
     "rlx/cli/score_rank.py:main": "Megatron must find the device settled when it is imported",
     "rlx/cli/train.py:_run_ray": "Ray takes seconds to import; only when it is the launcher",

@@ -8,7 +8,7 @@ import torch
 
 from rlx.cluster.colocation import clear_devices
 from rlx.config.schema import Config
-from rlx.driver.meeting import find_driver, lane_secret
+from rlx.driver.lane import find_driver, lane_secret
 from rlx.engines.fleet import read_fleet, wait_for_fleet
 from rlx.obs.log import logger, phase
 from rlx.parallel.context import ParallelContext, build_context, connect, shut_down

@@ -10,14 +10,25 @@ from typing import Protocol
 
 from rlx.config.convert import to_tree
 from rlx.config.resume import compare
-from rlx.config.schema import Config
+from rlx.config.schema import CheckpointConfig, Config
 from rlx.driver.checkpoint import SavedRun, newest_checkpoint, write_checkpoint
-from rlx.driver.loop import Trainer, iterate
 from rlx.obs.log import logger, notice, phase
 from rlx.obs.metrics import MetricsWriter
 from rlx.obs.timers import StepTimer
 from rlx.obs.trackers import make_trackers
 from rlx.types.rollout import StepReport
+
+
+class Trainer(Protocol):
+    """Something that learns step by step; ``state`` / ``load_state`` are what a checkpoint keeps of the driver."""
+
+    num_steps_done: int
+
+    def step(self) -> StepReport: ...
+
+    def state(self) -> dict[str, object]: ...
+
+    def load_state(self, state: Mapping[str, object]) -> None: ...
 
 
 class KeptModels(Protocol):
@@ -114,3 +125,27 @@ def evaluate_alone(config: Config, models: KeptModels, measure: Callable[[int], 
 def _newest(config: Config) -> SavedRun | None:
     """The newest whole checkpoint, where ``run.resume`` asks for it and there is one."""
     return newest_checkpoint(config.checkpoints) if config.run.resume == "auto" else None
+
+
+def iterate(
+    trainer: Trainer,
+    *,
+    num_steps: int,
+    report: Callable[[StepReport], None],
+    save: Callable[[], None],
+    checkpoint: CheckpointConfig,
+    stop_asked: Callable[[], bool],
+) -> None:
+    """Step to ``num_steps`` (counting those done before a resume), saving as ``checkpoint`` says.
+
+    Once ``stop_asked`` says so it saves and returns after the step that is under way.
+    """
+    saved = trainer.num_steps_done
+    while trainer.num_steps_done < num_steps and not stop_asked():
+        with phase("step", trainer.num_steps_done + 1):
+            report(trainer.step())
+        if checkpoint.every and trainer.num_steps_done % checkpoint.every == 0:
+            save()
+            saved = trainer.num_steps_done
+    if (checkpoint.at_end or trainer.num_steps_done < num_steps) and saved != trainer.num_steps_done:
+        save()

@@ -1,11 +1,14 @@
 """The driver's end of the lane: one queue of commands and one thread that talks to the ranks; callers hold futures.
 
+Driver and ranks find each other through the store at MASTER_ADDR and MASTER_PORT that the ranks meet at too.
+
 Commands go to all ranks in the order in which they were given, whoever gave them, and the next one starts when all have answered:
 two collectives never cross. A rank that ends, or whose process stands still, ends the lane with an error that names it.
 """
 
 from __future__ import annotations
 
+import json
 import queue
 import selectors
 import socket
@@ -13,10 +16,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+from torch._C._distributed_c10d import TCPStore
+
+from rlx.engines.fleet import run_keys
 from rlx.obs.log import current_phase, logger
+from rlx.processes.environment import Rendezvous
 from rlx.trainer.channel import Channel, accept, challenge, pack
 from rlx.trainer.commands import Command
 from rlx.trainer.lane import Answer, DriverAddress, Leave, Order
@@ -227,3 +236,36 @@ class CommandLane:
 def _ranks(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
     return f"rank {shown}" if len(numbers) == 1 else f"ranks {shown}"
+
+
+def announce_driver(meeting: Rendezvous, address: DriverAddress, timeout_s: float) -> None:
+    """Say where the driver listens. ConnectionError when the store is not there in time: rank 0 or its launcher opens it."""
+    _store(meeting, timeout_s).set(_key(meeting), json.dumps(asdict(address)))
+
+
+def find_driver(meeting: Rendezvous, timeout_s: float) -> DriverAddress:
+    """What was announced. ConnectionError when nothing is in time."""
+    store = _store(meeting, timeout_s)
+    try:
+        store.wait([_key(meeting)], timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise ConnectionError(f"the driver did not say where it is within {timeout_s:g} s; its log is driver-0.log") from error
+    return DriverAddress(**json.loads(store.get(_key(meeting))))
+
+
+def _store(meeting: Rendezvous, timeout_s: float) -> TCPStore:
+    limit = timedelta(seconds=timeout_s)
+    try:
+        return TCPStore(meeting.address, meeting.port, is_master=False, wait_for_workers=False, timeout=limit)
+    except RuntimeError as error:
+        at = f"{meeting.address}:{meeting.port} (MASTER_ADDR, MASTER_PORT)"
+        raise ConnectionError(f"nobody answers at {at} within {timeout_s:g} s: {error}") from error
+
+
+def _key(meeting: Rendezvous) -> str:
+    return f"rlx/driver/{meeting.attempt}"
+
+
+def lane_secret(run_dir: Path) -> str:
+    """What ranks prove to know, from a file that only this user can read."""
+    return str(run_keys(run_dir).admin_key)

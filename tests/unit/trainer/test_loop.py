@@ -24,8 +24,7 @@ from rlx.config.schema import (
 )
 from rlx.config.sources import SourceConfig
 from rlx.driver.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
-from rlx.driver.keeping import evaluate_alone, train
-from rlx.driver.loop import iterate
+from rlx.driver.keeping import evaluate_alone, iterate, train
 from rlx.driver.ppo import PPOTrainer
 from rlx.driver.roles import Roles
 from rlx.obs.log import logger
