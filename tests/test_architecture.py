@@ -76,6 +76,7 @@ LATE_IMPORTS = {
     "rlx/cluster/ray/actors.py:open_store": "an actor of engines needs no torch",
     "rlx/cluster/ray/actors.py:run": "Megatron must find device and environment settled when it is imported",
     "rlx/cluster/ray/actors.py:_serve": "an actor of trainers needs no engines",
+    "rlx/cluster/preflight.py:_algorithm": "it imports torch; only where a loss or advantage is named",
     "rlx/config/hub/located.py:model_folder": "huggingface_hub takes a second to import; only for what is not here",
     "rlx/config/hub/located.py:data_path": "the same",
     "rlx/data/tasks.py:_reasoning_gym": "an extra, and it takes seconds to import; only when a source asks for it",

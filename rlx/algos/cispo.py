@@ -15,11 +15,11 @@ from rlx.config.algorithm import AlgorithmConfig
 from rlx.types.batch import LossInputs, LossOutput
 
 
-def clipped_weight_loss(inputs: LossInputs, clip_low: float, clip_high: float) -> LossOutput:
+def clipped_weight_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutput:
     """REINFORCE with a clipped importance weight; ``clip_fraction`` counts clipped weights."""
     tokens = tokens_of(inputs)
     ratio_T = tokens.log_ratio_T.exp().detach()
-    weight_T = ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high)
+    weight_T = ratio_T.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
     loss_T = -weight_T * tokens.advantages_T * tokens.logprobs_T
     return surrogate(inputs, tokens, loss_T, ratio_T, weight_T != ratio_T)
 
@@ -29,5 +29,5 @@ def make_cispo(config: AlgorithmConfig) -> Algorithm:
     return Algorithm(
         kind="group",
         group_advantages=lambda rewards, valid, _: group_relative_advantages(rewards, valid, config.normalize_by_std),
-        policy_loss=lambda inputs: with_extras(clipped_weight_loss(inputs, config.clip_low, config.clip_high), inputs, config),
+        policy_loss=lambda inputs: with_extras(clipped_weight_loss(inputs, config), inputs, config),
     )

@@ -19,7 +19,7 @@ from rlx.config.algorithm import AlgorithmConfig
 from rlx.types.batch import LossInputs, LossOutput
 
 
-def sequence_ratio_loss(inputs: LossInputs, clip_low: float, clip_high: float) -> LossOutput:
+def sequence_ratio_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutput:
     """Every token of an answer carries the answer's loss, so that any aggregation's weights apply."""
     tokens = tokens_of(inputs)
     raw_T = tokens.logprobs_T - tokens.old_T
@@ -27,7 +27,7 @@ def sequence_ratio_loss(inputs: LossInputs, clip_low: float, clip_high: float) -
     assert inputs.sequence_T is not None
     ratio_T = means_S.exp()[inputs.sequence_T]
     free_T = -tokens.advantages_T * ratio_T
-    clipped_T = -tokens.advantages_T * ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high)
+    clipped_T = -tokens.advantages_T * ratio_T.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
     return surrogate(inputs, tokens, torch.maximum(free_T, clipped_T), ratio_T, clipped_T > free_T)
 
 
@@ -36,5 +36,5 @@ def make_gspo(config: AlgorithmConfig) -> Algorithm:
     return Algorithm(
         kind="group",
         group_advantages=lambda rewards, valid, _: group_relative_advantages(rewards, valid, config.normalize_by_std),
-        policy_loss=lambda inputs: with_extras(sequence_ratio_loss(inputs, config.clip_low, config.clip_high), inputs, config),
+        policy_loss=lambda inputs: with_extras(sequence_ratio_loss(inputs, config), inputs, config),
     )

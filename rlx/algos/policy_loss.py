@@ -90,6 +90,11 @@ def clipped_policy_loss(inputs: LossInputs, clip_low: float, clip_high: float, d
     return surrogate(inputs, tokens, loss_T, ratio_T, limited_T)
 
 
+def clipped_term(inputs: LossInputs, config: AlgorithmConfig) -> LossOutput:
+    """``clipped_policy_loss`` with ``config``'s limits."""
+    return clipped_policy_loss(inputs, config.clip_low, config.clip_high, config.dual_clip)
+
+
 def entropy_bonus(inputs: LossInputs, coefficient: float) -> LossOutput:
     """-coefficient * sum of w * entropy; adds no statistics (``clipped_policy_loss`` reports the entropy)."""
     keep_T = inputs.weights_T != 0
@@ -118,7 +123,7 @@ def with_extras(term: LossOutput, inputs: LossInputs, config: AlgorithmConfig) -
 
 def ppo_policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutput:
     """The clipped loss with ``config``'s limits and extras: what most algorithms share."""
-    return with_extras(clipped_policy_loss(inputs, config.clip_low, config.clip_high, config.dual_clip), inputs, config)
+    return with_extras(clipped_term(inputs, config), inputs, config)
 
 
 def add_losses(*terms: LossOutput) -> LossOutput:

@@ -10,6 +10,7 @@ from rlx.algos.dapo import make_dapo
 from rlx.algos.dr_grpo import make_dr_grpo
 from rlx.algos.grpo import make_grpo
 from rlx.algos.gspo import make_gspo
+from rlx.algos.named import try_named_parts, with_named_parts
 from rlx.algos.ppo import make_ppo
 from rlx.algos.prime import make_prime
 from rlx.algos.reinforce_pp import make_reinforce_pp, make_reinforce_pp_baseline
@@ -33,7 +34,13 @@ ALGORITHMS: Mapping[str, Callable[[AlgorithmConfig], Algorithm]] = {
 
 
 def make_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """The algorithm that ``config.name`` names; ValueError with the known names otherwise."""
+    """The algorithm that ``config.name`` names, with the loss and advantages that ``config`` names; ValueError with the known
+    names otherwise."""
     if config.name not in ALGORITHMS:
         raise ValueError(f"algorithm.name must be one of {', '.join(ALGORITHMS)}, got {config.name!r}")
-    return ALGORITHMS[config.name](config)
+    return with_named_parts(ALGORITHMS[config.name](config), config)
+
+
+def try_algorithm(config: AlgorithmConfig) -> None:
+    """ValueError for a named loss or advantage that a run could not use; it is called once."""
+    try_named_parts(make_algorithm(config), config)

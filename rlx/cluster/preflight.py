@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
 from math import ceil
 from pathlib import Path
 
@@ -126,6 +127,7 @@ class _Inspection:
         if config.is_finetuning:
             found.attempt(self._examples)
         else:
+            found.attempt(self._algorithm)
             found.attempt(self._prompts)
             found.problems += engine_problems(config, self._num_rows)
         return found
@@ -155,6 +157,11 @@ class _Inspection:
         except ValueError as error:
             self._found.problems.append(f"{key}: {error}")
             return 0
+
+    def _algorithm(self) -> None:
+        algorithm = self._config.algorithm
+        if not self._config.evaluation.only and (algorithm.loss or algorithm.advantages):
+            import_module("rlx.algos.registry").try_algorithm(algorithm)
 
     def _prompts(self) -> None:
         config = self._config

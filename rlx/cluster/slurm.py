@@ -149,7 +149,8 @@ def needed_paths(config: Config) -> list[Path]:
     named = [model.path, model.reference_path, model.critic_path, model.tokenizer_path, config.rollout.replay]
     named += [data.train, data.chat_template, evaluation.data]
     named += [source.path for source in (*data.sources.values(), *evaluation.sets.values())]
-    named += re.findall(r"[^\s'\"]+\.py(?=:\w)", f"{config.reward.name} {config.reward.args}")
+    functions = (config.reward.name, config.reward.args, config.algorithm.loss, config.algorithm.advantages)
+    named += re.findall(r"[^\s'\"]+\.py(?=:\w)", " ".join(map(str, functions)))
     paths = [text for text in dict.fromkeys(named) if text and task_name(text) is None]
     files = (".jsonl", ".parquet", ".jinja", ".py")
     return [Path(text).absolute() for text in paths if Path(text).exists() or text.endswith(files) or not _HUB_ID.fullmatch(text)]

@@ -36,7 +36,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 WITH_CRITIC = ("ppo", "prime")
 NEEDS_GROUPS = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp_baseline", "gspo", "cispo", "prime")
+# Advantages are a function of one group's rewards alone.
+GROUP_ADVANTAGES = tuple(name for name in NEEDS_GROUPS if name != "prime")
 KL_IN_REWARD = ("ppo", "reinforce_pp", "rloo")
+_NAMED = "a name of docs/algorithms.md, or path/to/file.py:function; none: the algorithm's own"
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
 CORRECTIONS = ("none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask")
 
@@ -46,6 +49,8 @@ class AlgorithmConfig:
     """The update rule. Keys that depend on the algorithm take its paper's value unless they are set."""
 
     name: str = option("ppo", "the algorithm", choices=tuple(PRESETS))
+    loss: str | None = option(None, f"another policy loss: {_NAMED}")
+    advantages: str | None = option(None, f"another advantage of groups: {_NAMED}")
     epochs: int = option(1, "passes over a rollout batch", minimum=1)
     num_mini_batches: int = option(1, "optimizer steps a pass", minimum=1)
     gamma: float = option(1.0, "discount", minimum=0, maximum=1)

@@ -33,7 +33,8 @@ _FOLLOWED: Mapping[str, str] = {
         stop_token_ids max_concurrent_requests request_timeout_s max_retries start_timeout_s release max_restarts record replay
         server_args""",
     "reward": "name args num_workers timeout_s memory_mb skip_special_tokens max_abs",
-    "algorithm": """epochs num_mini_batches gamma lam clip_low clip_high dual_clip value_clip loss_aggregation loss_constant
+    "algorithm": """loss advantages epochs num_mini_batches gamma lam clip_low clip_high dual_clip value_clip
+        loss_aggregation loss_constant
         whiten_advantages normalize_by_std entropy_coefficient kl_placement kl_estimator kl_controller kl_target kl_horizon
         dynamic_sampling dynamic_max_factor overlong_filter overlong_buffer overlong_penalty mismatch_correction mismatch_high
         mismatch_low mismatch_reject_low mismatch_reject_high prime_beta""",

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from rlx.config.urls import is_url
+from rlx.config.checks.urls import is_url
 
 
 class RemoteError(RuntimeError):

@@ -9,16 +9,16 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import date
-from pathlib import Path
 
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
 from rlx.arch.layout import layout_problems
-from rlx.config.algorithm import KL_IN_REWARD, NEEDS_GROUPS
+from rlx.config.algorithm import GROUP_ADVANTAGES, KL_IN_REWARD, NEEDS_GROUPS
+from rlx.config.checks.urls import is_url
 from rlx.config.finetune import WITH_REFERENCE
 from rlx.config.schema import Config, OptimizerConfig
 from rlx.config.sources import SOURCE_NAME, files_of, task_name
-from rlx.config.urls import is_url
+from rlx.config.user_function import form_problem
 
 
 def check(config: Config, *, on_paper: bool = False) -> list[str]:
@@ -188,17 +188,20 @@ def _replay(config: Config) -> Iterator[str]:
 def _reward(config: Config) -> Iterator[str]:
     if not config.reward.name:
         yield "reward.name: required but missing (a verifier of docs/rewards.md, or path/to/file.py:function)"
-    path, colon, function = config.reward.name.rpartition(":")
-    if not colon:
-        return
-    if Path(path).suffix != ".py" or not function.isidentifier():
-        yield f"reward.name: {config.reward.name!r} must have the form path/to/file.py:function"
-    elif not os.path.isfile(path):
-        yield f"reward.name: no such file {path}"
+    if problem := form_problem("reward.name", config.reward.name):
+        yield problem
 
 
 def _algorithm(config: Config) -> Iterator[str]:
     algorithm = config.algorithm
+    for key, name in (("algorithm.loss", algorithm.loss), ("algorithm.advantages", algorithm.advantages)):
+        if problem := form_problem(key, name or ""):
+            yield problem
+    if algorithm.advantages is not None and algorithm.name not in GROUP_ADVANTAGES:
+        yield (
+            f"algorithm.advantages: algorithm.name {algorithm.name} has no advantages of groups to replace;"
+            f" use one of {', '.join(GROUP_ADVANTAGES)}"
+        )
     if algorithm.name in NEEDS_GROUPS and config.rollout.samples_per_prompt < 2:
         yield (
             f"rollout.samples_per_prompt: algorithm.name {algorithm.name} compares answers to one prompt"

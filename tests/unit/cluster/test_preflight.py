@@ -60,6 +60,14 @@ def test_a_run_that_could_start_is_let_through(run: Run) -> None:
     assert run.problems() == [] and run.warnings() == []
 
 
+def test_named_losses_are_tried(run: Run) -> None:
+    (run.folder / "mine.py").write_text("def f(inputs, config): return inputs.logprobs_T\ndef g(inputs): ...\n")
+    for name, words in (("HERE/mine.py:f", "returned a tensor"), ("HERE/mine.py:g", "cannot be called"), ("x", "one of clipped")):
+        (problem,) = run.problems(f"algorithm.loss='{name}'")
+        assert problem.startswith("algorithm.loss") and words in problem
+    assert run.problems("algorithm.loss=clipped") == []
+
+
 SFT = ("finetune.objective=sft", "reward.name=''")
 
 

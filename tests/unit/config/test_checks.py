@@ -78,6 +78,9 @@ Problems = Callable[..., tuple[str, ...]]
         (["rollout.replay=none.jsonl"], ["rollout.replay", "none.jsonl"]),
         (["reward.name='none.py:f'"], ["reward.name", "none.py"]),
         (["reward.name='file:f'"], ["reward.name", "path/to/file.py:function"]),
+        (["algorithm.loss='none.py:f'"], ["algorithm.loss", "no such file none.py"]),
+        (["algorithm.loss='file:f'"], ["algorithm.loss", "path/to/file.py:function"]),
+        (["algorithm.advantages=leave_one_out"], ["algorithm.advantages", "algorithm.name ppo", "grpo"]),
     ],
 )
 def test_contradiction_is_one_problem_that_names_its_keys(problems: Problems, overrides: list[str], words: list[str]) -> None:
