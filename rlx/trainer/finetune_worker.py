@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlx.arch.architecture import Architecture
 from rlx.config.schema import Config
 from rlx.models.build import HeadKind
 from rlx.obs.log import phase
@@ -30,7 +29,7 @@ class FinetuneWorker:
     """The model of ``finetune.objective``: a language model (sft, dpo, ipo) or a reward model (rm)."""
 
     def __init__(self, config: Config, context: ParallelContext) -> None:
-        self.config, self.context = config, context
+        self.context = context
         self._objective = config.finetune
         loader = ModelLoader.of(config.model, config.data.chat_template, config.run.seed, context)
         kind: HeadKind = "score" if self._scores else "token"
@@ -47,11 +46,6 @@ class FinetuneWorker:
             with phase("load reference"):
                 self.reference = loader.load_reference(config.model.reference_path or config.model.path, self.policy.arch)
         self._batch: RankBatch | None = None
-
-    @property
-    def arch(self) -> Architecture:
-        """The policy's."""
-        return self.policy.arch
 
     @property
     def batch(self) -> RankBatch:

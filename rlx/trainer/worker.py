@@ -16,7 +16,6 @@ from rlx.algos.kl import kl_estimate
 from rlx.algos.registry import make_algorithm
 from rlx.algos.stats import sum_and_count
 from rlx.algos.value_loss import FIT, explained_variance, fit
-from rlx.arch.architecture import Architecture
 from rlx.arch.sizes import expected_shapes
 from rlx.config.schema import Config, ModelConfig, OptimizerConfig
 from rlx.config.sharing import offload_level
@@ -43,7 +42,7 @@ class Worker:
     """Policy, critic and reference, as the configuration asks, and the way to the engines."""
 
     def __init__(self, config: Config, context: ParallelContext) -> None:
-        self.config, self.context = config, context
+        self.context = context
         self._update_rule, self._max_tokens = config.algorithm, config.batching.max_tokens_per_micro_batch
         self.algorithm = make_algorithm(config.algorithm)
         self._batch: RankBatch | None = None
@@ -104,11 +103,6 @@ class Worker:
             score_on_trainer=self.score_sequences,
             export=self._weights,
         )
-
-    @property
-    def arch(self) -> Architecture:
-        """The policy's."""
-        return self.policy.arch
 
     @property
     def batch(self) -> RankBatch:
