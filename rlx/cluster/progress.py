@@ -20,6 +20,7 @@ from rich.status import Status
 from rlx.obs.log import WAITING, last_phase
 
 _COLUMNS = (
+    ("empty", "batch/empty_steps", "{:.0f}"),
     ("reward", "reward/mean", "{:+.4f}"),
     ("invalid", "drops/invalid_reward", "{:.0f}"),
     ("kl", "kl/ref", "{:.5f}"),

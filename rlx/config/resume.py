@@ -23,7 +23,7 @@ _RATES = "lr min_lr warmup_steps decay_steps schedule weight_decay beta1 beta2 e
 _COLUMNS = "path args prompt_key messages_key tools_key label_key system_prompt"
 # By section, the keys that a run follows from its next step on.
 _FOLLOWED: Mapping[str, str] = {
-    "run": "steps export_hf failure_timeout_s",
+    "run": "steps max_empty_steps export_hf failure_timeout_s",
     "cluster": "launcher device num_trainer_ranks nodes rollout_nodes colocated offload threads_per_rank ray_address ray_wait_s",
     "model": "reference_path fp32_head recompute moe_aux_loss_coefficient moe_z_loss_coefficient",
     "parallel": "tp pp vpp cp ep etp sequence_parallel",

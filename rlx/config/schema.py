@@ -28,6 +28,7 @@ class RunConfig:
     dir: str = option("runs/default", "run folder: metrics, logs, checkpoints, export")
     seed: int = option(0, "seed of data order, initialisation of the value head and sampling", minimum=0)
     steps: int = option(100, "rollout-and-update iterations; fine-tuning: optimizer steps", minimum=1)
+    max_empty_steps: int = option(10, "iterations in a row with nothing to train on that end the run", minimum=1)
     resume: str = option("never", "auto: go on from the newest whole checkpoint of run.dir", choices=("auto", "never"))
     overwrite: bool = option(False, "remove the run that run.dir already holds (metrics, checkpoints, export, logs)")
     export_hf: bool = option(True, "write the final policy to RUN_DIR/hf")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rlx.types.rollout import (
     Reward,
@@ -12,16 +12,26 @@ from rlx.types.rollout import (
     Trajectory,
 )
 
+AnswerFilter = tuple[str, Callable[[Trajectory, Reward], bool]]
+"""(reason, whether an answer with this verdict is dropped for it)."""
+
+UNTRAINABLE: tuple[AnswerFilter, ...] = (
+    ("aborted", lambda trajectory, reward: trajectory.finish_reason == "abort"),  # the engine gave up
+    ("empty_response", lambda trajectory, reward: not trajectory.num_sampled),
+    ("invalid_reward", lambda trajectory, reward: not reward.valid),  # the verifier failed
+)
+
 
 def to_train_samples(
-    groups: Sequence[RolloutGroup], advantages: Sequence[Sequence[float]] | None = None
+    groups: Sequence[RolloutGroup],
+    advantages: Sequence[Sequence[float]] | None = None,
+    filters: Sequence[AnswerFilter] = UNTRAINABLE,
 ) -> tuple[list[TrainSample], Counter[str]]:
-    """One sample for each usable trajectory, in order, and the number of drops by reason.
+    """One sample for each usable trajectory, in order, and the number of drops by reason: the first filter's that drops it.
 
     ``advantages[g][i]`` is the scalar advantage of trajectory i of group g (None: a critic supplies them). Sample ids
-    are the running index of the kept samples; group ids are the prompt ids. Reasons: ``aborted`` (the engine gave up),
-    ``empty_response`` (nothing was sampled), ``invalid_reward`` (the verifier failed). Raises ValueError on unscored groups or
-    lengths that do not fit.
+    are the running index of the kept samples; group ids are the prompt ids. Raises ValueError on unscored groups or lengths
+    that do not fit.
     """
     if advantages is not None and len(advantages) != len(groups):
         raise ValueError(f"{len(groups)} groups but advantages for {len(advantages)}")
@@ -33,7 +43,7 @@ def to_train_samples(
         if of_group is not None and len(of_group) != len(group.trajectories):
             raise ValueError(f"prompt {group.prompt.prompt_id}: {len(group.trajectories)} answers, {len(of_group)} advantages")
         for index, (trajectory, reward) in enumerate(zip(group.trajectories, rewards, strict=True)):
-            reason = _drop_reason(trajectory, reward)
+            reason = next((reason for reason, drops_it in filters if drops_it(trajectory, reward)), None)
             if reason is not None:
                 drops[reason] += 1
                 continue
@@ -48,14 +58,6 @@ def _checked_rewards(group: RolloutGroup) -> tuple[Reward, ...]:
     if len(group.rewards) != len(group.trajectories):
         raise ValueError(f"prompt {group.prompt.prompt_id}: {len(group.trajectories)} answers, {len(group.rewards)} rewards")
     return group.rewards
-
-
-def _drop_reason(trajectory: Trajectory, reward: Reward) -> str | None:
-    if trajectory.finish_reason == "abort":
-        return "aborted"
-    if not trajectory.num_sampled:
-        return "empty_response"
-    return None if reward.valid else "invalid_reward"
 
 
 def _to_sample(sample_id: int, group_id: int, trajectory: Trajectory, reward: float, advantage: float | None) -> TrainSample:

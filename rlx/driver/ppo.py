@@ -1,71 +1,58 @@
-"""The training loop: generate, score, learn, publish. One iteration reads top to bottom in ``PPOTrainer.step``.
+"""The training loop: groups to a batch, learn, publish. One iteration reads top to bottom in ``PPOTrainer.step``.
 
-The driver sees only the Protocols of ``rlx.driver.roles``; it holds samples and plans, never token columns.
+A batch without anything to train on changes nothing: no optimizer step, no publication. Such a step counts as one; too many
+in a row end the run. The driver holds samples and plans, never token columns.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from statistics import fmean, pstdev
+from statistics import fmean
 
-from rlx.algos.base import Algorithm
 from rlx.algos.kl_controller import KLController
-from rlx.config.schema import Config
+from rlx.config.schema import AlgorithmConfig, BatchingConfig, RunConfig
 from rlx.data.plan import plan_batch
-from rlx.driver.evaluate import part_means
-from rlx.driver.experience import (
-    Rollouts,
-    Samples,
-    collect,
-    prepare,
-)
+from rlx.driver.batcher import Batch, Batcher
+from rlx.driver.groups import GroupStream
 from rlx.driver.roles import Roles
-from rlx.obs.log import phase
+from rlx.obs.log import notice, phase
 from rlx.obs.timers import StepTimer
 from rlx.types.layout import ParallelDims
-from rlx.types.rollout import (
-    SamplingSpec,
-    StepReport,
-    TrainSample,
-    UpdateStats,
-)
+from rlx.types.rollout import StepReport, TrainSample, UpdateStats
 from rlx.types.weights import WeightManifest
 
 
-class PPOTrainer:
-    """Runs iterations; ``state`` / ``load_state`` are what a checkpoint keeps of the driver."""
+class Learner:
+    """Learns from a batch: trains the policy, and the critic where there is one. ``critic_first``: that one learns from a batch
+    before it scores it."""
 
     def __init__(
         self,
-        config: Config,
+        algorithm: AlgorithmConfig,
+        batching: BatchingConfig,
         dims: ParallelDims,
         roles: Roles,
-        algorithm: Algorithm,
         controller: KLController,
-        sampling: SamplingSpec,
+        *,
+        critic_first: bool = False,
     ) -> None:
-        self.config, self.dims, self.roles = config, dims, roles
-        self.algorithm, self.controller, self.sampling = algorithm, controller, sampling
-        self.num_steps_done = 0
+        self._algorithm, self._batching, self._dims = algorithm, batching, dims
+        self._roles, self.controller, self._critic_first = roles, controller, critic_first
 
-    def step(self) -> StepReport:
-        """One iteration: prompts to published weights."""
-        step, roles, timer = self.num_steps_done + 1, self.roles, StepTimer()
-        with phase("rollout", step), timer("rollout"):
-            roles.rollout.begin_step(step)
-            rollouts = collect(self.config, roles, self.algorithm, self.sampling)
-            rollouts.verdicts.warn(f"step {step}", "are left out")
-        samples = prepare(self.config, self.algorithm, rollouts)
+    def learn(self, samples: Sequence[TrainSample], step: int, timer: StepTimer) -> dict[str, float]:
+        """All optimizer steps on one batch; the KL controller moves after them."""
+        roles = self._roles
         plan = plan_batch(
-            [len(sample.token_ids) for sample in samples.kept],
-            [sample.num_loss_tokens for sample in samples.kept],
-            dims=self.dims,
-            num_mini_batches=self.config.algorithm.num_mini_batches,
-            max_tokens=self.config.batching.max_tokens_per_micro_batch,
+            [len(sample.token_ids) for sample in samples],
+            [sample.num_loss_tokens for sample in samples],
+            dims=self._dims,
+            num_mini_batches=self._algorithm.num_mini_batches,
+            max_tokens=self._batching.max_tokens_per_micro_batch,
         )
         with phase("score", step), timer("score"):
             roles.policy.begin_training()
-            roles.policy.load_batch(samples.kept, plan)
+            roles.policy.load_batch(samples, plan)
             scores: dict[str, float] = {}
             if roles.reference is not None:
                 scores |= roles.reference.score()
@@ -77,51 +64,28 @@ class PPOTrainer:
         with phase("update", step), timer("update"):
             updates = self._update(len(plan.mini_batches))
             updates["critic"] += first
-        with phase("sync", step), timer("sync"):
-            manifest = roles.policy.publish(step)
-        metrics = self._metrics(rollouts, samples, scores, updates)
-        self._adapt_kl(scores, samples.kept)
-        self.num_steps_done = step
-        return StepReport(step=step, metrics=metrics | _sync_metrics(manifest) | _perf_metrics(timer, samples.kept))
-
-    def publish_start(self) -> None:
-        """Bring the engines to the weights that the run starts (or goes on) from."""
-        with phase("first sync", self.num_steps_done):
-            self.roles.policy.publish(self.num_steps_done)
-
-    def state(self) -> dict[str, object]:
-        return {
-            "step": self.num_steps_done,
-            "kl_coefficient": self.controller.coefficient,
-            "prompts": self.roles.prompts.state(),
-            "seed": self.config.run.seed,
-        }
-
-    def load_state(self, state: Mapping[str, object]) -> None:
-        """Go on where ``state`` was taken. ValueError when the run's seed differs: its data order would."""
-        if state["seed"] != self.config.run.seed:
-            raise ValueError(f"run.seed={self.config.run.seed}, but the checkpoint was made with {state['seed']}")
-        self.num_steps_done = int(str(state["step"]))
-        if self.controller.target is not None:  # a fixed one is the configuration's
-            self.controller.coefficient = float(str(state["kl_coefficient"]))
-        prompts = state["prompts"]
-        assert isinstance(prompts, Mapping)
-        self.roles.prompts.load_state(prompts)
+        metrics = dict(scores)
+        if self._algorithm.kl_placement != "none":
+            metrics["kl/coefficient"] = self.controller.coefficient
+        for role, stats in updates.items():
+            metrics |= update_metrics(role, stats)
+        self._adapt_kl(scores, samples)
+        return metrics
 
     def _teach_critic_first(self, num_mini_batches: int) -> list[UpdateStats]:
         """A process reward model learns from the outcomes before it scores the batch they belong to."""
-        critic = self.roles.critic
-        if critic is None or not self.algorithm.critic_first:
+        critic = self._roles.critic
+        if critic is None or not self._critic_first:
             return []
         return [critic.update(mini_batch) for mini_batch in range(num_mini_batches)]
 
     def _update(self, num_mini_batches: int) -> dict[str, list[UpdateStats]]:
         done: dict[str, list[UpdateStats]] = {"policy": [], "critic": []}
-        for _ in range(self.config.algorithm.epochs):
+        for _ in range(self._algorithm.epochs):
             for mini_batch in range(num_mini_batches):
-                if self.roles.critic is not None and not self.algorithm.critic_first:
-                    done["critic"].append(self.roles.critic.update(mini_batch))
-                done["policy"].append(self.roles.policy.update(mini_batch))
+                if self._roles.critic is not None and not self._critic_first:
+                    done["critic"].append(self._roles.critic.update(mini_batch))
+                done["policy"].append(self._roles.policy.update(mini_batch))
         return done
 
     def _adapt_kl(self, scores: Mapping[str, float], samples: Sequence[TrainSample]) -> None:
@@ -129,42 +93,121 @@ class PPOTrainer:
             tokens_a_sequence = fmean(sample.num_loss_tokens for sample in samples)
             self.controller.update(scores["kl/ref"] * tokens_a_sequence, len(samples))
 
-    def _metrics(
-        self,
-        rollouts: Rollouts,
-        samples: Samples,
-        scores: Mapping[str, float],
-        updates: Mapping[str, Sequence[UpdateStats]],
-    ) -> dict[str, float]:
-        groups = rollouts.groups
-        rewards = [reward for group in groups for reward in group.rewards or () if reward.valid]
-        values = [reward.value for reward in rewards]
-        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-        metrics = {
-            "reward/mean": fmean(values),
-            "reward/std": pstdev(values),
-            "reward/invalid": float(rollouts.verdicts.num_invalid),
-            "response/tokens_mean": fmean(trajectory.num_sampled for trajectory in trajectories),
-            "response/cut_off_share": fmean(trajectory.is_cut_off for trajectory in trajectories),
-            **scores,
-            **rollouts.metrics,
-            **samples.metrics,
-            **self.roles.prompts.metrics(),
+
+class PPOTrainer:
+    """Runs iterations; ``state`` / ``load_state`` are what a checkpoint keeps of the driver.
+
+    The weights that a step publishes have its number as version; ``weight_version`` is that of the present ones.
+    """
+
+    def __init__(self, run: RunConfig, roles: Roles, stream: GroupStream, batcher: Batcher, learner: Learner) -> None:
+        self._run, self.roles, self.stream, self.batcher, self.learner = run, roles, stream, batcher, learner
+        self.num_steps_done = self.weight_version = 0
+        self._empty = EmptySteps(run.max_empty_steps)
+
+    def step(self) -> StepReport:
+        """One iteration: prompts to published weights. RuntimeError when too many in a row had nothing to train on."""
+        step, timer = self.num_steps_done + 1, StepTimer()
+        with phase("rollout", step), timer("rollout"):
+            batch = self._next_batch(step)
+            batch.verdicts.warn(f"step {step}", "are left out")
+        metrics = dict(batch.metrics) | self.stream.metrics()
+        if batch.is_empty:
+            metrics |= self._empty.count(step, batch)
+        else:
+            self._empty.clear()
+            metrics |= self.learner.learn(batch.samples, step, timer)
+            with phase("sync", step), timer("sync"):
+                metrics |= sync_metrics(self.roles.policy.publish(step))
+            self.weight_version = step
+        self.num_steps_done = step
+        return StepReport(step=step, metrics=metrics | _perf_metrics(timer, batch.samples))
+
+    def publish_start(self) -> None:
+        """Bring the engines to the weights that the run starts (or goes on) from."""
+        with phase("first sync", self.num_steps_done):
+            self.roles.policy.publish(self.weight_version)
+
+    def state(self) -> dict[str, object]:
+        return {
+            "step": self.num_steps_done,
+            "weight_version": self.weight_version,
+            "empty_steps": self._empty.state(),
+            "kl_coefficient": self.learner.controller.coefficient,
+            "prompts": self.stream.state(),
+            "seed": self._run.seed,
         }
-        if self.config.algorithm.kl_placement != "none":
-            metrics["kl/coefficient"] = self.controller.coefficient
-        for source in sorted({group.prompt.source for group in groups} & set(self.config.data.sources)):
-            of_source = [r.value for g in groups if g.prompt.source == source for r in g.rewards or () if r.valid]
-            if of_source:
-                metrics[f"reward/mean/{source}"] = fmean(of_source)
-        # A part that is called like one of ours does not replace it.
-        metrics = {f"reward/{part}": value for part, value in part_means(rewards).items()} | metrics
-        for role, stats in updates.items():
-            metrics |= _update_metrics(role, stats)
-        return metrics | {f"drops/{reason}": float(count) for reason, count in samples.drops.items()}
+
+    def load_state(self, state: Mapping[str, object]) -> None:
+        """Go on where ``state`` was taken. ValueError when the run's seed differs: its data order would."""
+        if state["seed"] != self._run.seed:
+            raise ValueError(f"run.seed={self._run.seed}, but the checkpoint was made with {state['seed']}")
+        self.num_steps_done = int(str(state["step"]))
+        # Older checkpoints know of no empty steps: each of theirs had published.
+        self.weight_version = int(str(state.get("weight_version", self.num_steps_done)))
+        empty, prompts = state.get("empty_steps", {}), state["prompts"]
+        assert isinstance(empty, Mapping) and isinstance(prompts, Mapping)
+        self._empty.load_state(empty)
+        if self.learner.controller.target is not None:  # a fixed one is the configuration's
+            self.learner.controller.coefficient = float(str(state["kl_coefficient"]))
+        self.stream.load_state(prompts)
+
+    def _next_batch(self, step: int) -> Batch:
+        batch = None
+        while batch is None:
+            batch = self.batcher.add(self.stream.next(self.batcher.num_wanted, step))
+        return batch
 
 
-_STAT_NAMES = {
+class EmptySteps:
+    """Steps in a row that had nothing to train on, and why: groups left out and answers dropped by reason."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.clear()
+
+    def clear(self) -> None:
+        """There was something to train on."""
+        self._num = 0
+        self._groups: Counter[str] = Counter()
+        self._answers: Counter[str] = Counter()
+
+    def count(self, step: int, batch: Batch) -> dict[str, float]:
+        """One more, said on the screen; its metric. RuntimeError with the counts of all of them at the limit."""
+        self._num += 1
+        self._groups.update(batch.left_out)
+        self._answers.update(batch.drops)
+        why = _reasons(batch.left_out, batch.drops)
+        notice(f"step {step}: nothing to train on, {self._num} in a row (run.max_empty_steps={self._limit}): {why}")
+        if self._num >= self._limit:
+            raise RuntimeError(
+                f"nothing to train on in {self._num} steps in a row (run.max_empty_steps={self._limit}), the last of them step"
+                f" {step}: {_reasons(self._groups, self._answers)}"
+            )
+        return {"batch/empty_steps": float(self._num)}
+
+    def state(self) -> dict[str, object]:
+        return {"num": self._num, "groups": dict(self._groups), "answers": dict(self._answers)}
+
+    def load_state(self, state: Mapping[str, object]) -> None:
+        self.clear()
+        if state:
+            groups, answers = state["groups"], state["answers"]
+            assert isinstance(groups, Mapping) and isinstance(answers, Mapping)
+            self._num, self._groups, self._answers = int(str(state["num"])), Counter(groups), Counter(answers)
+
+
+def _reasons(groups: Mapping[str, int], answers: Mapping[str, int]) -> str:
+    """``groups left out: without_signal 32; answers dropped: aborted 1, invalid_reward 7``."""
+    parts = [
+        f"{what}: " + ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+        for what, counts in (("groups left out", groups), ("answers dropped", answers))
+        if counts
+    ]
+    return "; ".join(parts)
+
+
+STAT_NAMES = {
     "policy": "loss/policy",
     "ratio": "policy/ratio_mean",
     "clip_fraction": "policy/clip_fraction",
@@ -178,7 +221,7 @@ _STAT_NAMES = {
 }
 
 
-def _update_metrics(role: str, stats: Sequence[UpdateStats]) -> dict[str, float]:
+def update_metrics(role: str, stats: Sequence[UpdateStats]) -> dict[str, float]:
     """Means over the optimizer steps of one iteration."""
     if not stats:
         return {}
@@ -187,13 +230,14 @@ def _update_metrics(role: str, stats: Sequence[UpdateStats]) -> dict[str, float]
         f"{role}/learning_rate": stats[-1].learning_rate,
         f"{role}/skipped_steps": float(sum(update.skipped for update in stats)),
     }
-    for stat, name in _STAT_NAMES.items():
+    for stat, name in STAT_NAMES.items():
         if stat in stats[0].means:
             metrics[name] = fmean(update.means[stat] for update in stats)
     return metrics
 
 
-def _sync_metrics(manifest: WeightManifest | None) -> dict[str, float]:
+def sync_metrics(manifest: WeightManifest | None) -> dict[str, float]:
+    """What a publication took, and what its verification found."""
     if manifest is None:
         return {}
     metrics = {"seconds": manifest.seconds, "bytes": float(manifest.num_bytes), "version": float(manifest.version)}

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rlx.data.prompts import PromptSource
 from rlx.types.layout import BatchPlan
 from rlx.types.rollout import (
     Prompt,
@@ -115,4 +114,3 @@ class Roles:
     reference: ReferenceGroup | None
     rollout: RolloutService
     reward: RewardService
-    prompts: PromptSource

@@ -15,10 +15,12 @@ from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import Config
 from rlx.data.prompts import PromptSource
 from rlx.data.tokenizer import answer_decoder, tokenizer_of
+from rlx.driver.batcher import Batcher, BatchRules
 from rlx.driver.evaluate import Evaluation
+from rlx.driver.groups import GroupStream
 from rlx.driver.keeping import evaluate_alone, train
 from rlx.driver.lane import CommandLane
-from rlx.driver.ppo import PPOTrainer
+from rlx.driver.ppo import Learner, PPOTrainer
 from rlx.driver.publishing import EnginePublisher
 from rlx.driver.ranks import (
     RankedCritic,
@@ -45,7 +47,7 @@ def drive(config: Config, lane: CommandLane, engines: Path, *, stop_asked: Calla
         tokenizer = tokenizer_of(config)
         trainer = _make_trainer(config, lane, engines, tokenizer, stack)
         roles = trainer.roles
-        evaluation = Evaluation(config, roles.rollout, roles.reward, trainer.sampling, tokenizer)
+        evaluation = Evaluation(config, roles.rollout, roles.reward, sampling_of(config, tokenizer), tokenizer)
 
         def complete(row: StepReport) -> StepReport:
             is_due = evaluation.sets and config.evaluation.is_due(row.step, config.run.steps)
@@ -82,13 +84,22 @@ def _make_trainer(
         reference=RankedReference(lane) if config.algorithm.needs_reference else None,
         rollout=rollout,
         reward=reward,
-        prompts=PromptSource(config.data, tokenizer, config.run.seed),
     )
-    logger.info("prompts: %d; over the length limit: %s", len(roles.prompts), dict(roles.prompts.drops))
+    prompts = PromptSource(config.data, tokenizer, config.run.seed)
+    logger.info("prompts: %d; over the length limit: %s", len(prompts), dict(prompts.drops))
+    sampling = sampling_of(config, tokenizer)
+    stream = GroupStream(prompts, rollout, reward, sampling, greedy_baseline=algorithm.greedy_baseline)
     controller = make_kl_controller(config.algorithm)
-    return PPOTrainer(
-        config, config.parallel.dims(config.num_trainer_ranks), roles, algorithm, controller, sampling_of(config, tokenizer)
+    dims = config.parallel.dims(config.num_trainer_ranks)
+    learner = Learner(config.algorithm, config.batching, dims, roles, controller, critic_first=algorithm.critic_first)
+    rules = BatchRules(
+        prompts_per_step=config.data.prompts_per_step,
+        max_new_tokens=config.rollout.max_new_tokens,
+        algorithm=config.algorithm,
+        group_advantages=algorithm.group_advantages,
+        sources=frozenset(config.data.sources),
     )
+    return PPOTrainer(config.run, roles, stream, Batcher(rules), learner)
 
 
 def _make_services(

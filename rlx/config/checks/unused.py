@@ -51,6 +51,7 @@ def _schedule(section: str) -> Rule:
 
 
 _FINETUNING = (
+    Rule("run.max_empty_steps", _always, "rlx {} learns from every batch"),
     Rule("data.prompts_per_step", _always, "rlx {} takes finetune.examples_per_step"),
     Rule("data.max_prompt_tokens", _always, "rlx {} limits whole sequences, by finetune.max_tokens"),
     Rule("data.overlong", _always, "rlx {} takes finetune.overlong"),

@@ -14,7 +14,7 @@ import torch
 from rlx.algos.mismatch import drift, importance_weights
 from rlx.config.schema import AlgorithmConfig, RolloutConfig
 from rlx.driver.evaluate import summarise
-from rlx.driver.ppo import _STAT_NAMES, _sync_metrics, _update_metrics
+from rlx.driver.ppo import STAT_NAMES, sync_metrics, update_metrics
 from rlx.rollout.generate import HttpRolloutService
 from rlx.types.rollout import Prompt, Reward, RolloutGroup, UpdateStats
 from rlx.types.weights import CanaryReport, WeightManifest
@@ -69,9 +69,9 @@ def made() -> Iterator[str]:
     yield from (f"mismatch/{name}" for name in drift(nothing, nothing, nothing))
     yield from (f"mismatch/{name}" for name in importance_weights(nothing, nothing, nothing, algorithm)[1])
     canary = CanaryReport(difference=0.0)
-    yield from _sync_metrics(WeightManifest(version=1, tensors=(), num_bytes=0, seconds=0.0, canary=canary))
-    update = UpdateStats(grad_norm=1.0, learning_rate=1.0, skipped=False, means=dict.fromkeys(_STAT_NAMES, 0.0))
-    yield from (key for role in ("policy", "critic") for key in _update_metrics(role, [update]))
+    yield from sync_metrics(WeightManifest(version=1, tensors=(), num_bytes=0, seconds=0.0, canary=canary))
+    update = UpdateStats(grad_norm=1.0, learning_rate=1.0, skipped=False, means=dict.fromkeys(STAT_NAMES, 0.0))
+    yield from (key for role in ("policy", "critic") for key in update_metrics(role, [update]))
     yield from HttpRolloutService(["http://127.0.0.1:1"], RolloutConfig(), vocab_size=9).counts()
     answer = answered((1,), (1,))
     prompt = Prompt(prompt_id=0, token_ids=(1,), text="")

@@ -23,9 +23,11 @@ from rlx.config.schema import (
     RunConfig,
 )
 from rlx.config.sources import SourceConfig
+from rlx.driver.batcher import Batcher, BatchRules
 from rlx.driver.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
+from rlx.driver.groups import GroupStream
 from rlx.driver.keeping import evaluate_alone, iterate, train
-from rlx.driver.ppo import PPOTrainer
+from rlx.driver.ppo import Learner, PPOTrainer
 from rlx.driver.roles import Roles
 from rlx.obs.log import logger
 from rlx.obs.metrics import read_metrics
@@ -156,15 +158,19 @@ class FakePrompts:
         return {"data/epoch": self.num_drawn / 100}
 
 
-def make_trainer(calls: Calls, kl: float | None = None, **algorithm: Any) -> PPOTrainer:
-    config = Config(
-        run=RunConfig(seed=4),
+def make_config(**algorithm: Any) -> Config:
+    return Config(
+        run=RunConfig(seed=4, max_empty_steps=3),
         model=ModelConfig(path="none"),
         data=DataConfig(train="none", prompts_per_step=3),
         reward=RewardConfig(name="exact"),
         algorithm=AlgorithmConfig(**algorithm),
         batching=BatchingConfig(max_tokens_per_micro_batch=12),
     )
+
+
+def make_trainer(calls: Calls, kl: float | None = None, config: Config | None = None, **algorithm: Any) -> PPOTrainer:
+    config = config or make_config(**algorithm)
     rule = make_algorithm(config.algorithm)
     roles = Roles(
         policy=FakePolicy(calls, kl),
@@ -172,10 +178,20 @@ def make_trainer(calls: Calls, kl: float | None = None, **algorithm: Any) -> PPO
         reference=FakeReference(calls) if config.algorithm.needs_reference else None,
         rollout=FakeRollout(),
         reward=FakeReward(),
-        prompts=FakePrompts(),  # type: ignore[arg-type]
     )
     sampling = SamplingSpec(max_new_tokens=4, num_samples=4)
-    return PPOTrainer(config, ParallelDims(world_size=2), roles, rule, make_kl_controller(config.algorithm), sampling)
+    prompts: Any = FakePrompts()
+    stream = GroupStream(prompts, roles.rollout, roles.reward, sampling, greedy_baseline=rule.greedy_baseline)
+    controller = make_kl_controller(config.algorithm)
+    learner = Learner(config.algorithm, config.batching, ParallelDims(world_size=2), roles, controller)
+    rules = BatchRules(
+        prompts_per_step=config.data.prompts_per_step,
+        max_new_tokens=config.rollout.max_new_tokens,
+        algorithm=config.algorithm,
+        group_advantages=rule.group_advantages,
+        sources=frozenset(config.data.sources),
+    )
+    return PPOTrainer(config.run, roles, stream, Batcher(rules), learner)
 
 
 def test_ppo_step_calls_everyone_in_order() -> None:
@@ -254,7 +270,7 @@ def test_adaptive_kl_moves_after_the_step_that_showed_it() -> None:
     trainer = make_trainer(calls, kl=5.0, kl_placement="reward", kl_coefficient=0.3, **options)
     report = trainer.step()
     assert report.metrics["kl/coefficient"] == 0.3
-    assert trainer.controller.coefficient > 0.3
+    assert trainer.learner.controller.coefficient > 0.3
 
 
 def test_state_resumes_where_it_stopped(tmp_path: Path) -> None:
@@ -276,7 +292,7 @@ def test_state_resumes_where_it_stopped(tmp_path: Path) -> None:
     again = make_trainer(Calls())
     again.load_state(read_driver_state(whole_checkpoints(tmp_path)[-1][1]))
     assert again.num_steps_done == 5
-    assert again.roles.prompts.state() == trainer.roles.prompts.state()
+    assert again.stream.state() == trainer.stream.state()
     assert isinstance(reports[0], StepReport)
 
 
@@ -319,7 +335,9 @@ def test_a_mixture_reports_the_reward_of_each_source() -> None:
     trainer = make_trainer(Calls())
     assert not [name for name in trainer.step().metrics if name.startswith("reward/mean/")]
     sources = {name: SourceConfig(path="none") for name in "abc"}
-    trainer.config = replace(trainer.config, data=DataConfig(sources=sources, prompts_per_step=3))
+    config = replace(make_config(), data=DataConfig(sources=sources, prompts_per_step=3))
+    trainer = make_trainer(Calls(), config=config)
+    assert trainer.step().metrics["data/epoch"] == 0.03
     metrics = trainer.step().metrics
     found = {name: value for name, value in metrics.items() if name.startswith("reward/mean/")}
     assert found == {"reward/mean/a": pytest.approx(1 / 3), "reward/mean/b": pytest.approx(1 / 3)}
@@ -329,7 +347,7 @@ def test_a_mixture_reports_the_reward_of_each_source() -> None:
 def test_evaluation_before_the_first_step_is_step_0_and_seconds_of_saving_are_told(tmp_path: Path) -> None:
     trainer, calls, seen = make_trainer(Calls()), [], []
     config = replace(
-        trainer.config,
+        make_config(),
         run=RunConfig(dir=str(tmp_path), seed=4, steps=4, export_hf=False),
         evaluation=EvaluationConfig(at_start=True, every=2),
         checkpoint=CheckpointConfig(every=2, at_end=False),
@@ -355,7 +373,7 @@ def test_evaluation_before_the_first_step_is_step_0_and_seconds_of_saving_are_to
 
 def test_an_evaluation_alone_is_of_the_newest_checkpoint_where_asked(tmp_path: Path) -> None:
     """Each appends its row, also of a step that was measured before."""
-    base = make_trainer(Calls()).config
+    base = make_config()
     loaded: list[str] = []
     policy = FakePolicy(Calls())
     policy.load = loaded.append  # type: ignore[method-assign]
