@@ -78,6 +78,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict rlx converters
+	$(PY) -m mypy tests
 
 bench: bench-rewards bench-startup  ## the measurements that any machine does in minutes (bench-convert wants 10 GB)
 

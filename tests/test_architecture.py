@@ -7,6 +7,7 @@ prove each of them. An exception stands in a table here, with its reason, and mu
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -140,8 +141,9 @@ def _imported_by_call(node: ast.Call) -> str:
     """The module of ``import_module("...")`` or ``__import__("...")``; "" for other calls."""
     called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
     first = node.args[0] if node.args else None
-    is_literal = isinstance(first, ast.Constant) and isinstance(first.value, str)
-    return str(first.value) if called in ("import_module", "__import__") and is_literal else ""
+    if called not in ("import_module", "__import__") or not isinstance(first, ast.Constant):
+        return ""
+    return first.value if isinstance(first.value, str) else ""
 
 
 def _is_late(node: ast.AST) -> bool:
@@ -309,6 +311,13 @@ def test_no_function_is_there_for_tests_alone() -> None:
 
 def test_top_level_holds_nothing_else() -> None:
     assert not unknown_top_level({path.name for path in ROOT.iterdir()})
+
+
+def test_files_that_mypy_leaves_out_only_become_fewer() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]["overrides"]
+    (left_out,) = [override["module"] for override in settings if override.get("ignore_errors")]
+    assert len(left_out) <= 51
+    assert all((ROOT / name.replace(".", "/")).with_suffix(".py").is_file() for name in left_out)
 
 
 def test_readme_maps_every_package() -> None:

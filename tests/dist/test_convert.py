@@ -81,7 +81,7 @@ def shard(source: Path, target: Path, num_shards: int = 3) -> Path:
     """The checkpoint cut into files with an index, layers of one kind torn apart."""
     shutil.copytree(source, target)
     (target / "model.safetensors").unlink()
-    tensors, weight_map = tensors_of(source), {}
+    tensors, weight_map = tensors_of(source), dict[str, str]()
     for index in range(num_shards):
         names = sorted(tensors)[index::num_shards]
         save_file({name: tensors[name] for name in names}, target / f"part-{index}.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ PACKAGE = "nvidia-nccl-cu13"
 
 
 @pytest.fixture
-def interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     """Makes interpreters of other environments, by what they have; this one's is ``OURS``."""
     here = {"torch": "2.11.0", "nccl": OURS, "file": "/ours/libnccl.so.2", "package": PACKAGE}
     monkeypatch.setattr(installed, "installed", lambda: here)

@@ -52,7 +52,9 @@ def test_plain_data_are_found_where_torch_saved_them(tmp_path: Path) -> None:
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in stored.tensors.items()} == {
         "whole": ((6, 8), "bfloat16"), "turned": ((6, 8), "float32"), "other type": ((6, 8), "float64")
     }  # fmt: skip
-    (extent,) = stored.extents(piece("whole", (2, 0), (3, 8))) or ()
+    extents = stored.extents(piece("whole", (2, 0), (3, 8)))
+    assert extents is not None and len(extents) == 1
+    extent = extents[0]
     expected = TENSORS["whole"][2:5].contiguous().view(torch.uint8).numpy().tobytes()
     assert os.pread(extent.descriptor, extent.length, extent.position) == expected
     assert stored.extents(piece("turned")) is None and stored.extents(piece("other type")) is None

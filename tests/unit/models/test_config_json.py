@@ -165,7 +165,7 @@ def test_a_family_costs_less_than_a_hundred_lines(model_type: str) -> None:
     assert len(file.read_text().splitlines()) < 100
 
 
-ODD_VALUES = (None, "x", "4", [], {}, 1.5, True, -1, 0, [None], {"rope_type": None}, float("inf"))
+ODD_VALUES: tuple[Any, ...] = (None, "x", "4", [], {}, 1.5, True, -1, 0, [None], {"rope_type": None}, float("inf"))
 SHAPES = (Path(__file__).parents[3] / "configs" / "architectures").glob("*/config.json")
 ONE_A_FAMILY = {json.loads(file.read_text())["model_type"]: file for file in sorted(SHAPES)}
 

@@ -40,7 +40,7 @@ def test_two_stages_complete_the_model():
 )
 def test_a_wrong_tensor_is_named_and_not_passed_on(wrong, message):
     ledger = Ledger(EXPECTED)
-    passed = []
+    passed: list[str] = []
     with pytest.raises(SyncError, match=message):
         passed.extend(name for name, _ in ledger.checked(iter([("a.weight", torch.randn(3, 5)), wrong])))
     assert [info.name for info in ledger.tensors] == ["a.weight"]
