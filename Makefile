@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-sync bench-rewards bench-convert bench-startup test-sglang test-sglang-all
+.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-sync bench-rewards bench-driver bench-convert bench-startup test-sglang test-sglang-all
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -20,7 +20,7 @@ IS_312 := 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'
 # More overrides for a demo (`make demo ARGS="run.steps=5"`) or more arguments for pytest.
 ARGS ?=
 # Tests run side by side and time themselves by what one thread does; a run shares out the cores by itself.
-test test-slow test-slurm test-sglang test-sglang-all bench bench-sync bench-rewards bench-convert bench-startup: export OMP_NUM_THREADS ?= 1
+test test-slow test-slurm test-sglang test-sglang-all bench bench-sync bench-rewards bench-driver bench-convert bench-startup: export OMP_NUM_THREADS ?= 1
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,13 +80,16 @@ lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m mypy --strict rlx converters
 	$(PY) -m mypy tests
 
-bench: bench-rewards bench-startup  ## the measurements that any machine does in minutes (bench-convert wants 10 GB)
+bench: bench-rewards bench-driver bench-startup  ## the measurements that any machine does in minutes (bench-convert wants 10 GB)
 
 bench-sync: $(STAMP)  ## weight sync in every way beside a plain broadcast; on GPUs the table of docs/gpu.md
 	$(PY) -m tests.benchmarks.bench_sync $(ARGS)
 
 bench-rewards: $(STAMP)  ## answers a second of the reward pool, and what endless verifiers cost
 	$(PY) -m tests.benchmarks.bench_rewards $(ARGS)
+
+bench-driver: $(STAMP)  ## from scored groups to batches in the ranks' memory, beside a gloo scatter of the same bytes
+	$(PY) -m tests.benchmarks.bench_driver $(ARGS)
 
 bench-startup: $(STAMP)  ## from the command to the first rollout, by launcher
 	$(PY) -m tests.benchmarks.bench_startup $(ARGS)

@@ -11,25 +11,22 @@ losses divided once is exact under any split over ranks and micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 
 def token_weight(aggregation: str, num_tokens: int) -> float:
     """What each of a sequence's ``num_tokens`` response tokens counts for before the division."""
     return 1.0 / max(1, num_tokens) if aggregation == "seq-mean-token-mean" else 1.0
 
 
-def loss_divisor(aggregation: str, num_tokens: Sequence[int], constant: int) -> float:
-    """What the summed loss of a mini-batch is divided by; ``num_tokens`` are its sequences' response tokens (of all ranks).
+def loss_divisor(aggregation: str, num_tokens: int, num_sequences: int, constant: int) -> float:
+    """What the summed loss of a mini-batch is divided by: from its response tokens and its sequences, of all ranks.
 
-    Sequences without response tokens count nowhere. At least 1. ValueError on an unknown name.
+    Sequences without response tokens are not counted. At least 1. ValueError on an unknown name.
     """
-    sequences = sum(1 for count in num_tokens if count)
     divisors = {
-        "token-mean": sum(num_tokens),
-        "seq-mean-token-mean": sequences,
-        "seq-mean-token-sum": sequences,
-        "constant": sequences * constant,
+        "token-mean": num_tokens,
+        "seq-mean-token-mean": num_sequences,
+        "seq-mean-token-sum": num_sequences,
+        "constant": num_sequences * constant,
     }
     if aggregation not in divisors:
         raise ValueError(f"algorithm.loss_aggregation must be one of {', '.join(divisors)}, got {aggregation!r}")

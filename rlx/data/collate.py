@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlx.types.batch import Columns, MicroBatch
 from rlx.types.layout import ParallelDims
-from rlx.types.rollout import TrainSample
+from rlx.types.train_batch import TrainSample
 
 PADDING_ID = -1
 
@@ -41,22 +41,22 @@ def collate(
     if unknown:
         raise ValueError(f"no samples with ids {unknown}")
     chosen = [by_id[sample_id] for sample_id in sample_ids]
-    starts, cu_seqlens = _layout([len(sample.token_ids) for sample in chosen] or [2], dims)
+    starts, cu_seqlens = _layout([len(sample) for sample in chosen] or [2], dims)
     num_tokens = cu_seqlens[-1]
 
     tokens_T, labels_T = torch.zeros(num_tokens, dtype=torch.int64), torch.zeros(num_tokens, dtype=torch.int64)
     loss_mask_T = torch.zeros(num_tokens)
     for start, sample in zip(starts, chosen, strict=False):
-        length = len(sample.token_ids)
-        tokens_T[start : start + length] = torch.tensor(sample.token_ids)
-        labels_T[start : start + length - 1] = torch.tensor(sample.token_ids[1:])
-        loss_mask_T[start : start + length - 1] = torch.tensor(sample.loss_mask[1:], dtype=torch.float32)
+        length, tokens_L = len(sample), torch.from_numpy(sample.token_ids)
+        tokens_T[start : start + length] = tokens_L
+        labels_T[start : start + length - 1] = tokens_L[1:]
+        loss_mask_T[start : start + length - 1] = torch.from_numpy(sample.loss_mask[1:])
     return MicroBatch(
         tokens_T=tokens_T,
         labels_T=labels_T,
         loss_mask_T=loss_mask_T,
         cu_seqlens_S1=torch.tensor(cu_seqlens, dtype=torch.int32),
-        lengths_S=torch.tensor([len(sample.token_ids) for sample in chosen] or [num_tokens], dtype=torch.int64),
+        lengths_S=torch.tensor([len(sample) for sample in chosen] or [num_tokens], dtype=torch.int64),
         sample_ids=tuple(sample_ids) or (PADDING_ID,),
         columns=(columns or Columns()).map(lambda name, values: _lay_column(name, values, starts, chosen, num_tokens)),
     )
@@ -88,7 +88,7 @@ def _lay_column(name: str, values: Ragged, starts: Sequence[int], chosen: Sequen
     for start, sample in zip(starts, chosen, strict=False):
         if sample.sample_id not in values:
             raise ValueError(f"column {name} has nothing for sample {sample.sample_id}")
-        value_L, length = values[sample.sample_id], len(sample.token_ids)
+        value_L, length = values[sample.sample_id], len(sample)
         if value_L.shape != (length,):
             raise ValueError(f"column {name}, sample {sample.sample_id}: shape {tuple(value_L.shape)}, expected ({length},)")
         column_T[start : start + length] = value_L

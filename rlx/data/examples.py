@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlx.config.schema import Config, FinetuneConfig
@@ -25,7 +26,7 @@ from rlx.data.rows import EVERY_ROW, Look, Row, column, has_more, placed, read_r
 from rlx.data.tokenizer import GIVE_BACK, Limit, check_template, template_digest
 from rlx.obs.log import logger
 from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
-from rlx.types.rollout import TrainSample
+from rlx.types.train_batch import TrainBatch
 
 Example = tuple[MaskedTokens, ...]
 """One answer, or the chosen and the rejected one of a pair."""
@@ -132,35 +133,30 @@ def check_examples(path: str, config: Config, tokenizer: PreTrainedTokenizerBase
     return num_usable
 
 
-def to_train_samples(examples: Sequence[Example]) -> list[TrainSample]:
+def to_train_batch(examples: Sequence[Example]) -> TrainBatch:
     """Each example's sequences in order; group ids number the examples. So of pairs, the chosen sides have even sample
     ids and the rejected ones the odd ids that follow."""
     numbered = [(group, side) for group, example in enumerate(examples) for side in example]
-    return [
-        TrainSample(
-            sample_id=index,
-            group_id=group,
-            token_ids=tuple(side.token_ids),
-            loss_mask=tuple(side.loss_mask),
-            rollout_logprobs=(0.0,) * len(side.token_ids),
-            reward=0.0,
-        )
-        for index, (group, side) in enumerate(numbered)
-    ]
+    batch = TrainBatch.of_lengths([len(side.token_ids) for _, side in numbered], group_ids=[group for group, _ in numbered])
+    for sample, (_, side) in zip(batch, numbered, strict=True):
+        sample.token_ids[:] = np.asarray(side.token_ids)
+        sample.loss_mask[:] = np.frombuffer(bytes(side.loss_mask), np.uint8)
+    return batch
 
 
 def plan_examples(examples: Sequence[Example], *, dims: ParallelDims, max_tokens: int) -> BatchPlan:
     """One mini-batch, cut as ``plan_batch`` cuts, but so that an example's sequences stay side by side in one micro-batch.
-    Its members are indices of ``to_train_samples(examples)``."""
+    Its members are indices of ``to_train_batch(examples)``."""
     sizes = [sum(round_up(len(side.token_ids), dims.sequence_multiple) for side in example) for example in examples]
-    learnt = [sum(sum(side.loss_mask) for side in example) for example in examples]
-    (whole,) = plan_batch(sizes, learnt, dims=dims, num_mini_batches=1, max_tokens=max_tokens).mini_batches
+    learnt = [[sum(side.loss_mask) for side in example] for example in examples]
+    (whole,) = plan_batch(sizes, list(map(sum, learnt)), dims=dims, num_mini_batches=1, max_tokens=max_tokens).mini_batches
     sides = len(examples[0])
     ranks = tuple(
         tuple(tuple(index * sides + side for index in part for side in range(sides)) for part in rank)
         for rank in whole.micro_batches
     )
-    part = MiniBatchPlan(micro_batches=ranks, num_loss_tokens=whole.num_loss_tokens, num_sequences=len(examples) * sides)
+    num_sequences = sum(1 for example in learnt for count in example if count)
+    part = MiniBatchPlan(micro_batches=ranks, num_loss_tokens=whole.num_loss_tokens, num_sequences=num_sequences)
     return BatchPlan(mini_batches=(part,))
 
 

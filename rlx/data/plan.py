@@ -10,15 +10,17 @@ Invariants (tests/unit/data/test_plan.py holds one test for each):
 5. samples are balanced over ranks: no two ranks differ by more than the longest padded sample of the mini-batch;
 6. fewer samples than ranks are allowed: the rest get empty micro-batches;
 7. the same input gives the same plan;
-8. ``num_loss_tokens`` and ``num_sequences`` count the whole mini-batch.
+8. ``num_loss_tokens`` and ``num_sequences`` (those with tokens to learn from) count the whole mini-batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapreplace
 from itertools import pairwise
 
 from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
+from rlx.types.train_batch import BatchPart, MiniBatchPart, Rows
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -47,10 +49,26 @@ def plan_batch(
     mini_batches = []
     for members in _cut_in_order(len(lengths), num_mini_batches):
         micro_batches = _plan_ranks(members, lengths, dims, max_tokens)
-        num_loss_tokens = sum(loss_tokens[index] for index in members)
-        plan = MiniBatchPlan(micro_batches=micro_batches, num_loss_tokens=num_loss_tokens, num_sequences=len(members))
+        learnt = [loss_tokens[index] for index in members]
+        num_sequences = sum(1 for count in learnt if count)
+        plan = MiniBatchPlan(micro_batches=micro_batches, num_loss_tokens=sum(learnt), num_sequences=num_sequences)
         mini_batches.append(plan)
     return BatchPlan(mini_batches=tuple(mini_batches))
+
+
+def part_of(batch: Rows, plan: BatchPlan, dp_rank: int) -> BatchPart:
+    """What data-parallel rank ``dp_rank`` gets of a planned batch."""
+    mine = [mini_batch.micro_batches[dp_rank] for mini_batch in plan.mini_batches]
+    parts = [
+        MiniBatchPart(
+            micro_batch_sizes=tuple(len(indices) for indices in micro_batches),
+            num_loss_tokens=mini_batch.num_loss_tokens,
+            num_sequences=mini_batch.num_sequences,
+        )
+        for micro_batches, mini_batch in zip(mine, plan.mini_batches, strict=True)
+    ]
+    rows = [index for micro_batches in mine for indices in micro_batches for index in indices]
+    return BatchPart(dp_rank=dp_rank, samples=batch.rows(rows), mini_batches=tuple(parts), group_ids=batch.group_ids)
 
 
 def _cut_in_order(num_samples: int, num_parts: int) -> list[range]:
@@ -77,11 +95,11 @@ def _longest_first(indices: Sequence[int], padded: dict[int, int]) -> list[int]:
 def _balance(padded: dict[int, int], num_ranks: int) -> list[list[int]]:
     """Longest sample first, each to the rank with the fewest tokens so far."""
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
+    loads = [(0, rank) for rank in range(num_ranks)]  # a heap
     for index in _longest_first(list(padded), padded):
-        rank = loads.index(min(loads))
+        load, rank = loads[0]
         ranks[rank].append(index)
-        loads[rank] += padded[index]
+        heapreplace(loads, (load + padded[index], rank))
     return ranks
 
 
@@ -89,15 +107,16 @@ def _pack(indices: Sequence[int], padded: dict[int, int], pack_multiple: int, ma
     """First fit, longest first. A sample whose padding alone exceeds the budget gets a micro-batch of its own."""
     packs: list[list[int]] = []
     loads: list[int] = []
+    capacity = max_tokens - max_tokens % pack_multiple  # whatever is rounded up fits in exactly when it fits in this
     for index in _longest_first(indices, padded):
-        for pack, load in enumerate(loads):
-            if round_up(load + padded[index], pack_multiple) <= max_tokens:
-                packs[pack].append(index)
-                loads[pack] += padded[index]
-                break
-        else:
+        size = padded[index]
+        pack = next((pack for pack, load in enumerate(loads) if load + size <= capacity), None)
+        if pack is None:
             packs.append([index])
-            loads.append(padded[index])
+            loads.append(size)
+        else:
+            packs[pack].append(index)
+            loads[pack] += size
     return packs
 
 

@@ -1,16 +1,15 @@
-"""From scored rollout groups to training samples; whatever cannot be trained on is dropped with a counted reason."""
+"""From scored rollout groups to a training batch; whatever cannot be trained on is dropped with a counted reason."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from rlx.types.rollout import (
-    Reward,
-    RolloutGroup,
-    TrainSample,
-    Trajectory,
-)
+import numpy as np
+
+from rlx.types.rollout import Reward, RolloutGroup, Trajectory
+from rlx.types.train_batch import Ints, TrainBatch, TrainSample
 
 AnswerFilter = tuple[str, Callable[[Trajectory, Reward], bool]]
 """(reason, whether an answer with this verdict is dropped for it)."""
@@ -22,34 +21,80 @@ UNTRAINABLE: tuple[AnswerFilter, ...] = (
 )
 
 
-def to_train_samples(
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RolloutBatch:
+    """Usable trajectories, and what is known of each as one number. Their tokens stay where they are until ``rows`` lays some of
+    them flat: the driver has no second copy of a batch."""
+
+    trajectories: Sequence[Trajectory]
+    lengths: Sequence[int]
+    loss_tokens: Sequence[int]
+    group_ids: Ints
+    rewards: Sequence[float]
+    scalar_advantages: Sequence[float] | None
+
+    def __len__(self) -> int:
+        return len(self.trajectories)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def rows(self, indices: Sequence[int]) -> TrainBatch:
+        """These trajectories, in this order, as samples that are numbered by their places here."""
+        chosen = [self.trajectories[index] for index in indices]
+        advantages = self.scalar_advantages
+        batch = TrainBatch.of_lengths(
+            [self.lengths[index] for index in indices],
+            sample_ids=indices,
+            group_ids=[int(self.group_ids[index]) for index in indices],
+            rewards=[self.rewards[index] for index in indices],
+            scalar_advantages=None if advantages is None else [advantages[index] for index in indices],
+            weight_versions=[trajectory.oldest_version for trajectory in chosen],
+        )
+        for sample, trajectory in zip(batch, chosen, strict=True):
+            _write(sample, trajectory)
+        return batch
+
+
+def to_train_batch(
     groups: Sequence[RolloutGroup],
     advantages: Sequence[Sequence[float]] | None = None,
     filters: Sequence[AnswerFilter] = UNTRAINABLE,
-) -> tuple[list[TrainSample], Counter[str]]:
-    """One sample for each usable trajectory, in order, and the number of drops by reason: the first filter's that drops it.
+) -> tuple[RolloutBatch, Counter[str]]:
+    """One sequence for each usable trajectory, in order, and the number of drops by reason: the first filter's that drops it.
 
     ``advantages[g][i]`` is the scalar advantage of trajectory i of group g (None: a critic supplies them). Sample ids
-    are the running index of the kept samples; group ids are the prompt ids. Raises ValueError on unscored groups or lengths
+    are the running index of the kept ones; group ids are the prompt ids. Raises ValueError on unscored groups or lengths
     that do not fit.
     """
     if advantages is not None and len(advantages) != len(groups):
         raise ValueError(f"{len(groups)} groups but advantages for {len(advantages)}")
-    samples: list[TrainSample] = []
+    kept: list[tuple[Trajectory, int, float, float]] = []
     drops: Counter[str] = Counter()
     for group_index, group in enumerate(groups):
         rewards = _checked_rewards(group)
-        of_group = None if advantages is None else advantages[group_index]
-        if of_group is not None and len(of_group) != len(group.trajectories):
+        of_group = [0.0] * len(rewards) if advantages is None else advantages[group_index]
+        if len(of_group) != len(group.trajectories):
             raise ValueError(f"prompt {group.prompt.prompt_id}: {len(group.trajectories)} answers, {len(of_group)} advantages")
-        for index, (trajectory, reward) in enumerate(zip(group.trajectories, rewards, strict=True)):
+        for trajectory, reward, advantage in zip(group.trajectories, rewards, of_group, strict=True):
             reason = next((reason for reason, drops_it in filters if drops_it(trajectory, reward)), None)
             if reason is not None:
                 drops[reason] += 1
                 continue
-            advantage = None if of_group is None else float(of_group[index])
-            samples.append(_to_sample(len(samples), group.prompt.prompt_id, trajectory, reward.value, advantage))
-    return samples, drops
+            if next((segment.is_sampled for segment in trajectory.segments if len(segment)), True):
+                raise ValueError(f"prompt {group.prompt.prompt_id} has no tokens: nothing predicts the first sampled token")
+            kept.append((trajectory, group.prompt.prompt_id, reward.value, advantage))
+    trajectories, group_ids, values, scalars = zip(*kept, strict=True) if kept else ((), (), (), ())
+    batch = RolloutBatch(
+        trajectories=trajectories,
+        lengths=[trajectory.num_tokens for trajectory in trajectories],
+        loss_tokens=[trajectory.num_sampled for trajectory in trajectories],
+        group_ids=np.array(group_ids, np.int64),
+        rewards=values,
+        scalar_advantages=None if advantages is None else scalars,
+    )
+    return batch, drops
 
 
 def _checked_rewards(group: RolloutGroup) -> tuple[Reward, ...]:
@@ -60,17 +105,13 @@ def _checked_rewards(group: RolloutGroup) -> tuple[Reward, ...]:
     return group.rewards
 
 
-def _to_sample(sample_id: int, group_id: int, trajectory: Trajectory, reward: float, advantage: float | None) -> TrainSample:
-    loss_mask = trajectory.loss_mask
-    if loss_mask[0]:
-        raise ValueError(f"prompt {group_id} has no tokens: nothing predicts the first sampled token")
-    return TrainSample(
-        sample_id=sample_id,
-        group_id=group_id,
-        token_ids=trajectory.token_ids,
-        loss_mask=loss_mask,
-        rollout_logprobs=trajectory.rollout_logprobs,
-        reward=reward,
-        scalar_advantage=advantage,
-        weight_version=trajectory.oldest_version,
-    )
+def _write(sample: TrainSample, trajectory: Trajectory) -> None:
+    """Write the trajectory's tokens into the sample's columns, which are zeros, without a Python object a token."""
+    start = 0
+    for segment in trajectory.segments:
+        end = start + len(segment)
+        sample.token_ids[start:end] = np.asarray(segment.token_ids)
+        if segment.is_sampled:
+            sample.loss_mask[start:end] = True
+            sample.rollout_logprobs[start:end] = np.asarray(segment.rollout_logprobs)
+        start = end

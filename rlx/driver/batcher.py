@@ -15,11 +15,11 @@ from statistics import fmean, pstdev
 from rlx.algos.base import GroupAdvantages
 from rlx.algos.overlong import overlong_penalty
 from rlx.config.algorithm import AlgorithmConfig
-from rlx.data.samples import UNTRAINABLE, AnswerFilter, to_train_samples
+from rlx.data.samples import UNTRAINABLE, AnswerFilter, RolloutBatch, to_train_batch
 from rlx.driver.evaluate import part_means
 from rlx.driver.groups import ScoredGroup
 from rlx.rewards.verdicts import InvalidVerdicts
-from rlx.types.rollout import RolloutGroup, TrainSample
+from rlx.types.rollout import RolloutGroup
 
 GroupFilter = tuple[str, Callable[[ScoredGroup], bool]]
 """(reason, whether a group is left out for it)."""
@@ -61,7 +61,7 @@ class Batch:
     ``samples`` or counted in ``drops``. ``groups`` and ``samples`` are in the order of the prompts."""
 
     groups: tuple[ScoredGroup, ...]
-    samples: list[TrainSample]
+    samples: RolloutBatch
     left_out: Mapping[str, int]
     drops: Mapping[str, int]
     verdicts: InvalidVerdicts
@@ -69,7 +69,7 @@ class Batch:
 
     @property
     def is_empty(self) -> bool:
-        return not self.samples
+        return not len(self.samples)
 
 
 class Batcher:
@@ -116,11 +116,11 @@ class Batcher:
         left_out = self._left_out + Counter({SURPLUS: len(useful) - len(chosen)})
         shaped, penalties = _with_length_penalty(rules, [one.group for one in chosen])
         advantages = _advantages(rules, shaped, [one.baseline for one in chosen])
-        samples, drops = to_train_samples(shaped, advantages, rules.answer_filters)
+        samples, drops = to_train_batch(shaped, advantages, rules.answer_filters)
         seen, verdicts = _in_order(self._seen), InvalidVerdicts()
         for one in seen:
             verdicts.note(one.verdicts)
-        metrics = reward_metrics([one.group for one in (chosen if samples else seen)], rules.sources)
+        metrics = reward_metrics([one.group for one in (chosen if len(samples) else seen)], rules.sources)
         metrics["reward/invalid"] = float(verdicts.num_invalid)
         if penalties:
             metrics["reward/overlong_penalty"] = sum(penalties) / len(penalties)

@@ -6,17 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from rlx.config.schema import Config
-from rlx.data.examples import Example, ExampleSource, plan_examples, to_train_samples
+from rlx.data.examples import Example, ExampleSource, plan_examples, to_train_batch
 from rlx.obs.log import phase
 from rlx.obs.timers import StepTimer
 from rlx.types.layout import BatchPlan, ParallelDims
-from rlx.types.rollout import StepReport, TrainSample, UpdateStats
+from rlx.types.rollout import StepReport, UpdateStats
+from rlx.types.train_batch import Rows
 
 
 class TrainedModel(Protocol):
     """The model and the batch it works on; every call is collective for the ranks behind it."""
 
-    def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None: ...
+    def load_batch(self, batch: Rows, plan: BatchPlan) -> None: ...
 
     def score_reference(self) -> None:
         """Compute reference log-probs of the loaded batch."""
@@ -47,7 +48,7 @@ class Batches:
         self._dims, self.model = dims, model
 
     def load(self, examples: Sequence[Example]) -> None:
-        self.model.load_batch(to_train_samples(examples), plan_examples(examples, dims=self._dims, max_tokens=self._max_tokens))
+        self.model.load_batch(to_train_batch(examples), plan_examples(examples, dims=self._dims, max_tokens=self._max_tokens))
         if self._has_reference:
             self.model.score_reference()
 

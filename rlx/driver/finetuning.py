@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
@@ -13,19 +13,20 @@ from rlx.data.tokenizer import tokenizer_of
 from rlx.driver.finetune import Batches, FinetuneTrainer
 from rlx.driver.keeping import evaluate_alone, train
 from rlx.driver.lane import CommandLane
+from rlx.driver.ranks import parts_of
 from rlx.models.hf.fingerprint import origin_of
 from rlx.obs.log import logger, phase
 from rlx.trainer.commands import (
     Export,
     Load,
-    LoadBatch,
     Save,
     ScoreReference,
     Update,
     Validate,
 )
 from rlx.types.layout import BatchPlan
-from rlx.types.rollout import StepReport, TrainSample, UpdateStats
+from rlx.types.rollout import StepReport, UpdateStats
+from rlx.types.train_batch import Rows
 
 
 class RankedModel:
@@ -33,9 +34,10 @@ class RankedModel:
 
     def __init__(self, lane: CommandLane, config: Config) -> None:
         self._lane, self._config = lane, config
+        self._dims = config.parallel.dims(config.num_trainer_ranks)
 
-    def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
-        self._lane.ask(LoadBatch(samples=samples, plan=plan))
+    def load_batch(self, batch: Rows, plan: BatchPlan) -> None:
+        self._lane.ask(parts_of(batch, plan, self._dims))
 
     def score_reference(self) -> None:
         self._lane.ask(ScoreReference())

@@ -14,7 +14,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -87,11 +87,22 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Parts[A]:
+    """One command in as many parts as there are different ones: ``make(part_of(rank))`` is rank ``rank``'s.
+
+    A part is made when it is sent, once for all ranks that get it, and not kept: the driver never holds two.
+    """
+
+    make: Callable[[int], Command[Any, A]]
+    part_of: Callable[[int], int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Asked:
     """A command and who waits for its answer."""
 
     step: int
-    command: Command[Any, Any] | Leave
+    command: Command[Any, Any] | Parts[Any] | Leave
     future: Future[Any]
 
 
@@ -123,11 +134,11 @@ class CommandLane:
         self._thread = threading.Thread(target=self._run, name="command-lane", daemon=True)
         self._thread.start()
 
-    def submit[A](self, command: Command[Any, A]) -> Future[A]:
+    def submit[A](self, command: Command[Any, A] | Parts[A]) -> Future[A]:
         """Queue a command. The future gives the first answer that is not None, in rank order, or raises ``LaneError``."""
         return self._put(command)
 
-    def ask[A](self, command: Command[Any, A]) -> A:
+    def ask[A](self, command: Command[Any, A] | Parts[A]) -> A:
         """Have the ranks run a command whose answer somebody knows, and wait for it."""
         return self.submit(command).result()
 
@@ -136,7 +147,7 @@ class CommandLane:
         self._put(Leave(done=done)).result()
         self._thread.join()
 
-    def _put(self, command: Command[Any, Any] | Leave) -> Future[Any]:
+    def _put(self, command: Command[Any, Any] | Parts[Any] | Leave) -> Future[Any]:
         future: Future[Any] = Future()
         with self._guard:
             if self._failure is not None:
@@ -166,14 +177,25 @@ class CommandLane:
 
     def _execute(self, number: int, asked: _Asked) -> Any:
         command = asked.command
-        is_last = isinstance(command, Leave)
-        parts = pack(command if isinstance(command, Leave) else Order(number=number, step=asked.step, command=command))
-        for rank, channel in self._channels.items():
+        if isinstance(command, Leave):
+            self._send(pack(command), self._channels)
+            return None
+        if isinstance(command, Parts):
+            ranks_of: dict[int, list[int]] = {}
+            for rank in self._channels:
+                ranks_of.setdefault(command.part_of(rank), []).append(rank)
+            for part, ranks in ranks_of.items():
+                self._send(pack(Order(number=number, step=asked.step, command=command.make(part))), ranks)
+        else:
+            self._send(pack(Order(number=number, step=asked.step, command=command)), self._channels)
+        return self._collect(number)
+
+    def _send(self, message: list[memoryview], ranks: Iterable[int]) -> None:
+        for rank in ranks:
             try:
-                channel.send_packed(parts)
+                self._channels[rank].send_packed(message)
             except OSError as error:
                 raise LaneError(f"the connection to trainer rank {rank} was lost ({error}): connection closed by peer") from error
-        return None if is_last else self._collect(number)
 
     def _collect(self, number: int) -> Any:
         """All ranks' answers to an order; the first that is not None."""

@@ -13,13 +13,14 @@ from statistics import fmean
 from rlx.algos.kl_controller import KLController
 from rlx.config.schema import AlgorithmConfig, BatchingConfig, RunConfig
 from rlx.data.plan import plan_batch
+from rlx.data.samples import RolloutBatch
 from rlx.driver.batcher import Batch, Batcher
 from rlx.driver.groups import GroupStream
 from rlx.driver.roles import Roles
 from rlx.obs.log import notice, phase
 from rlx.obs.timers import StepTimer
 from rlx.types.layout import ParallelDims
-from rlx.types.rollout import StepReport, TrainSample, UpdateStats
+from rlx.types.rollout import StepReport, UpdateStats
 from rlx.types.weights import WeightManifest
 
 
@@ -40,12 +41,12 @@ class Learner:
         self._algorithm, self._batching, self._dims = algorithm, batching, dims
         self._roles, self.controller, self._critic_first = roles, controller, critic_first
 
-    def learn(self, samples: Sequence[TrainSample], step: int, timer: StepTimer) -> dict[str, float]:
+    def learn(self, samples: RolloutBatch, step: int, timer: StepTimer) -> dict[str, float]:
         """All optimizer steps on one batch; the KL controller moves after them."""
         roles = self._roles
         plan = plan_batch(
-            [len(sample.token_ids) for sample in samples],
-            [sample.num_loss_tokens for sample in samples],
+            samples.lengths,
+            samples.loss_tokens,
             dims=self._dims,
             num_mini_batches=self._algorithm.num_mini_batches,
             max_tokens=self._batching.max_tokens_per_micro_batch,
@@ -88,10 +89,9 @@ class Learner:
                 done["policy"].append(self._roles.policy.update(mini_batch))
         return done
 
-    def _adapt_kl(self, scores: Mapping[str, float], samples: Sequence[TrainSample]) -> None:
+    def _adapt_kl(self, scores: Mapping[str, float], samples: RolloutBatch) -> None:
         if "kl/ref" in scores:
-            tokens_a_sequence = fmean(sample.num_loss_tokens for sample in samples)
-            self.controller.update(scores["kl/ref"] * tokens_a_sequence, len(samples))
+            self.controller.update(scores["kl/ref"] * fmean(samples.loss_tokens), len(samples))
 
 
 class PPOTrainer:
@@ -248,7 +248,6 @@ def sync_metrics(manifest: WeightManifest | None) -> dict[str, float]:
     return {f"sync/{name}": value for name, value in metrics.items()}
 
 
-def _perf_metrics(timer: StepTimer, samples: Sequence[TrainSample]) -> dict[str, float]:
+def _perf_metrics(timer: StepTimer, batch: RolloutBatch) -> dict[str, float]:
     metrics = timer.metrics()
-    tokens = sum(len(sample.token_ids) for sample in samples)
-    return metrics | {"perf/tokens_per_s": tokens / max(metrics["perf/step_s"], 1e-9)}
+    return metrics | {"perf/tokens_per_s": batch.num_tokens / max(metrics["perf/step_s"], 1e-9)}

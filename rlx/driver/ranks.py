@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from rlx.config.schema import Config
-from rlx.driver.lane import CommandLane
+from rlx.data.plan import part_of
+from rlx.driver.lane import CommandLane, Parts
 from rlx.models.hf.fingerprint import origin_of
 from rlx.trainer.commands import (
     ComputeAdvantages,
@@ -21,8 +22,9 @@ from rlx.trainer.commands import (
     UpdateCritic,
     UpdatePolicy,
 )
-from rlx.types.layout import BatchPlan
-from rlx.types.rollout import TrainSample, UpdateStats
+from rlx.types.layout import BatchPlan, ParallelDims
+from rlx.types.rollout import UpdateStats
+from rlx.types.train_batch import Rows
 from rlx.types.weights import WeightManifest
 
 
@@ -38,18 +40,24 @@ class Engines(Protocol):
         ...
 
 
+def parts_of(batch: Rows, plan: BatchPlan, dims: ParallelDims) -> Parts[None]:
+    """The command that hands every rank its own rows of a batch."""
+    return Parts(lambda dp_rank: LoadBatch(part=part_of(batch, plan, dp_rank)), dims.dp_rank_of)
+
+
 class RankedPolicy:
     """PolicyGroup over ranks. ``engines`` None: there are none."""
 
     def __init__(self, lane: CommandLane, engines: Engines | None, config: Config) -> None:
         self._lane, self._engines, self._config = lane, engines, config
+        self._dims = config.parallel.dims(config.num_trainer_ranks)
 
     def begin_training(self) -> None:
         if self._engines is not None:
             self._engines.begin_training()
 
-    def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
-        self._lane.ask(LoadBatch(samples=samples, plan=plan))
+    def load_batch(self, batch: Rows, plan: BatchPlan) -> None:
+        self._lane.ask(parts_of(batch, plan, self._dims))
 
     def score(self) -> Mapping[str, float]:
         return self._lane.ask(ScorePolicy())

@@ -16,9 +16,9 @@ from rlx.types.rollout import (
     Prompt,
     RolloutGroup,
     SamplingSpec,
-    TrainSample,
     UpdateStats,
 )
+from rlx.types.train_batch import Rows
 from rlx.types.weights import WeightManifest
 
 
@@ -29,8 +29,8 @@ class PolicyGroup(Protocol):
         """The step's rollouts are done: engines that share the trainers' devices make room until ``publish``."""
         ...
 
-    def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
-        """Hand every rank the rollout batch and its plan; forgets the previous one."""
+    def load_batch(self, batch: Rows, plan: BatchPlan) -> None:
+        """Hand every rank its rows of the rollout batch, as planned; forgets the previous one."""
         ...
 
     def score(self) -> Mapping[str, float]:

@@ -102,7 +102,7 @@ def _kls(batch: RankBatch, config: AlgorithmConfig) -> dict[int, Tensor]:
 
 def _over_all_samples(batch: RankBatch, own: dict[int, float], sums: Sums) -> list[float]:
     """One number a sample, known to the rank that has the sample, for all samples of the batch on every rank."""
-    table = torch.zeros(len(batch.everyone), dtype=torch.float64)
+    table = torch.zeros(len(batch.group_ids), dtype=torch.float64)
     for index, value in own.items():
         table[index] = value
     return [float(value) for value in sums(table)]
@@ -111,8 +111,8 @@ def _over_all_samples(batch: RankBatch, own: dict[int, float], sums: Sums) -> li
 def _groups(batch: RankBatch) -> list[list[int]]:
     """Sample ids of each group, over all ranks."""
     groups: dict[int, list[int]] = defaultdict(list)
-    for sample in batch.everyone:
-        groups[sample.group_id].append(sample.sample_id)
+    for sample_id, group_id in enumerate(batch.group_ids):
+        groups[group_id].append(sample_id)
     return list(groups.values())
 
 

@@ -7,8 +7,11 @@ Columns are held by sample id, whole sequences (context parallelism undone), on 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlx.data.collate import Ragged, collate, split_columns
@@ -16,42 +19,34 @@ from rlx.parallel.context import ParallelContext
 from rlx.parallel.context_parallel import gather_pack
 from rlx.parallel.packing import LocalBatch
 from rlx.types.batch import Columns, MicroBatch
-from rlx.types.layout import BatchPlan
-from rlx.types.rollout import TrainSample
+from rlx.types.train_batch import BatchPart, MiniBatchPart, TrainSample
 
 
 class RankBatch:
-    """The samples that the plan gives to this data-parallel rank."""
+    """The samples of this data-parallel rank, in the order of their micro-batches."""
 
-    def __init__(self, samples: Sequence[TrainSample], plan: BatchPlan, context: ParallelContext) -> None:
-        self.plan = plan
+    def __init__(self, part: BatchPart, context: ParallelContext) -> None:
+        assert part.dp_rank == context.dp_rank, f"data-parallel rank {context.dp_rank} was sent the part of {part.dp_rank}"
         self.columns: Columns[Ragged] = Columns()
-        self._context = context
-        self._samples = list(samples)
-        mine = [ids for part in plan.mini_batches for ids in part.micro_batches[context.dp_rank]]
-        self.samples = [self._samples[index] for ids in mine for index in ids]
+        self.samples = list(part.samples)
+        self.group_ids: list[int] = part.group_ids.tolist()
+        self._mini_batches, self._context = part.mini_batches, context
 
-    @property
-    def everyone(self) -> list[TrainSample]:
-        """The samples of all ranks, in order; sample ids are their indices."""
-        return self._samples
-
-    def members(self, mini_batch: int) -> list[TrainSample]:
-        """The samples of one mini-batch over all ranks."""
-        ranks = self.plan.mini_batches[mini_batch].micro_batches
-        return [self._samples[index] for rank in ranks for ids in rank for index in ids]
+    def counts(self, mini_batch: int) -> MiniBatchPart:
+        """What the mini-batch has to learn from, over all ranks."""
+        return self._mini_batches[mini_batch]
 
     def packs(self, mini_batch: int) -> list[MicroBatch]:
         """The micro-batches of one mini-batch, with every column computed so far."""
-        micro_batches = self.plan.mini_batches[mini_batch].micro_batches[self._context.dp_rank]
-        return [self._pack(ids) for ids in micro_batches]
+        start = sum(sum(before.micro_batch_sizes) for before in self._mini_batches[:mini_batch])
+        borders = accumulate(self._mini_batches[mini_batch].micro_batch_sizes, initial=start)
+        return [self._pack(self.samples[first:last]) for first, last in pairwise(borders)]
 
     def all_packs(self) -> list[MicroBatch]:
         """The micro-batches of all mini-batches, in order."""
-        return [pack for index in range(len(self.plan.mini_batches)) for pack in self.packs(index)]
+        return [pack for index in range(len(self._mini_batches)) for pack in self.packs(index)]
 
-    def _pack(self, indices: Sequence[int]) -> MicroBatch:
-        chosen = [self._samples[index] for index in indices]
+    def _pack(self, chosen: Sequence[TrainSample]) -> MicroBatch:
         return collate(chosen, [sample.sample_id for sample in chosen], self._context.dims, self.columns)
 
     def whole(self, outputs: Iterable[tuple[LocalBatch, Tensor]]) -> Ragged:
@@ -71,9 +66,15 @@ def of_sample(column: Ragged | None, sample: TrainSample) -> Tensor:
 
 def position_mask(sample: TrainSample) -> Tensor:
     """1 where the NEXT token is a response token, float32 [L]."""
-    return torch.tensor((*sample.loss_mask[1:], 0), dtype=torch.float32)
+    return _one_to_the_left(sample.loss_mask)
 
 
 def position_rollout_logprobs(sample: TrainSample) -> Tensor:
     """The engine's log-prob of the next token, float32 [L]."""
-    return torch.tensor((*sample.rollout_logprobs[1:], 0.0), dtype=torch.float32)
+    return _one_to_the_left(sample.rollout_logprobs)
+
+
+def _one_to_the_left(column: NDArray[Any]) -> Tensor:
+    shifted_L = torch.zeros(len(column))
+    shifted_L[:-1] = torch.from_numpy(column[1:])
+    return shifted_L

@@ -49,13 +49,16 @@ class Channel:
     def send_packed(self, parts: list[memoryview]) -> None:
         """What ``pack`` made, which may go to several ranks. ConnectionError or TimeoutError when it is not taken."""
         with self._sending:
+            num_sent = self._connection.sendmsg(parts[:64])  # small messages go at once
             for part in parts:
-                self._connection.sendall(part)
+                if num_sent < part.nbytes:
+                    self._connection.sendall(part[num_sent:])
+                num_sent = max(0, num_sent - part.nbytes)
 
     def receive(self) -> Any:
         """The next message. ``ChannelClosed`` at the end of the connection, TimeoutError for one that stops half-way."""
         (num_buffers,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
-        sizes = [_LENGTH.unpack(self._exactly(_LENGTH.size))[0] for _ in range(num_buffers + 1)]
+        sizes = struct.unpack(f"!{num_buffers + 1}Q", self._exactly((num_buffers + 1) * _LENGTH.size))
         payload, *buffers = (self._exactly(size) for size in sizes)
         return pickle.loads(payload, buffers=buffers)
 

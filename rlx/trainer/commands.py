@@ -1,7 +1,8 @@
 """What the driver may ask of the trainer ranks: one frozen dataclass a command, with the type of its answer.
 
-Every rank runs the same command at the same time, so whatever is collective inside meets its peers. ``None`` is the answer of a
-rank that does not know (only a pipeline's last stage has losses); the driver takes the first that is another.
+Every rank runs the same command at the same time, so whatever is collective inside meets its peers; ``LoadBatch`` alone holds
+something else on each data-parallel rank. ``None`` is the answer of a rank that does not know (only a pipeline's last stage has
+losses); the driver takes the first that is another.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from rlx.sync.errors import SyncFailure
 from rlx.sync.group import Endpoint
-from rlx.types.layout import BatchPlan
-from rlx.types.rollout import TrainSample, UpdateStats
+from rlx.types.rollout import UpdateStats
+from rlx.types.train_batch import BatchPart
 from rlx.types.weights import WeightManifest
 
 if TYPE_CHECKING:  # the driver gives commands without the models' libraries
@@ -36,14 +37,13 @@ class Command[W, A](ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadBatch(Command["RankWorker", None]):
-    """Hold these samples, laid out as planned, until the next ones."""
+    """Hold this part of a batch until the next one. Every data-parallel rank gets its own."""
 
     title = "load batch"
-    samples: Sequence[TrainSample]
-    plan: BatchPlan
+    part: BatchPart
 
     def run(self, worker: RankWorker) -> None:
-        worker.load_batch(self.samples, self.plan)
+        worker.load_batch(self.part)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,6 @@ A step is one mini-batch: ``load_batch``, ``score_reference`` where there is one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +20,8 @@ from rlx.trainer.losses import finetune_loss
 from rlx.trainer.rank_model import Learning, Means, ModelLoader
 from rlx.trainer.scoring import add_ref_logprobs
 from rlx.types.batch import Columns
-from rlx.types.layout import BatchPlan
-from rlx.types.rollout import TrainSample, UpdateStats
+from rlx.types.rollout import UpdateStats
+from rlx.types.train_batch import BatchPart, TrainSample
 
 
 class FinetuneWorker:
@@ -52,8 +51,8 @@ class FinetuneWorker:
         assert self._batch is not None, "load_batch comes first"
         return self._batch
 
-    def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
-        self._batch = RankBatch(samples, plan, self.context)
+    def load_batch(self, part: BatchPart) -> None:
+        self._batch = RankBatch(part, self.context)
         if self.context.is_last_stage:
             weights = {sample.sample_id: self._weights(sample) for sample in self._batch.samples}
             self._batch.columns = Columns(weights=weights)
@@ -65,7 +64,7 @@ class FinetuneWorker:
             return position_mask(sample)
         if not self._scores:
             return position_mask(sample) * (2.0 / sample.num_loss_tokens)
-        weights = torch.zeros(len(sample.token_ids))
+        weights = torch.zeros(len(sample))
         weights[-1] = 2.0
         return weights
 

@@ -7,19 +7,17 @@ returned there and None elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from rlx.trainer.rank_model import Means
-from rlx.types.layout import BatchPlan
-from rlx.types.rollout import TrainSample
+from rlx.types.train_batch import BatchPart
 
 
 class RankWorker(Protocol):
     """The methods that both kinds of workers have."""
 
-    def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
-        """Hold these samples, laid out as planned, until the next ones."""
+    def load_batch(self, part: BatchPart) -> None:
+        """Hold these samples, this rank's part of a batch, until the next ones."""
 
     def score_reference(self) -> Means | None:
         """The column ``ref_logprobs``."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rlx.data.plan import plan_batch
+from rlx.data.plan import part_of, plan_batch
 from rlx.trainer.batch import RankBatch
 from rlx.trainer.rank_model import RankModel
 from rlx.types.layout import BatchPlan
-from rlx.types.rollout import TrainSample
+from rlx.types.train_batch import TrainBatch
 
 
 def add_ref_logprobs(batch: RankBatch, reference: RankModel) -> None:
@@ -26,27 +26,19 @@ def score_sequences(model: RankModel, sequences: Sequence[Sequence[int]], max_to
     Every data-parallel replica scores all sequences, so that a replica that went astray cannot hide behind another.
     """
     context = model.context
-    samples = [_as_sample(index, tokens) for index, tokens in enumerate(sequences)]
     one_replica = replace(context.dims, world_size=context.dims.world_size // context.dims.dp, ep=1, etp=None)
     lengths = [len(tokens) for tokens in sequences]
     plan = plan_batch(lengths, lengths, dims=one_replica, num_mini_batches=1, max_tokens=max(max_tokens, *lengths))
     part = plan.mini_batches[0]
     everywhere = replace(part, micro_batches=part.micro_batches * context.dims.dp)
-    batch = RankBatch(samples, BatchPlan(mini_batches=(everywhere,)), context)
+    whole = TrainBatch.of_lengths(lengths, group_ids=range(len(lengths)))
+    for sample, tokens in zip(whole, sequences, strict=True):
+        sample.token_ids[:] = tokens
+        sample.loss_mask[:] = True
+    batch = RankBatch(part_of(whole, BatchPlan(mini_batches=(everywhere,)), context.dp_rank), context)
     outputs = model.score(batch.all_packs())
     rows: list[list[float]] | None = None
     if context.is_last_stage:
         logprobs = batch.whole((local, out[0]) for local, out in outputs)
-        rows = [logprobs[index][:-1].tolist() for index in range(len(samples))]
+        rows = [logprobs[index][:-1].tolist() for index in range(len(sequences))]
     return next(found for found in context.gather_objects(rows) if found is not None)
-
-
-def _as_sample(index: int, tokens: Sequence[int]) -> TrainSample:
-    return TrainSample(
-        sample_id=index,
-        group_id=index,
-        token_ids=tuple(tokens),
-        loss_mask=(1,) * len(tokens),
-        rollout_logprobs=(0.0,) * len(tokens),
-        reward=0.0,
-    )

@@ -38,9 +38,9 @@ def add_weights(batch: RankBatch, aggregation: str) -> None:
 
 def divisors(batch: RankBatch, mini_batch: int, aggregation: str, constant: int) -> Divisors:
     """The mini-batch's, the same on every rank. ``constant``: tokens a sequence, of the aggregation of that name."""
-    counts = [sample.num_loss_tokens for sample in batch.members(mini_batch)]
-    loss = loss_divisor(aggregation, counts, constant)
-    return Divisors(loss=loss, loss_tokens=float(max(1, sum(counts))))
+    counts = batch.counts(mini_batch)
+    loss = loss_divisor(aggregation, counts.num_loss_tokens, counts.num_sequences, constant)
+    return Divisors(loss=loss, loss_tokens=float(max(1, counts.num_loss_tokens)))
 
 
 def add_importance(batch: RankBatch, algorithm: AlgorithmConfig) -> Stats:

@@ -32,9 +32,9 @@ from rlx.trainer.losses import policy_loss, process_loss, value_loss
 from rlx.trainer.rank_model import Learning, Means, ModelLoader, RankModel, reduced
 from rlx.trainer.scoring import add_ref_logprobs, score_sequences
 from rlx.trainer.weighting import add_importance, add_weights
-from rlx.types.layout import BatchPlan
 from rlx.types.precision import Precision
-from rlx.types.rollout import TrainSample, UpdateStats
+from rlx.types.rollout import UpdateStats
+from rlx.types.train_batch import BatchPart
 from rlx.types.weights import WeightManifest
 
 
@@ -116,8 +116,8 @@ class Worker:
 
     # Scoring
 
-    def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
-        self._batch = RankBatch(samples, plan, self.context)
+    def load_batch(self, part: BatchPart) -> None:
+        self._batch = RankBatch(part, self.context)
         if self.context.is_last_stage:
             add_weights(self._batch, self._update_rule.loss_aggregation)
 

@@ -56,6 +56,13 @@ class ParallelDims:
         """Data-parallel size (context parallelism not included)."""
         return self.world_size // (self.tp * self.pp * self.cp)
 
+    def dp_rank_of(self, rank: int) -> int:
+        """The data-parallel rank of global rank ``rank``: Megatron numbers tp fastest, then cp, dp, pp.
+
+        Example: of 8 ranks with tp 2 and pp 2, ranks 0 1 4 5 have data-parallel rank 0, ranks 2 3 6 7 have 1.
+        """
+        return rank // (self.tp * self.cp) % self.dp
+
     @property
     def expert_tp(self) -> int:
         """Tensor-parallel size inside the experts: ``etp``, or ``tp`` when it is not given."""
@@ -77,7 +84,8 @@ class MiniBatchPlan:
     """One optimizer step. ``micro_batches[dp_rank][i]`` are sample indices; every rank has the same number of them.
 
     A micro-batch may be empty on a rank (fewer samples than ranks): it is run as one masked-out padding sequence,
-    so that collectives stay in step. ``num_loss_tokens`` and ``num_sequences`` count the whole mini-batch over all ranks.
+    so that collectives stay in step. ``num_loss_tokens`` and ``num_sequences`` (those with tokens to learn from) count the
+    whole mini-batch over all ranks.
     """
 
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]

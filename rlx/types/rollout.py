@@ -161,6 +161,11 @@ class Trajectory:
         return tuple(_joined("i", (segment.token_ids for segment in run)) for is_sampled, run in runs if is_sampled)
 
     @property
+    def num_tokens(self) -> int:
+        """L."""
+        return sum(len(segment) for segment in self.segments)
+
+    @property
     def num_sampled(self) -> int:
         """Tokens that the policy wrote."""
         return sum(len(segment) for segment in self.segments if segment.is_sampled)
@@ -200,29 +205,6 @@ class RolloutGroup:
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
     rewards: tuple[Reward, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSample:
-    """One sequence to train on. All columns are token-aligned and have length L.
-
-    ``loss_mask`` is 1 on tokens to learn from, wherever they stand; ``rollout_logprobs`` is 0 on the others.
-    ``scalar_advantage`` is the group-relative advantage of the whole sequence, or None when advantages come from a critic.
-    ``weight_version`` is the oldest one of its tokens: staleness is judged by the worst case.
-    """
-
-    sample_id: int
-    group_id: int
-    token_ids: Sequence[int]
-    loss_mask: Sequence[int]
-    rollout_logprobs: Sequence[float]
-    reward: float
-    scalar_advantage: float | None = None
-    weight_version: int = 0
-
-    @property
-    def num_loss_tokens(self) -> int:
-        return sum(self.loss_mask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

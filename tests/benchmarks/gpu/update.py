@@ -24,7 +24,8 @@ from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Divisors, forward_backward, forward_only
 from rlx.trainer.worker import Worker
 from rlx.types.batch import LossOutput
-from rlx.types.rollout import TrainSample
+from rlx.types.train_batch import TrainSample
+from tests.batches import part_for, train_sample
 from tests.benchmarks.gpu.trainer import config_of, one_rank
 
 PEAK_FLOPS = 989e12
@@ -56,7 +57,7 @@ def median_ms(work: Callable[[], Any]) -> float:
 def make_samples(vocab_size: int) -> list[TrainSample]:
     draw = random.Random(5)
     return [
-        TrainSample(
+        train_sample(
             sample_id=index,
             group_id=index // 4,
             token_ids=tuple(draw.randrange(vocab_size) for _ in range(LENGTH)),
@@ -76,7 +77,7 @@ def main(model_dir: Path, spec: str) -> None:
     samples = make_samples(worker.policy.arch.vocab_size)
     lengths = [LENGTH] * NUM_SEQUENCES
     plan = plan_batch(lengths, [LENGTH - 256] * NUM_SEQUENCES, dims=context.dims, num_mini_batches=1, max_tokens=TOKENS)
-    worker.load_batch(samples, plan)
+    worker.load_batch(part_for(samples, plan))
     worker.score_policy()
     worker.compute_advantages(0.0)
     print("scored once", flush=True)

@@ -10,7 +10,7 @@ import torch
 from rlx.parallel.context import ParallelContext
 from rlx.trainer.rank_model import RankModel
 from rlx.trainer.worker import Worker
-from rlx.types.rollout import TrainSample
+from tests.batches import part_for, train_sample
 from tests.dist.programs.layouts import context_of, main, plan_of
 from tests.dist.programs.updates import collect, config_of
 
@@ -25,7 +25,7 @@ def shift_old_logprobs(worker: Worker) -> None:
 
 def run_algorithm(arguments: dict[str, Any], layout: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
     worker = Worker(config_of(arguments, layout, False, {}), context)
-    samples = [TrainSample(**sample) for sample in arguments["samples"]]
+    samples = [train_sample(**sample) for sample in arguments["samples"]]
     plan = plan_of(samples, arguments["max_tokens"], context)
 
     def answer(value: Any) -> Any:
@@ -36,7 +36,7 @@ def run_algorithm(arguments: dict[str, Any], layout: dict[str, Any], context: Pa
         numbers = {f"{role}/{name}": value for name, value in stats.means.items()} | {f"{role}/grad_norm": stats.grad_norm}
         return {"numbers": numbers, "grads": {f"{role}/{k}": v for k, v in collect(trained, context, "grad").items()}}
 
-    worker.load_batch(samples, plan)
+    worker.load_batch(part_for(samples, plan, context.dims.dp_rank_of(context.rank)))
     scores = {} if worker.reference is None else answer(worker.score_reference())
     scores |= answer(worker.score_policy())
     parts = []

@@ -27,7 +27,7 @@ from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
 from rlx.types.batch import LossOutput
 from rlx.types.precision import precision_of
-from rlx.types.rollout import TrainSample
+from tests.batches import train_sample
 from tests.dist.family_folders import folder_of, sequences
 from tests.dist.programs.layouts import context_of, main
 
@@ -41,17 +41,8 @@ def merged(found: dict[str, Tensor], context: ParallelContext) -> dict[str, Tens
 def packs_of(sequences: list[list[int]], context: ParallelContext) -> list[Any]:
     packs, chosen = [], []
     for index, tokens in enumerate(sequences):
-        chosen.append(
-            TrainSample(
-                sample_id=index,
-                group_id=index,
-                token_ids=tuple(tokens),
-                loss_mask=(1,) * len(tokens),
-                rollout_logprobs=(0.0,) * len(tokens),
-                reward=0.0,
-            )
-        )
-        if sum(len(sample.token_ids) for sample in chosen) >= PACK_TOKENS or index == len(sequences) - 1:
+        chosen.append(train_sample(sample_id=index, token_ids=tokens, loss_mask=(1,) * len(tokens)))
+        if sum(len(sample) for sample in chosen) >= PACK_TOKENS or index == len(sequences) - 1:
             packs.append(collate(chosen, [sample.sample_id for sample in chosen], context.dims))
             chosen = []
     return packs

@@ -16,21 +16,23 @@ from megatron.core import parallel_state
 from rlx.data.plan import plan_batch
 from rlx.parallel.context import ParallelContext, build_context, connect, shut_down
 from rlx.types.layout import BatchPlan, ParallelDims
-from rlx.types.rollout import TrainSample
+from rlx.types.train_batch import TrainSample
 
 
 @contextmanager
 def context_of(layout: dict[str, Any], world_size: int) -> Iterator[ParallelContext]:
     """The context of one layout; its groups are forgotten afterwards, so that another can follow."""
     device = torch.device("cpu")
-    yield build_context(ParallelDims(world_size=world_size, **layout), device, seed=1, timeout_s=60)
+    context = build_context(ParallelDims(world_size=world_size, **layout), device, seed=1, timeout_s=60)
+    assert context.dims.dp_rank_of(context.rank) == context.dp_rank, "rlx numbers ranks as Megatron does"
+    yield context
     parallel_state.destroy_model_parallel()
 
 
 def plan_of(samples: Sequence[TrainSample], max_tokens: int, context: ParallelContext) -> BatchPlan:
     """All of ``samples`` as one mini-batch, in micro-batches of at most ``max_tokens``."""
     return plan_batch(
-        [len(sample.token_ids) for sample in samples],
+        [len(sample) for sample in samples],
         [sample.num_loss_tokens for sample in samples],
         dims=context.dims,
         num_mini_batches=1,

@@ -25,7 +25,7 @@ from rlx.trainer.batch import RankBatch
 from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
 from rlx.types.batch import LossOutput
-from rlx.types.rollout import TrainSample
+from tests.batches import part_for, train_sample
 from tests.dist.programs.layouts import context_of, main
 
 MAX_TOKENS = 24
@@ -39,19 +39,12 @@ def gradient(parameter: nn.Parameter) -> Tensor:
 def gradients(model: Trainable, arch: Architecture, sequences: list[list[int]], context: ParallelContext) -> dict[str, Tensor]:
     """Of the mean next-token loss, whole, on every rank."""
     samples = [
-        TrainSample(
-            sample_id=index,
-            group_id=index,
-            token_ids=tuple(tokens),
-            loss_mask=(0, *(1,) * (len(tokens) - 1)),
-            rollout_logprobs=(0.0,) * len(tokens),
-            reward=0.0,
-        )
+        train_sample(sample_id=index, token_ids=tokens, loss_mask=(0, *(1,) * (len(tokens) - 1)))
         for index, tokens in enumerate(sequences)
     ]
     counts = [sample.num_loss_tokens for sample in samples]
     plan = plan_batch([len(tokens) for tokens in sequences], counts, dims=context.dims, num_mini_batches=1, max_tokens=MAX_TOKENS)
-    batch = RankBatch(samples, plan, context)
+    batch = RankBatch(part_for(samples, plan, context.dp_rank), context)
 
     def loss(outputs: Tensor, local: LocalBatch) -> LossOutput:
         return LossOutput(loss=-(outputs[0] * local.loss_mask_t).sum(), stats={})

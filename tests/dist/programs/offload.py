@@ -12,7 +12,7 @@ from rlx.config.schema import ClusterConfig, RolloutConfig
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.memory import PARTS
 from rlx.trainer.worker import Worker
-from rlx.types.rollout import TrainSample
+from tests.batches import part_for, train_sample
 from tests.dist.programs.layouts import context_of, main, plan_of
 from tests.dist.programs.updates import collect, config_of
 
@@ -35,13 +35,13 @@ def run_case(arguments: dict[str, Any], case: dict[str, Any], context: ParallelC
         rollout=RolloutConfig(num_engines=1),
     )
     worker = Worker(config, context)
-    samples = [TrainSample(**sample) for sample in arguments["samples"]]
+    samples = [train_sample(**sample) for sample in arguments["samples"]]
     plan = plan_of(samples, arguments["max_tokens"], context)
     sizes = [worker.memory.sizes()]
     rows = []
     for step in range(3):
         worker.memory.bring_back()
-        worker.load_batch(samples, plan)
+        worker.load_batch(part_for(samples, plan, context.dims.dp_rank_of(context.rank)))
         worker.score_reference()
         worker.score_policy()
         worker.score_critic()

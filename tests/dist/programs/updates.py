@@ -21,7 +21,7 @@ from rlx.models.hf.io import stage_weights
 from rlx.parallel.context import ParallelContext
 from rlx.trainer.rank_model import RankModel
 from rlx.trainer.worker import Worker
-from rlx.types.rollout import TrainSample
+from tests.batches import part_for, train_sample
 from tests.dist.programs.layouts import context_of, main, plan_of
 
 EXTRA_KEYS = ("distributed", "model", "algorithm", "clip", "resume")
@@ -66,9 +66,9 @@ def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: Paral
     algorithm, clip = arguments["algorithm"] | layout.pop("algorithm", {}), layout.pop("clip", 0.05)
     config = config_of(arguments | {"algorithm": algorithm}, layout, distributed, model, clip)
     worker = Worker(config, context)
-    samples = [TrainSample(**sample) for sample in arguments["samples"]]
+    samples = [train_sample(**sample) for sample in arguments["samples"]]
     plan = plan_of(samples, arguments["max_tokens"], context)
-    worker.load_batch(samples, plan)
+    worker.load_batch(part_for(samples, plan, context.dims.dp_rank_of(context.rank)))
     scores = {}
     for call in (worker.score_reference, worker.score_policy, worker.score_critic, lambda: worker.compute_advantages(0.1)):
         scores |= next(answer for answer in context.gather_objects(call()) if answer is not None)
@@ -89,7 +89,7 @@ def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: Paral
     if resume:
         again = Worker(config, context)
         again.load(str(checkpoint_folder(arguments)))
-        again.load_batch(samples, plan)
+        again.load_batch(part_for(samples, plan, context.dims.dp_rank_of(context.rank)))
         again.batch.columns = worker.batch.columns
         again.update_policy(0)
         result["resumed"] = collect(again.policy, context, "weight")

@@ -105,7 +105,8 @@ def aggregate(aggregation: str, losses: list[list[float]]) -> float:
 
 
 def divided(config: AlgorithmConfig, sequences: list[Sequence], inputs: LossInputs) -> Tensor:
-    divisor = loss_divisor(config.loss_aggregation, [len(sequence["new"]) for sequence in sequences], CONSTANT)
+    counts = [len(sequence["new"]) for sequence in sequences if sequence["new"]]
+    divisor = loss_divisor(config.loss_aggregation, sum(counts), len(counts), CONSTANT)
     return make_algorithm(config).policy_loss(inputs).loss / divisor
 
 

@@ -10,7 +10,8 @@ import torch
 from rlx.data.collate import collate, split_columns
 from rlx.types.batch import Columns
 from rlx.types.layout import ParallelDims
-from rlx.types.rollout import TrainSample
+from rlx.types.train_batch import TrainSample
+from tests.batches import train_sample
 
 LAYOUTS = [
     ParallelDims(world_size=1),
@@ -28,7 +29,7 @@ def random_samples(num: int, seed: int) -> list[TrainSample]:
         prompt, response = draw.randint(1, 7), draw.randint(1, 13)
         mask = (0,) * prompt + tuple(draw.choice([1, 1, 0]) for _ in range(response - 1)) + (1,)
         samples.append(
-            TrainSample(
+            train_sample(
                 sample_id=100 + 3 * index,
                 group_id=index // 2,
                 token_ids=tuple(draw.randint(1, 999) for _ in mask),

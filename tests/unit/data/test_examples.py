@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlx.config.schema import Config, DataConfig, FinetuneConfig, ModelConfig, RunConfig
 from rlx.data.chat_mask import MaskedTokens, continuation, masked_tokens
-from rlx.data.examples import Example, ExampleSource, check_examples, plan_examples, to_train_samples
+from rlx.data.examples import Example, ExampleSource, check_examples, plan_examples, to_train_batch
 from rlx.data.order import EpochOrder
 from rlx.types.layout import ParallelDims
 
@@ -282,7 +282,7 @@ LAYOUTS = st.builds(
 def test_the_sides_of_a_pair_stay_side_by_side(lengths: list[tuple[int, int]], dims: ParallelDims, max_tokens: int) -> None:
     pairs: list[Example] = [tuple(masked_tokens([1] * n, [0] * (n - 1) + [1]) for n in pair) for pair in lengths]
     (part,) = plan_examples(pairs, dims=dims, max_tokens=max_tokens).mini_batches
-    samples = to_train_samples(pairs)
+    samples = to_train_batch(pairs)
     members = [index for rank in part.micro_batches for ids in rank for index in ids]
     assert sorted(members) == list(range(len(samples))) and part.num_sequences == len(samples)
     assert part.num_loss_tokens == sum(sample.num_loss_tokens for sample in samples)

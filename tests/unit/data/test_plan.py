@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.parallel_state import RankGenerator
 
 from rlx.data.plan import plan_batch, round_up
 from rlx.types.layout import BatchPlan, ParallelDims
@@ -116,3 +117,12 @@ def test_errors_name_the_key() -> None:
         plan_batch([4, 5], [1], dims=dims, num_mini_batches=1, max_tokens=16)
     with pytest.raises(ValueError, match="num_mini_batches"):
         plan_batch([4], [1], dims=dims, num_mini_batches=0, max_tokens=16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts())
+def test_data_parallel_ranks_are_numbered_as_megatron_numbers_them(dims: ParallelDims) -> None:
+    generator = RankGenerator(tp=dims.tp, ep=1, dp=dims.dp, pp=dims.pp, cp=dims.cp, order="tp-cp-ep-dp-pp")
+    for group in generator.get_ranks("dp"):
+        assert [dims.dp_rank_of(rank) for rank in group] == list(range(dims.dp))
+    assert ParallelDims(world_size=8, tp=2, pp=2).dp_rank_of(6) == 1

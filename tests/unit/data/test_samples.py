@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from rlx.data.samples import to_train_samples
+from rlx.data.samples import to_train_batch
 from rlx.types.rollout import FinishReason, Prompt, Reward, RolloutGroup, Trajectory
 from tests.trajectories import answered
 
@@ -32,7 +32,8 @@ def mixed_groups() -> list[RolloutGroup]:
 
 
 def test_columns_ids_and_drops() -> None:
-    samples, drops = to_train_samples(mixed_groups(), [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    batch, drops = to_train_batch(mixed_groups(), [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    samples = batch.rows(range(2))
     assert drops == {"empty_response": 1, "invalid_reward": 1, "aborted": 2}
     assert [sample.sample_id for sample in samples] == [0, 1]
     first, second = samples
@@ -43,19 +44,20 @@ def test_columns_ids_and_drops() -> None:
 
 
 def test_a_critic_leaves_advantages_open() -> None:
-    samples, _ = to_train_samples(mixed_groups())
-    assert [sample.scalar_advantage for sample in samples] == [None, None]
-    assert to_train_samples([]) == ([], {})
+    batch, _ = to_train_batch(mixed_groups())
+    assert [sample.scalar_advantage for sample in batch.rows([1, 0])] == [None, None]
+    nothing, drops = to_train_batch([])
+    assert len(nothing) == nothing.num_tokens == 0 and not drops
 
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="prompt 3 has not been scored"):
-        to_train_samples([group(3, [completion([1])], None)])
+        to_train_batch([group(3, [completion([1])], None)])
     with pytest.raises(ValueError, match="1 answers, 0 rewards"):
-        to_train_samples([group(3, [completion([1])], [])])
+        to_train_batch([group(3, [completion([1])], [])])
     with pytest.raises(ValueError, match="2 groups but advantages for 1"):
-        to_train_samples(mixed_groups(), [[0.0] * 3])
+        to_train_batch(mixed_groups(), [[0.0] * 3])
     with pytest.raises(ValueError, match="3 answers, 2 advantages"):
-        to_train_samples(mixed_groups(), [[0.0] * 2, [0.0] * 3])
+        to_train_batch(mixed_groups(), [[0.0] * 2, [0.0] * 3])
     with pytest.raises(ValueError, match="prompt 3 has no tokens"):
-        to_train_samples([group(3, [answered((), (1, 2))], [Reward(value=1.0)])])
+        to_train_batch([group(3, [answered((), (1, 2))], [Reward(value=1.0)])])

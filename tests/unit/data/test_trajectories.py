@@ -15,7 +15,7 @@ from rlx.algos.registry import make_algorithm
 from rlx.config.schema import AlgorithmConfig
 from rlx.data.collate import collate
 from rlx.data.plan import plan_batch
-from rlx.data.samples import to_train_samples
+from rlx.data.samples import to_train_batch
 from rlx.types.batch import LossInputs
 from rlx.types.layout import ParallelDims
 from rlx.types.rollout import NO_VERSION, ImageSpan, Prompt, Reward, RolloutGroup, Segment, Trajectory, given, sampled
@@ -78,7 +78,8 @@ def test_several_turns_reach_a_loss_at_the_sampled_tokens_alone() -> None:
     prompt = Prompt(prompt_id=7, token_ids=PROMPT, text="?")
     rewards = (Reward(value=2.0), Reward(value=-1.0))
     group = RolloutGroup(prompt=prompt, trajectories=(TURNS, answered(PROMPT, (4, 5))), rewards=rewards)
-    samples, drops = to_train_samples([group])
+    batch, drops = to_train_batch([group])
+    samples = list(batch.rows(range(len(batch))))
     assert not drops and [sample.num_loss_tokens for sample in samples] == [3, 2]
     assert [sample.weight_version for sample in samples] == [1, 0]
     dims = ParallelDims(world_size=1)

@@ -116,7 +116,7 @@ def test_remax_compares_with_the_greedy_answer(dynamic: bool) -> None:
     found = pull(fakes.stream(greedy_baseline=True), Batcher(rules))
     assert fakes.temperatures == [0.0, 1.0] and fakes.asked == [2]
     assert {group.prompt_id: group.baseline for group in found.groups} == ({0: 1.0} if dynamic else {0: 1.0, 1: 0.0})
-    advantages = [sample.scalar_advantage for sample in found.samples]
+    advantages = list(found.samples.scalar_advantages or ())
     assert advantages == [0.0, -1.0, -1.0, -1.0] + ([] if dynamic else [0.0] * 4)
 
 
@@ -125,16 +125,16 @@ def test_length_shapes_rewards_before_they_are_compared() -> None:
     found = pull(Fakes(useful={0}).stream(), Batcher(rules))
     # Lengths 3, 6, 9, 12 of 10: the ramp goes from 5 to 10 tokens.
     wanted = [1.0, -0.1, -0.4, -0.5]
-    assert [sample.reward for sample in found.samples] == pytest.approx(wanted)
+    assert list(found.samples.rewards) == pytest.approx(wanted)
     mean = sum(wanted) / 4
-    assert [sample.scalar_advantage for sample in found.samples] == pytest.approx([value - mean for value in wanted])
+    assert list(found.samples.scalar_advantages or ()) == pytest.approx([value - mean for value in wanted])
     assert found.metrics["reward/overlong_penalty"] == pytest.approx(-0.25)
     assert found.metrics["reward/mean"] == 0.25
 
 
 def test_filtered_answers_leave_the_loss_but_not_the_baseline() -> None:
     found = pull(Fakes(useful={0}).stream(), Batcher(rules_of(prompts=1, name="dr_grpo", overlong_filter=True)))
-    assert [sample.scalar_advantage for sample in found.samples] == [0.75, -0.25, -0.25]
+    assert list(found.samples.scalar_advantages or ()) == [0.75, -0.25, -0.25]
     assert found.drops == {"overlong_filtered": 1} and found.metrics["drops/overlong_filtered"] == 1.0
 
 
@@ -165,7 +165,7 @@ def test_length_rules_count_what_was_sampled_in_all_turns() -> None:
     rules = rules_of(prompts=1, name="dapo", overlong_buffer=0.4, overlong_penalty=1.0, overlong_filter=True)
     found = Batcher(replace(rules, max_new_tokens=5)).add([ScoredGroup(group=group)])
     assert found is not None and found.metrics["reward/overlong_penalty"] == pytest.approx(-0.5)
-    (kept,) = found.samples
+    (kept,) = found.samples.rows([0])
     assert found.drops["overlong_filtered"] == 1 and kept.reward == 0.5
     assert kept.num_loss_tokens == 4 and len(kept.token_ids) == 11
 
@@ -248,11 +248,11 @@ def test_every_group_is_in_the_batch_or_counted_once_in_whatever_order_they_come
     assert len(seen) == len(batch.groups) + sum(batch.left_out.values())
     assert set(batch.left_out) <= ({"without_signal", "surplus"} if dynamic else set())
     assert sum(len(one.rewards) for one in batch.groups) == len(batch.samples) + sum(batch.drops.values())
-    assert batch.is_empty == (not batch.samples)
+    assert batch.is_empty == (not len(batch.samples))
     # Nothing is left out but for a reason, and nothing is in although there is one.
     useful = [one for one in seen if one.has_signal or not dynamic]
     assert list(batch.groups) == useful[:prompts]
-    for sample in batch.samples:
+    for sample in batch.samples.rows(range(len(batch.samples))):
         kept = [
             (reason, size, value)
             for reason, size, value, valid in answers[sample.group_id]
@@ -261,10 +261,11 @@ def test_every_group_is_in_the_batch_or_counted_once_in_whatever_order_they_come
         assert sample.reward in [value for _, size, value in kept if size == sum(sample.loss_mask)]
     again, asked_again = batch_of(rules, groups, random.shuffle)
     assert asked_again == asked
-    assert (again.groups, again.samples, again.left_out, again.drops) == (
+    assert (again.groups, again.samples.trajectories, again.left_out, again.drops) == (
         batch.groups,
-        batch.samples,
+        batch.samples.trajectories,
         batch.left_out,
         batch.drops,
     )
+    assert again.samples.scalar_advantages == batch.samples.scalar_advantages and again.samples.rewards == batch.samples.rewards
     assert again.metrics == batch.metrics and again.verdicts.first_cause == batch.verdicts.first_cause

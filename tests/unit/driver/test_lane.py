@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import rlx.driver.lane as lane_module
-from rlx.driver.lane import CommandLane, LaneError, Listener
+from rlx.driver.lane import CommandLane, LaneError, Listener, Parts
 from rlx.trainer.channel import Channel, challenge
 from rlx.trainer.commands import Command
 from rlx.trainer.lane import DriverAddress, join_driver, serve, signs_of_life
@@ -123,6 +123,36 @@ def test_three_askers_and_a_slow_rank_never_cross() -> None:
     for name in ("evaluation", "recovery", "training"):
         assert [value[1] for value in first if value[0] == name and len(value) == 2] == list(range(20))
     assert results == [False, False, False]
+
+
+def test_each_rank_gets_its_own_part_packed_once_for_all_that_share_it() -> None:
+    made: list[int] = []
+
+    def make(part: int) -> Note:
+        made.append(part)
+        return Note(value=part, who=2)
+
+    with running(4) as (lane, [ranks, _]):
+        assert lane.ask(Parts(make, lambda rank: rank // 2)) == 1
+        assert lane.ask(Note(value=7)) == 7
+        lane.leave(done=True)
+    assert made == [0, 1] and [rank.ran for rank in ranks] == [[0, 7], [0, 7], [1, 7], [1, 7]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes(Command[Rank, list]):
+    title = "sizes"
+    arrays: list
+
+    def run(self, worker: Rank) -> list:
+        return [array.tolist() for array in self.arrays]
+
+
+def test_a_message_may_have_empty_arrays_and_very_many() -> None:
+    arrays = [np.arange(index % 3) for index in range(1500)]
+    with running(1) as (lane, _):
+        assert lane.ask(Sizes(arrays=arrays)) == [array.tolist() for array in arrays]
+        lane.leave(done=True)
 
 
 def test_arrays_arrive_whole_and_writable() -> None:

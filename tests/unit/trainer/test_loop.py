@@ -32,7 +32,8 @@ from rlx.driver.roles import Roles
 from rlx.obs.log import logger
 from rlx.obs.metrics import read_metrics
 from rlx.types.layout import BatchPlan, ParallelDims
-from rlx.types.rollout import FinishReason, Prompt, Reward, RolloutGroup, SamplingSpec, StepReport, TrainSample, UpdateStats
+from rlx.types.rollout import FinishReason, Prompt, Reward, RolloutGroup, SamplingSpec, StepReport, UpdateStats
+from rlx.types.train_batch import Rows, TrainSample
 from rlx.types.weights import WeightManifest
 from tests.trajectories import answered, conversation
 
@@ -52,9 +53,9 @@ class FakePolicy:
 
     def begin_training(self) -> None: ...
 
-    def load_batch(self, samples: Sequence[TrainSample], plan: BatchPlan) -> None:
+    def load_batch(self, batch: Rows, plan: BatchPlan) -> None:
         self.calls.names.append("load_batch")
-        self.calls.samples, self.calls.plan = list(samples), plan
+        self.calls.samples, self.calls.plan = list(batch.rows(range(len(batch)))), plan
 
     def score(self) -> Mapping[str, float]:
         self.calls.names.append("score policy")

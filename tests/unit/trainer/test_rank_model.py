@@ -18,12 +18,10 @@ from rlx.trainer.rank_model import RankModel
 from rlx.types.batch import Columns, LossInputs, LossOutput
 from rlx.types.layout import ParallelDims
 from rlx.types.precision import BF16, FP32, precision_of
-from rlx.types.rollout import TrainSample
+from tests.batches import train_sample
 
 CONTEXT: Any = SimpleNamespace(device=torch.device("cpu"), dims=ParallelDims(world_size=1), cp_rank=0)
-SAMPLE = TrainSample(
-    sample_id=4, group_id=0, token_ids=(7, 8, 9), loss_mask=(0, 1, 1), rollout_logprobs=(0.0, -1.0, -1.0), reward=1.0
-)
+SAMPLE = train_sample(sample_id=4, token_ids=(7, 8, 9), loss_mask=(0, 1, 1), rollout_logprobs=(0.0, -1.0, -1.0), reward=1.0)
 NAMES = [
     "weights",
     "sequence_weights",
