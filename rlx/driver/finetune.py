@@ -1,14 +1,33 @@
-"""The fine-tuning loop: deal examples, score the reference, update. The driver holds examples and plans, never columns."""
+"""Fine-tuning: examples are dealt, the reference scores, the model is updated; and how all of that is put together.
+
+The driver holds examples and plans, never columns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from rlx.config.schema import Config
 from rlx.data.examples import Example, ExampleSource, plan_examples, to_train_batch
-from rlx.obs.log import phase
+from rlx.data.tokenizer import tokenizer_of
+from rlx.driver.keeping import KeptModels, evaluate_alone
+from rlx.driver.lane import CommandLane
+from rlx.driver.ranks import parts_of
+from rlx.driver.run import run
+from rlx.models.hf.fingerprint import origin_of
+from rlx.obs.log import logger, phase
 from rlx.obs.timers import StepTimer
+from rlx.trainer.commands import (
+    Export,
+    Load,
+    Save,
+    ScoreReference,
+    Update,
+    Validate,
+)
 from rlx.types.layout import BatchPlan, ParallelDims
 from rlx.types.rollout import StepReport, UpdateStats
 from rlx.types.train_batch import Rows
@@ -112,3 +131,81 @@ class FinetuneTrainer:
 def _named(means: Mapping[str, float], names: Mapping[str, str], otherwise: str) -> dict[str, float]:
     """The loss's statistics under the names of metrics."""
     return {names.get(stat, f"{otherwise}/{stat}"): value for stat, value in means.items()}
+
+
+class RankedModel:
+    """TrainedModel over ranks."""
+
+    def __init__(self, lane: CommandLane, config: Config) -> None:
+        self._lane, self._config = lane, config
+        self._dims = config.parallel.dims(config.num_trainer_ranks)
+
+    def load_batch(self, batch: Rows, plan: BatchPlan) -> None:
+        self._lane.ask(parts_of(batch, plan, self._dims))
+
+    def score_reference(self) -> None:
+        self._lane.ask(ScoreReference())
+
+    def update(self) -> UpdateStats:
+        return self._lane.ask(Update())
+
+    def validate(self) -> Mapping[str, float]:
+        return self._lane.ask(Validate())
+
+    def origin(self) -> Mapping[str, object]:
+        return origin_of(self._config)
+
+    def save(self, path: str) -> None:
+        self._lane.ask(Save(folder=path))
+
+    def load(self, path: str) -> None:
+        self._lane.ask(Load(folder=path))
+
+    def export_hf(self, path: str) -> None:
+        self._lane.ask(Export(folder=path))
+
+
+def drive_finetuning(config: Config, lane: CommandLane, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
+    """Train to the end: resume, step, save, export; or only evaluate.
+
+    False when ``stop_asked`` ended it early; what was done is saved.
+    """
+    batches = Batches(config, config.parallel.dims(config.num_trainer_ranks), RankedModel(lane, config))
+    with phase("read examples"):
+        tokenizer = tokenizer_of(config)
+        held_out = _held_out(config, tokenizer)
+    if config.evaluation.only:
+        evaluate_alone(config, batches.model, lambda step: batches.validate(held_out, step))
+        return True
+    with phase("read examples"):
+        source = ExampleSource(config.examples_path, config, tokenizer)
+    logger.info("%d examples, %d cut, dropped %s", len(source), source.num_truncated, dict(source.drops))
+    return run(config, Finetuning(FinetuneTrainer(config, batches, source), held_out), stop_asked=stop_asked)
+
+
+class Finetuning:
+    """Fine-tuning as a job: the trainer's steps, validated on held-out examples."""
+
+    def __init__(self, trainer: FinetuneTrainer, held_out: Sequence[Example]) -> None:
+        self._trainer, self._held_out = trainer, held_out
+        self.models: KeptModels = trainer.batches.model
+        self.step, self.state, self.load_state = trainer.step, trainer.state, trainer.load_state
+
+    @property
+    def num_steps_done(self) -> int:
+        return self._trainer.num_steps_done
+
+    def begin(self) -> None:
+        """No engine waits for weights."""
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        return self._trainer.batches.validate(self._held_out, step) if self._held_out else {}
+
+    def counts(self) -> Mapping[str, float]:
+        return {}
+
+
+def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    if config.evaluation.data is None:
+        return []
+    return ExampleSource(config.evaluation.data, config, tokenizer).first(config.evaluation.max_prompts)

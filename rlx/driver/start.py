@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlx.config.schema import Config
-from rlx.driver.finetuning import drive_finetuning
+from rlx.driver.finetune import drive_finetuning
 from rlx.driver.lane import CommandLane, LaneError, Listener, announce_driver, lane_secret
 from rlx.driver.training import drive, drive_evaluation
 from rlx.engines.fleet import wait_for_fleet

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +17,7 @@ from rlx.data.tokenizer import answer_decoder, tokenizer_of
 from rlx.driver.batcher import Batcher, BatchRules
 from rlx.driver.evaluate import Evaluation
 from rlx.driver.groups import GroupStream
-from rlx.driver.keeping import evaluate_alone, train
+from rlx.driver.keeping import KeptModels, evaluate_alone
 from rlx.driver.lane import CommandLane
 from rlx.driver.ppo import Learner, PPOTrainer
 from rlx.driver.publishing import EnginePublisher
@@ -28,6 +27,7 @@ from rlx.driver.ranks import (
     RankedReference,
 )
 from rlx.driver.roles import RewardService, Roles, RolloutService
+from rlx.driver.run import run
 from rlx.engines.fleet import read_fleet
 from rlx.obs.log import logger, phase
 from rlx.rewards.pool.pools import make_reward_service
@@ -35,26 +35,37 @@ from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
 from rlx.rollout.router import EngineCare
 from rlx.trainer.commands import MemoryMetrics
-from rlx.types.rollout import SamplingSpec, StepReport
+from rlx.types.rollout import SamplingSpec
+
+
+class Reinforcement:
+    """Reinforcement learning as a job: the trainer's steps, evaluated on held-out prompts."""
+
+    def __init__(self, trainer: PPOTrainer, evaluation: Evaluation, lane: CommandLane) -> None:
+        self._trainer, self._evaluation, self._lane = trainer, evaluation, lane
+        self.models: KeptModels = trainer.roles.policy
+        self.begin, self.step = trainer.publish_start, trainer.step
+        self.state, self.load_state = trainer.state, trainer.load_state
+
+    @property
+    def num_steps_done(self) -> int:
+        return self._trainer.num_steps_done
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        return self._evaluation.measure(step) if self._evaluation.sets else {}
+
+    def counts(self) -> Mapping[str, float]:
+        return {**self._trainer.roles.rollout.counts(), **self._lane.ask(MemoryMetrics())}
 
 
 def drive(config: Config, lane: CommandLane, engines: Path, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
-    """Train to the end: resume, iterate, save, export.
-
-    False when ``stop_asked`` ended it early; what was done is saved.
-    """
+    """Train to the end; False when ``stop_asked`` ended it early."""
     with ExitStack() as stack:
         tokenizer = tokenizer_of(config)
         trainer = _make_trainer(config, lane, engines, tokenizer, stack)
         roles = trainer.roles
         evaluation = Evaluation(config, roles.rollout, roles.reward, sampling_of(config, tokenizer), tokenizer)
-
-        def complete(row: StepReport) -> StepReport:
-            is_due = evaluation.sets and config.evaluation.is_due(row.step, config.run.steps)
-            found = evaluation.measure(row.step) if is_due else {}
-            return replace(row, metrics={**row.metrics, **found, **roles.rollout.counts(), **lane.ask(MemoryMetrics())})
-
-        return train(config, trainer, roles.policy, stop_asked, begin=trainer.publish_start, complete=complete)
+        return run(config, Reinforcement(trainer, evaluation, lane), stop_asked=stop_asked)
 
 
 def drive_evaluation(config: Config, lane: CommandLane, engines: Path) -> None:

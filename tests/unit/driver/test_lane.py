@@ -92,7 +92,7 @@ def running(
     threads = [threading.Thread(target=be, args=(rank,), daemon=True) for rank in ranks]
     for thread in threads:
         thread.start()
-    lane = CommandLane(listener.wait(20), silence_s=60.0)
+    lane = CommandLane(listener.wait(120), silence_s=60.0)
     listener.close()
     yield lane, [ranks, results]
     for thread in threads:
@@ -168,7 +168,7 @@ def test_a_rank_that_fails_ends_every_wait_and_what_follows() -> None:
         behind = lane.submit(Note(value=1))
         for future in (waiting, behind):
             with pytest.raises(LaneError, match="connection to trainer rank 1 was lost: connection closed by peer"):
-                future.result(20)
+                future.result(60)
         with pytest.raises(LaneError, match="rank 1"):
             lane.ask(Note(value=2))
     assert isinstance(results[1], ValueError) and isinstance(results[0], ConnectionError)
@@ -184,10 +184,10 @@ def test_a_rank_that_is_lost_while_nobody_asks_is_told() -> None:
 
     listener = Listener("127.0.0.1", SECRET, 1)
     process = _stand_in(listener.address)
-    lane = CommandLane(listener.wait(20), silence_s=60, lost=lost)
+    lane = CommandLane(listener.wait(120), silence_s=60, lost=lost)
     assert lane.ask(Note(value=3)) == 3
     process.kill()
-    assert heard.wait(20) and "trainer rank 0 was lost" in str(told[0])
+    assert heard.wait(60) and "trainer rank 0 was lost" in str(told[0])
     process.join()
 
 
@@ -195,7 +195,7 @@ def test_a_process_that_stands_still_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(lane_module, "_LEAST_SILENCE_S", 3.0)
     listener = Listener("127.0.0.1", SECRET, 2)
     processes = [_stand_in(listener.address, rank) for rank in (0, 1)]
-    lane = CommandLane(listener.wait(20), silence_s=3.0)
+    lane = CommandLane(listener.wait(120), silence_s=3.0)
     assert lane.ask(Note(value=4)) == 4
     assert processes[1].pid is not None
     os.kill(processes[1].pid, signal.SIGSTOP)
@@ -249,6 +249,6 @@ def _stand_in(address: DriverAddress, rank: int = 0) -> Any:
 
 
 def _be_rank(address: DriverAddress, rank: int) -> None:
-    channel: Channel = join_driver(address, SECRET, rank, 30)
+    channel: Channel = join_driver(address, SECRET, rank, 120)
     with signs_of_life(channel):
         serve(channel, Rank(rank))

@@ -26,13 +26,14 @@ from rlx.config.sources import SourceConfig
 from rlx.driver.batcher import Batcher, BatchRules
 from rlx.driver.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
 from rlx.driver.groups import GroupStream
-from rlx.driver.keeping import evaluate_alone, iterate, train
+from rlx.driver.keeping import evaluate_alone
 from rlx.driver.ppo import Learner, PPOTrainer
 from rlx.driver.roles import Roles
+from rlx.driver.run import run
 from rlx.obs.log import logger
 from rlx.obs.metrics import read_metrics
 from rlx.types.layout import BatchPlan, ParallelDims
-from rlx.types.rollout import FinishReason, Prompt, Reward, RolloutGroup, SamplingSpec, StepReport, UpdateStats
+from rlx.types.rollout import FinishReason, Prompt, Reward, RolloutGroup, SamplingSpec, UpdateStats
 from rlx.types.train_batch import Rows, TrainSample
 from rlx.types.weights import WeightManifest
 from tests.trajectories import answered, conversation
@@ -274,43 +275,56 @@ def test_adaptive_kl_moves_after_the_step_that_showed_it() -> None:
     assert trainer.learner.controller.coefficient > 0.3
 
 
+class FakeJob:
+    """A trainer's steps on fakes; notes when it began and what was evaluated."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+        self.models = trainer.roles.policy
+        self.step, self.state, self.load_state = trainer.step, trainer.state, trainer.load_state
+        self.calls: list[Any] = []
+
+    @property
+    def num_steps_done(self) -> int:
+        return self.trainer.num_steps_done
+
+    def begin(self) -> None:
+        self.calls.append("begin")
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        self.calls.append(step)
+        return {"eval/reward_mean": 0.5}
+
+    def counts(self) -> dict[str, float]:
+        return {"memory/x": 1.0}
+
+
+def config_of(tmp_path: Path, steps: int, checkpoint: CheckpointConfig, evaluation: EvaluationConfig | None = None) -> Config:
+    run = RunConfig(dir=str(tmp_path), seed=4, steps=steps, export_hf=False, resume="auto")
+    return replace(make_config(), run=run, checkpoint=checkpoint, evaluation=evaluation or EvaluationConfig(every=0))
+
+
 def test_state_resumes_where_it_stopped(tmp_path: Path) -> None:
-    calls, reports = Calls(), []
-    trainer = make_trainer(calls)
-
-    def save() -> None:
-        write_checkpoint(tmp_path, trainer.num_steps_done, trainer.state(), trainer.roles.policy.save, keep=2)
-
-    iterate(
-        trainer,
-        num_steps=5,
-        report=reports.append,
-        save=save,
-        checkpoint=CheckpointConfig(every=2),
-        stop_asked=lambda: False,
-    )
-    assert [step for step, _ in whole_checkpoints(tmp_path)] == [4, 5]
+    trainer = make_trainer(Calls())
+    config = config_of(tmp_path, 5, CheckpointConfig(every=2, keep=2))
+    assert run(config, FakeJob(trainer))
+    assert [step for step, _ in whole_checkpoints(config.checkpoints)] == [4, 5]
     again = make_trainer(Calls())
-    again.load_state(read_driver_state(whole_checkpoints(tmp_path)[-1][1]))
+    again.load_state(read_driver_state(whole_checkpoints(config.checkpoints)[-1][1]))
     assert again.num_steps_done == 5
     assert again.stream.state() == trainer.stream.state()
-    assert isinstance(reports[0], StepReport)
+    assert [row.step for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
 def test_asked_to_stop_it_ends_the_step_saves_and_returns(tmp_path: Path) -> None:
-    reports: list[StepReport] = []
     trainer = make_trainer(Calls())
-    saved: list[int] = []
-
-    iterate(
-        trainer,
-        num_steps=5,
-        report=reports.append,
-        save=lambda: saved.append(trainer.num_steps_done),
-        checkpoint=CheckpointConfig(at_end=False),
-        stop_asked=lambda: len(reports) == 2,
-    )
-    assert (trainer.num_steps_done, saved) == (2, [2])
+    config = config_of(tmp_path, 5, CheckpointConfig(at_end=False))
+    assert not run(config, FakeJob(trainer), stop_asked=lambda: trainer.num_steps_done == 2)
+    assert trainer.num_steps_done == 2 and [step for step, _ in whole_checkpoints(config.checkpoints)] == [2]
+    trainer = make_trainer(Calls())
+    assert run(config, FakeJob(trainer))  # goes on; what is whole is not saved again
+    assert [row.step for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in whole_checkpoints(config.checkpoints)] == [2]
 
 
 def test_another_seed_is_refused_on_resume() -> None:
@@ -346,27 +360,17 @@ def test_a_mixture_reports_the_reward_of_each_source() -> None:
 
 
 def test_evaluation_before_the_first_step_is_step_0_and_seconds_of_saving_are_told(tmp_path: Path) -> None:
-    trainer, calls, seen = make_trainer(Calls()), [], []
-    config = replace(
-        make_config(),
-        run=RunConfig(dir=str(tmp_path), seed=4, steps=4, export_hf=False),
-        evaluation=EvaluationConfig(at_start=True, every=2),
-        checkpoint=CheckpointConfig(every=2, at_end=False),
-    )
-
-    def complete(row: StepReport) -> StepReport:
-        seen.append(row.step)
-        return row
-
-    def begin() -> None:
-        calls.append("begin")
-        assert not seen
-
+    job = FakeJob(make_trainer(Calls()))
+    evaluation = EvaluationConfig(at_start=True, every=2)
+    config = config_of(tmp_path, 4, CheckpointConfig(every=2, at_end=False), evaluation)
+    config = replace(config, run=replace(config.run, resume="never"))
     # A run that died before its first checkpoint left this row; it begins anew.
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/reward_mean": 0.25}\n{"step": 1}\n')
-    assert train(config, trainer, trainer.roles.policy, lambda: False, begin=begin, complete=complete)
+    assert run(config, job)
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert calls == ["begin"] and [row.step for row in rows] == seen == [0, 1, 2, 3, 4]
+    assert job.calls == ["begin", 0, 2, 4] and [row.step for row in rows] == [0, 1, 2, 3, 4]
+    assert [row.step for row in rows if "eval/reward_mean" in row.metrics] == [0, 2, 4]
+    assert all(row.metrics["memory/x"] == 1.0 for row in rows)
     assert [row.step for row in rows if "perf/save_s" in row.metrics] == [3]
     due = [step for step in range(6) if config.evaluation.is_due(step, 5)]
     assert due == [0, 2, 4, 5] and not EvaluationConfig().is_due(0, 5)
