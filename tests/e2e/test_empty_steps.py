@@ -9,6 +9,8 @@ import pytest
 
 from tests.e2e.job import demo_overrides, make_demo, numbers, rlx
 
+pytestmark = pytest.mark.timeout(900)  # four runs of a quarter of a minute where nothing else runs
+
 REWARD = """
 def score(prompt, response, label, flat, **extra):
     return 0.0 if flat else float(sum(map(ord, response)) % 2)
