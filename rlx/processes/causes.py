@@ -23,7 +23,7 @@ _LOST_PEER = re.compile(
     r"|Connect(ion)?(Aborted|Refused|Reset)?Error|ReadError|WriteError|RemoteProtocolError|ServerDisconnected|ClientOSError"
     r"|ClientConnector|remote process exited|ncclRemoteError|closed by peer|recvValue failed|sendBytes failed|recvBytes failed"
     r"|did the remote server shutdown|timed out waiting \S+ ?ms for (recv|send)|cannot connect to host|all connection attempts"
-    r"|peer (closed|disconnected)|no longer reachable",
+    r"|peer (closed|disconnected)|no longer reachable|showed no sign of life",
     re.IGNORECASE,
 )
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use|port is already in use", re.IGNORECASE)

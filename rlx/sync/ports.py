@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import socket
 
-_FIRST = 10_000
+_FIRST = 20_000  # Ray gives its workers those below
 _LAST = 65_535
 # Linux draws from 32768 up for connections that leave, and Kubernetes' services begin at 30000: a port below both is not taken
 # by chance between now and its use.

@@ -50,7 +50,9 @@ class RayNodes:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, *common, *shares]
         command = self._hosts.command(number, command) if self._hosts else command
         with (self._folder / "start.log").open("ab") as log:
-            return subprocess.Popen(command, env=os.environ | TOKEN, stdout=log, stderr=log, start_new_session=True)
+            # The GPUs that Ray is only told of must not be hidden from it.
+            env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | TOKEN
+            return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
 
     def close(self) -> None:
         for node in reversed(self.nodes):

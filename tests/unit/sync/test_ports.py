@@ -14,7 +14,7 @@ def test_a_port_can_be_had_and_lies_below_what_connections_are_given() -> None:
     first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for _ in range(50):
         port = ports.free_port()
-        assert 10_000 <= port < min(first_given, 30_001)
+        assert 20_000 <= port < min(first_given, 30_001)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
 
