@@ -181,6 +181,8 @@ def rope_parameters(config: ConfigJson) -> dict[str, Any]:
     for name, value in found.items():
         if name != "rope_type" and not isinstance(value, list) and value is not None and not is_number(value):
             raise ValueError(f"config.json has {name}={value!r} in its rope parameters; expected a number")
+        if name in _ROPE_DIVISORS and is_number(value) and value <= 0:
+            raise ValueError(f"config.json has {name}={value!r} in its rope parameters; expected a number above 0")
     return found
 
 
@@ -204,6 +206,7 @@ def rope_fields(config: ConfigJson) -> dict[str, Any]:
     return {"rope_theta": theta}
 
 
+_ROPE_DIVISORS = frozenset({"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"})
 _FROM_A_SHORTER_CONTEXT = ("llama3", "yarn", "longrope")
 _ROPE_FIELDS: Mapping[str, frozenset[str]] = {
     "default": frozenset(),

@@ -42,6 +42,12 @@ def number(default: float | None, *, null: bool = False) -> Field:
     return Field(default=default, kind="a finite number", fits=is_number, null=null or default is None)
 
 
+def positive(default: float | None, *, null: bool = False) -> Field:
+    """A number that the computation divides by, or takes a power or the root of."""
+    kind = "a finite number above 0"
+    return Field(default=default, kind=kind, fits=lambda value: is_number(value) and value > 0, null=null or default is None)
+
+
 def is_number(value: Any) -> bool:
     """Whether a value of JSON is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -86,10 +92,10 @@ _DECODER: Fields = {
     "head_dim": whole(None),
     "hidden_act": text("silu"),
     "max_position_embeddings": whole(2048),
-    "rms_norm_eps": number(1e-6),
+    "rms_norm_eps": positive(1e-6),
     "tie_word_embeddings": flag(False),
     "attention_dropout": number(0.0, null=True),
-    "rope_theta": number(10_000.0),
+    "rope_theta": positive(10_000.0),
     "rope_scaling": _OBJECT,
     "rope_parameters": _OBJECT,
     "partial_rotary_factor": number(1.0, null=True),

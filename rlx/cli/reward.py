@@ -74,9 +74,11 @@ def _positive(text: str) -> int:
 
 def _answered(config: Config, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[RolloutGroup]:
     answers = None if args.answers is None else list(_read_answers(args.answers))
+    if answers == []:
+        raise ValueError(f"--answers: {args.answers} holds no rows")
     if answers is not None and args.source is None and len(config.data.by_name) > 1:
         raise ValueError(f"--answers belong to one source: name it by --source ({', '.join(config.data.by_name)})")
-    num = args.rows or (DEFAULT_ROWS if answers is None else max(1, len(answers)))
+    num = args.rows or (DEFAULT_ROWS if answers is None else len(answers))
     prompts = first_prompts(config, tokenizer, args.source, num)
     texts = [_label_text(prompt) for prompt in prompts] if answers is None else answers[:num]
     if len(texts) > len(prompts):

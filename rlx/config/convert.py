@@ -206,7 +206,9 @@ def _to_float(value: Any) -> Any:
         number = float(value)
     except (ValueError, OverflowError):
         return value
-    return number if math.isfinite(number) else repr(value)
+    if math.isfinite(number):
+        return number
+    return value if isinstance(value, str) else repr(value)
 
 
 def _is_optional(hint: Any) -> bool:

@@ -22,7 +22,7 @@ from rlx.data.chat_mask import MaskedTokens, encode_chat, encode_text_pair
 from rlx.data.order import EpochOrder
 from rlx.data.plan import plan_batch, round_up
 from rlx.data.questions import tools_of
-from rlx.data.rows import EVERY_ROW, Look, Row, column, has_more, placed, read_rows, row_digest
+from rlx.data.rows import EVERY_ROW, Look, Row, column, columns_in, has_more, placed, read_rows, row_digest
 from rlx.data.tokenizer import GIVE_BACK, Limit, check_template, template_digest
 from rlx.obs.log import logger
 from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
@@ -197,7 +197,7 @@ def _dialogues(row: Row, config: Config) -> tuple[_Dialogue, ...]:
         keys = (finetune.chosen_key, finetune.rejected_key)
         missing = [key for key in keys if column(row, key) is None]
         if missing:
-            raise ValueError(f"no column {missing[0]!r} (finetune.chosen_key, finetune.rejected_key); {_columns(row)}")
+            raise ValueError(f"no column {missing[0]!r} (finetune.chosen_key, finetune.rejected_key); {columns_in(row)}")
         return tuple(_with_answer(row, key, config) for key in keys)
     if column(row, finetune.response_key) is not None:
         return (_with_answer(row, finetune.response_key, config),)
@@ -205,7 +205,7 @@ def _dialogues(row: Row, config: Config) -> tuple[_Dialogue, ...]:
     if prompt is None or isinstance(prompt, str):
         raise ValueError(
             f"neither a chat in {config.data.messages_key!r} nor an answer in {finetune.response_key!r}"
-            f" (data.messages_key, finetune.response_key); {_columns(row)}"
+            f" (data.messages_key, finetune.response_key); {columns_in(row)}"
         )
     return (_chat(row, read_messages(prompt, key), config),)
 
@@ -222,7 +222,7 @@ def _with_answer(row: Row, key: str, config: Config) -> _Dialogue:
             raise ValueError(f"column {key!r} holds the assistant's messages alone; give the prompt as messages too")
         return _chat(row, [*read_messages(prompt, prompt_key), *messages], config)
     if prompt is None:
-        raise ValueError(f"column {key!r} is the answer to no prompt (data.messages_key, data.prompt_key); {_columns(row)}")
+        raise ValueError(f"column {key!r} is the answer to no prompt (data.messages_key, data.prompt_key); {columns_in(row)}")
     if not isinstance(prompt, str):
         return _chat(row, [*read_messages(prompt, prompt_key), {"role": "assistant", "content": answer}], config)
     if not answer.strip():
@@ -241,7 +241,3 @@ def _chat(row: Row, messages: Sequence[Message], config: Config) -> Chat:
     if not answers or not says_something(answers[-1]):
         raise _UnusableError("empty_answer")
     return Chat(messages=messages, tools=tools_of(row, config.data))
-
-
-def _columns(row: Row) -> str:
-    return f"the columns are {', '.join(row) or 'none'}"

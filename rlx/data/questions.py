@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rlx.config.schema import DataConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig, task_name
 from rlx.data.chat import Chat, Message, for_template, read_messages, read_tools, render
-from rlx.data.rows import Look, Row, column, has_more, label_in, placed, read_rows, row_digest
+from rlx.data.rows import Look, Row, column, columns_in, has_more, label_in, placed, read_rows, row_digest
 from rlx.data.tasks import read_task
 from rlx.data.tokenizer import encode_part, encode_text, is_surely_longer, most_bytes
 from rlx.obs.log import logger
@@ -155,7 +155,7 @@ def _prompt_of(row: Row, data: DataConfig) -> str | Chat:
     messages, prompt = column(row, data.messages_key), column(row, data.prompt_key)
     if messages is None and prompt is None:
         raise ValueError(
-            f"neither a {data.messages_key!r} nor a {data.prompt_key!r} column; the columns are {', '.join(row) or 'none'}"
+            f"neither a {data.messages_key!r} nor a {data.prompt_key!r} column; {columns_in(row)}"
             " (data.messages_key and data.prompt_key name them)"
         )
     if messages is None and not isinstance(prompt, str):

@@ -103,6 +103,12 @@ def column(row: Row, key: str) -> object:
     return found
 
 
+def columns_in(row: Row) -> str:
+    """The row's columns in words, for errors about one that is missing; a null counts as missing, so it is said."""
+    names = (f"{name} (null here)" if value is None else name for name, value in row.items())
+    return f"the columns are {', '.join(names) or 'none'}"
+
+
 def label_in(row: Row, key: str) -> object:
     """The label as verifiers compare it: numbers as text, whole ones without a fraction (``2.0`` is "2"); NaN is None.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rlx.arch.architecture import Architecture, common_fields, window_fields
 from rlx.arch.families import llama
 from rlx.arch.family import Family
-from rlx.arch.fields import ConfigJson, decoder, flag, listed, number, refuse, text, whole
+from rlx.arch.fields import ConfigJson, decoder, flag, listed, positive, refuse, text, whole
 from rlx.arch.weights import Copy, Row
 
 FIELDS = decoder(
@@ -20,8 +20,8 @@ FIELDS = decoder(
         "sliding_window_size": whole(None),
         "layer_types": listed(str),
         "attention_bias": flag(False),
-        "attn_logit_softcapping": number(50.0, null=True),
-        "final_logit_softcapping": number(30.0, null=True),
+        "attn_logit_softcapping": positive(50.0, null=True),
+        "final_logit_softcapping": positive(30.0, null=True),
         "use_bidirectional_attention": flag(None),
     },
     vocab_size=256000,

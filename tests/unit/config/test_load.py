@@ -54,6 +54,7 @@ def test_overrides_convert_naturally(run_yaml: Path) -> None:
         ("optimizer.lr=true", ["optimizer.lr", "a number", "True (bool)"]),
         ("optimizer.lr=.nan", ["optimizer.lr", "a number"]),
         ("optimizer.lr=.inf", ["optimizer.lr", "a number"]),
+        ("optimizer.lr=nan", ["optimizer.lr", "a number", "got 'nan' (str)"]),
         ("run.resume=always", ["run.resume", "auto, never", "'always'"]),
         ("parallel.etp=0", ["parallel.etp", "at least 1"]),
         ("rollout.stop_token_ids=[1, x]", ["rollout.stop_token_ids[1]", "an integer", "'x'"]),

@@ -220,6 +220,7 @@ def test_a_cut_between_turns_ends_with_an_answer(tmp_path: Path) -> None:
         ([], {}, "holds no rows"),
         ([{"prompt": "a", "response": "b"}, {"prompt": "a"}], {}, "rows.jsonl:2: neither a chat in 'messages' nor an answer"),
         ([{"response": "b"}], {}, "is the answer to no prompt"),
+        ([{"prompt": None, "response": "b"}], {}, "the columns are prompt (null here), response"),
         ([{"prompt": "", "response": "b"}], {}, "the prompt has no tokens"),
         ([{"prompt": "a", "chosen": "b"}], {"objective": "dpo"}, "no column 'rejected'"),
         ([{"prompt": "a", "chosen": "b", "rejected": None}], {"objective": "rm"}, "no column 'rejected'"),

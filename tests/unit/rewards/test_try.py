@@ -52,6 +52,11 @@ def test_labels_are_right_answers(run: list[str], capsys: pytest.CaptureFixture[
     assert len(verdicts(capsys)) == 10
 
 
+def test_a_file_without_answers_is_no_success(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*run, *answers(tmp_path)]) == 2
+    assert "answers.jsonl holds no rows" in capsys.readouterr().err
+
+
 def test_answers_are_judged_by_a_file_with_neighbours(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "weights.py").write_text("RIGHT = 2.0")
     (tmp_path / "mine.py").write_text(
