@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from rlx.rollout.sglang.control import EngineControlError
-from rlx.rollout.sglang.host_memory import shared_copy
 from rlx.rollout.sglang.shared_tensors import LOAD_FORMAT, open_bucket, share_bucket
 from rlx.sync.chunks import tensor_info
 from rlx.sync.engine_memory import (
@@ -105,8 +104,7 @@ def test_the_embedded_engine_opens_buckets_only(start, first_weights: Path) -> N
     engine = start("embedded", first_weights).wait()
     control = engine.control()
     tensor = torch.zeros(4, 4)
-    buffer = shared_copy(tensor.flatten().view(torch.uint8))
-    good = share_bucket(buffer, [tensor_info("lm_head.weight", tensor)])
+    good = share_bucket(tensor.flatten().view(torch.uint8), [tensor_info("lm_head.weight", tensor)])
     evil = base64.b64encode(pickle.dumps(print)).decode()
     control.begin_update()
     for texts, load_format, says in [

@@ -1,21 +1,20 @@
 """Tensors handed to another process of this machine as a text: the memory stays where it is, the text says where.
 
-GPU memory goes as a CUDA IPC handle through the reductions of ``torch.multiprocessing``, host memory as the path of
-``rlx.rollout.sglang.host_memory``. The text is what SGLang's ``/update_weights_from_tensor`` takes with ``load_format``
+GPU memory goes as a CUDA IPC handle, host memory as a named shared-memory segment, both through the reductions of
+``torch.multiprocessing``. The text is what SGLang's ``/update_weights_from_tensor`` takes with ``load_format``
 "flattened_bucket": the base64 of a pickle of ``{"flattened_tensor": uint8 tensor, "metadata": [...]}``. It stands for one
-reader: GPU memory counts its readers, and one that opened the same text twice would count itself out twice.
+reader: the memory counts its readers, and one that opened the same text twice would count itself out twice.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
 import io
 import json
-import math
 import pickle
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
-from rlx.rollout.sglang.host_memory import WORD_BYTES, open_words, path_of
 from rlx.types.weights import TensorInfo
 
 LOAD_FORMAT = "flattened_bucket"
@@ -38,7 +36,7 @@ _DTYPES = ("uint8", "float64", "float32", "bfloat16", "float16")
 def share_bucket(buffer: Tensor, infos: Sequence[TensorInfo]) -> str:
     """A text by which one other process of this machine opens ``buffer``: uint8 [sum of the infos' bytes], laid end to end.
 
-    The buffer must stay as it is until that process has read it. In host memory it is one of ``host_memory.shared_copy``.
+    The buffer must stay as it is until that process has read it. Host memory is moved into shared memory by this.
     """
     metadata, start = [], 0
     for info in infos:
@@ -100,53 +98,18 @@ def open_request(text: str) -> list[tuple[str, Tensor]]:
 def _opened(text: str) -> object:
     try:
         return _Unpickler(io.BytesIO(base64.b64decode(text, validate=True))).load()
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, TypeError, ValueError, AttributeError) as error:
+    except (binascii.Error, pickle.UnpicklingError, EOFError, RuntimeError, OSError, TypeError, AttributeError) as error:
         raise ValueError(f"the shared tensors cannot be opened: {type(error).__name__}: {error}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _OfTorch:
-    """A function of torch, written by the name under which both sides have it."""
-
-    name: str
-
-    def __call__(self) -> None:
-        raise TypeError("stands for a name in a text")
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What the reader gets by calling ``function``."""
-
-    function: _OfTorch
-    arguments: tuple[object, ...]
-
-
-class _Pickler(pickle._Pickler):
-    """Tensors become handles: host memory by its path (a descriptor could not leave the process tree), GPUs by their UUID.
-
-    The pickler in Python, since the one in C looks functions up by itself and names some of torch's by ``getattr``.
-    """
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.dispatch_table = ForkingPickler(io.BytesIO()).dispatch_table
-
-    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-        if isinstance(obj, _OfTorch):
-            self.save("torch")
-            self.save(obj.name)
-            self.write(pickle.STACK_GLOBAL)  # type: ignore[attr-defined]  # the stubs leave both out
-        else:
-            super().save(obj, save_persistent_id)  # type: ignore[misc]
+class _Pickler(ForkingPickler):
+    """Tensors become handles: host memory by name (a descriptor could not leave the process tree), GPUs by their UUID."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, _Call):
-            return obj.function, obj.arguments
-        if isinstance(obj, Tensor) and obj.device.type == "cpu" and obj.numel():
-            # As bytes, cut to its length: a file is opened as so many float32.
-            words = _Call(_OfTorch("from_file"), (path_of(obj), False, math.ceil(obj.nbytes / WORD_BYTES)))
-            return _OfTorch("narrow"), (_Call(_OfTorch("Tensor.view"), (words, torch.uint8)), 0, 0, obj.nbytes)
+        if isinstance(obj, torch.UntypedStorage) and obj.device.type == "cpu" and obj.nbytes():
+            manager, handle, size = obj._share_filename_cpu_()
+            obj._shared_incref()
+            return reductions.rebuild_storage_filename, (torch.UntypedStorage, manager, handle, size)
         if isinstance(obj, Tensor) and obj.is_cuda:
             rebuild, arguments = reductions.reduce_tensor(obj)
             uuid = str(torch.cuda.get_device_properties(arguments[_DEVICE]).uuid)
@@ -178,7 +141,6 @@ def _allowed() -> dict[tuple[str, str], Any]:
     for module in ("torch", "torch.storage"):
         found |= {(module, "UntypedStorage"): torch.UntypedStorage, (module, "TypedStorage"): torch.storage.TypedStorage}
     found |= {("torch", name): getattr(torch, name) for name in _DTYPES}
-    found |= {("torch", "from_file"): open_words, ("torch", "narrow"): torch.narrow, ("torch", "Tensor.view"): Tensor.view}
     plain = {("types", "SimpleNamespace"): types.SimpleNamespace, ("torch", "Size"): torch.Size, ("torch", "Tensor"): Tensor}
     # SGLang's own serializer names its class; any object with those attributes does here.
     own = {("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata"): types.SimpleNamespace}

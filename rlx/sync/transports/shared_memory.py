@@ -1,24 +1,28 @@
 """The lane of engines on the trainer's own GPUs: they open the trainer's memory instead of receiving a copy.
 
-CUDA IPC on GPUs, memory of the sender's own process on the host; the same texts, requests and checks. Every chunk is one flat
-buffer of its own that nobody writes to again: it is kept until the engine, which waits for its copies first, has let go of it.
+CUDA IPC on GPUs, named shared memory on the host; the same texts, requests and checks. Every chunk is one flat buffer of its own
+that nobody writes to again: torch keeps it until the engine, which waits for its copies first, has let go of it.
 """
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rlx.rollout.sglang.host_memory import shared_copy
 from rlx.rollout.sglang.shared_tensors import LOAD_FORMAT, share_bucket
 from rlx.sync.chunks import flatten
+from rlx.sync.errors import SyncError
 from rlx.sync.fanout import start
 from rlx.sync.group import Engine
 from rlx.sync.transports.base import Departure
 from rlx.types.weights import WeightChunk
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class SharedMemoryLane:
@@ -40,8 +44,9 @@ class SharedMemoryLane:
 
     def depart(self, chunk: WeightChunk, version: int | None) -> Departure:
         """Copy the chunk into a fresh buffer and tell all engines where it is."""
-        flat = flatten(chunk)
-        buffer = shared_copy(flat) if self._device.type == "cpu" else flat.to(self._device)
+        if self._device.type == "cpu":
+            _check_room(chunk)
+        buffer = flatten(chunk).to(self._device)
         if buffer.is_cuda:
             torch.cuda.current_stream(self._device).synchronize()
         pending = {engine.url: self._tell(engine, chunk, buffer, version) for engine in self._engines}
@@ -64,4 +69,13 @@ class SharedMemoryLane:
                 flush_cache=version is not None,
                 weight_version=None if version is None else str(version),
             )
+        )
+
+
+def _check_room(chunk: WeightChunk) -> None:
+    """Writing beyond the end of a full shared-memory file system ends the process without a word."""
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if chunk.num_bytes > free:
+        raise SyncError(
+            f"{SHARED_MEMORY} has {free} bytes left, a chunk needs {chunk.num_bytes}; lower sync.bucket_bytes or enlarge it"
         )
