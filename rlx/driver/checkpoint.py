@@ -71,7 +71,8 @@ def write_checkpoint(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     save_models(str(beside))
-    (beside / DRIVER_FILE).write_text(json.dumps(driver_state))
+    sizes = {str(file.relative_to(beside)): file.stat().st_size for file in sorted(beside.rglob("*")) if file.is_file()}
+    (beside / DRIVER_FILE).write_text(json.dumps({**driver_state, "files": sizes}))
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)
     for _, old in whole_checkpoints(root)[:-keep]:
@@ -92,7 +93,16 @@ def read_driver_state(folder: Path) -> dict[str, Any]:
 
 
 def check_models(folder: Path, names: Sequence[str]) -> None:
-    """ValueError for a checkpoint that does not hold these models whole: what describes one's tensors is written last."""
+    """ValueError for a checkpoint that does not hold these models whole: every file as long as it was written (older checkpoints
+    do not say), and what describes the tensors, which is written last."""
     for name in names:
         if not (folder / name / "metadata.json").is_file():
             raise ValueError(f"checkpoint {folder} cannot be resumed: {folder / name} is not whole, metadata.json is missing")
+    sizes = read_driver_state(folder).get("files", {})
+    for file, size in sizes.items():
+        if file.partition("/")[0] not in names:
+            continue
+        found = (folder / file).stat().st_size if (folder / file).is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes, {size} were written"
+            raise ValueError(f"checkpoint {folder} cannot be resumed: {folder / file} {what}")

@@ -14,6 +14,7 @@ from torch import nn
 from rlx.arch.architecture import Architecture, is_megatron_checkpoint
 from rlx.models.hf.io import load_hf
 from rlx.models.hf.whole import check_manifest
+from rlx.parallel.checkpoint import failures_named
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import content_metadata
 
@@ -35,7 +36,8 @@ def load_megatron(chunks: Sequence[nn.Module], folder: Path, context: ParallelCo
     states = [_weights_of(chunk, with_head) for chunk in chunks]
     context.raise_together(_problem(folder, states))
     wanted = {f"chunk{index}": state for index, state in enumerate(states)}
-    loaded = dist_checkpointing.load(wanted, str(folder))
+    with failures_named(folder, "read"):
+        loaded = dist_checkpointing.load(wanted, str(folder))
     for index, chunk in enumerate(chunks):
         _fill(chunk, loaded[f"chunk{index}"])
 

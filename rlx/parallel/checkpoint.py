@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rlx.parallel.optimizer import Trainable, content_metadata
 
 
 def save_trainable(model: Trainable, folder: Path) -> None:
-    """Write weights, optimizer and schedule into ``folder``, which must exist and be empty. Collective."""
-    dist_checkpointing.save(model.sharded_state(is_loading=False), str(folder), content_metadata=content_metadata())
+    """Write weights, optimizer and schedule into ``folder``, which must exist and be empty. Collective. OSError when it cannot be
+    written."""
+    with failures_named(folder, "written"):
+        dist_checkpointing.save(model.sharded_state(is_loading=False), str(folder), content_metadata=content_metadata())
 
 
 def load_trainable(model: Trainable, folder: Path) -> None:
-    """Restore what ``save_trainable`` wrote. Collective. ValueError if it was not written by it."""
+    """Restore what ``save_trainable`` wrote. Collective. ValueError if it was not written by it, OSError when it cannot be
+    read."""
     if not (folder / "metadata.json").is_file():
         raise ValueError(f"{folder} is not a whole checkpoint: metadata.json is missing")
-    model.load_state(dist_checkpointing.load(model.sharded_state(is_loading=True), str(folder)))
+    with failures_named(folder, "read"):
+        loaded = dist_checkpointing.load(model.sharded_state(is_loading=True), str(folder))
+    model.load_state(loaded)
+
+
+@contextmanager
+def failures_named(folder: Path, done: str) -> Iterator[None]:
+    """torch's own exception is none that ``except Exception`` catches, and tells of every rank at length: here the first one's
+    cause is an OSError."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        text = f"{type(cause).__name__}: {cause}"
+        raise OSError(f"the checkpoint {folder} cannot be {done} (trainer rank {rank}: {text})") from error

@@ -206,6 +206,24 @@ def test_a_checkpoint_without_its_models_is_named(saved: Config, tmp_path: Path)
     assert f"{file.parent} is not whole, metadata.json is missing" in refused(saved)
 
 
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_file_that_is_not_as_it_was_written_is_named(saved: Config, tmp_path: Path, is_gone: bool) -> None:
+    (driver,) = (tmp_path / "run").glob("checkpoints/*/driver.json")
+    state = json.loads(driver.read_text())
+    assert state["files"] == {str(file.relative_to(driver.parent)): 2 for file in driver.parent.glob("*/*")}
+    file = driver.parent / "policy" / "metadata.json"
+    other = driver.parent / "policy" / "__0_0.distcp"
+    other.write_bytes(b"1234")
+    driver.write_text(json.dumps({**state, "files": {**state["files"], "policy/__0_0.distcp": 4}}))
+    assert file.exists()
+    if is_gone:
+        other.unlink()
+        assert f"{other} is missing" in refused(saved)
+    else:
+        other.write_bytes(b"123")
+        assert f"{other} has 3 bytes, 4 were written" in refused(saved)
+
+
 def test_a_checkpoint_of_another_kind_is_named(saved: Config, tmp_path: Path) -> None:
     """An older one, of which no configuration says so."""
     (file,) = (tmp_path / "run").glob("checkpoints/*/driver.json")
