@@ -22,7 +22,7 @@ def gpu_machine(seen: Path) -> dict[str, str]:
 
 
 def rlx(
-    *arguments: str, timeout_s: float = 240, check: bool = True, env: Mapping[str, str] | None = None
+    *arguments: str, timeout_s: float = 600, check: bool = True, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """``rlx ARGUMENTS`` with one thread a process; its output is in the error when it fails and ``check`` is set."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(env or {})

@@ -63,7 +63,7 @@ def test_the_local_launcher_and_a_nodes_engines_take_turns(tmp_path: Path, nothi
     spawned: dict[str, str] = {}
     nothing_said.setattr(launch, "_spawn", lambda role, rank, argv, env: spawned.update(env))
     launch._parent_pipe = 0
-    launch._spawn_trainer(0, 1)
+    launch._spawn_worker("trainer", 0, 1)
     assert {spawned[name] for name in VARIABLES} == {"4"}
     assert {launch._env[name] for name in VARIABLES} == {"2"}
     assert child_environment(config, "id", num_peers=4)["OMP_NUM_THREADS"] == "2"
