@@ -7,6 +7,7 @@ run folder must be on a file system that all nodes see: logs, metrics and the li
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import uuid
 from collections.abc import Sequence
@@ -119,7 +120,9 @@ class RayLaunch:
         self._engines: RayEngines | None = None
 
     def host_of(self, cause: Cause) -> str | None:
-        """Where the one to blame ran."""
+        """Where the one to blame ran; the driver runs here."""
+        if cause.role == "driver":
+            return socket.gethostname()
         found = [child for child in self._children() if child.spec.log_path == cause.log_path]
         return found[-1].spec.host.name if found else None
 
