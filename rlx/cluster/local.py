@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlx.cluster.driver import driver_command, stop_file_of
+from rlx.cluster.driver import StopFile, driver_command
 from rlx.cluster.progress import Progress
 from rlx.config.load import ConfigError, dump_config
 from rlx.config.schema import Config
@@ -106,11 +106,11 @@ class Launch:
         self._progress = progress
         self._interrupts = interrupts
         self._id = uuid.uuid4().hex
-        self._stop_file = stop_file_of(run_dir, self._id)
+        self._stop_file = StopFile(run_dir, interrupts.ask_to_save)
         self._num_engines = config.rollout.num_engines if config.starts_engines else 0
         self._env = child_environment(config, self._id, num_peers=self._num_engines)
         self._open = ExitStack()
-        self._open.callback(lambda: self._stop_file.unlink(missing_ok=True))
+        self._open.callback(self._stop_file.remove)
         self._driver: Child | None = None
         self._trainers: list[Child] = []
         self._engines: Engines | None = None
@@ -174,8 +174,7 @@ class Launch:
         return supervisor.watch(leave_timeout_s=self._config.run.failure_timeout_s)
 
     def _tick(self) -> None:
-        if self._interrupts.ask_to_save() and not self._stop_file.exists():
-            self._stop_file.touch()
+        if self._stop_file.hand_on():
             self._progress.say(self._interrupts.promise)
         if self._engines is not None:
             self._engines.tick()
@@ -218,7 +217,7 @@ class Launch:
         env = self._env | {name: str(number) for name, number in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
         place = (self._run_dir, self._run_dir / ENDPOINTS, self._parent_pipe)
         if role == "driver":
-            return self._spawn(role, rank, self._programs.driver(*place, self._stop_file), env)
+            return self._spawn(role, rank, self._programs.driver(*place, self._stop_file.path), env)
         threads = thread_variables(self._config.cluster.threads_per_rank, os.environ, self._config.num_trainer_ranks)
         return self._spawn(role, rank, self._programs.trainer(*place), env | threads)
 

@@ -362,7 +362,7 @@ class _Duty(threading.Thread):
 
     def _tend_driver(self) -> None:
         assert self._driver is not None
-        self._driver.hand_on_stop()
+        self._driver.stop_file.hand_on()
         cause = self._driver.failure()
         if cause is not None:
             self._tell(cause, self._driver.child.log_text())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,11 @@ UNTRAINABLE: tuple[AnswerFilter, ...] = (
     ("empty_response", lambda trajectory, reward: not trajectory.num_sampled),
     ("invalid_reward", lambda trajectory, reward: not reward.valid),  # the verifier failed
 )
+
+
+def first_reason(filters: Iterable[tuple[str, Callable[..., bool]]], *judged: object) -> str | None:
+    """The reason of the first filter that drops what is judged; None when none does."""
+    return next((reason for reason, drops in filters if drops(*judged)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,7 +83,7 @@ def to_train_batch(
         if len(of_group) != len(group.trajectories):
             raise ValueError(f"prompt {group.prompt.prompt_id}: {len(group.trajectories)} answers, {len(of_group)} advantages")
         for trajectory, reward, advantage in zip(group.trajectories, rewards, of_group, strict=True):
-            reason = next((reason for reason, drops_it in filters if drops_it(trajectory, reward)), None)
+            reason = first_reason(filters, trajectory, reward)
             if reason is not None:
                 drops[reason] += 1
                 continue

@@ -15,7 +15,7 @@ from statistics import fmean, pstdev
 from rlx.algos.base import GroupAdvantages
 from rlx.algos.overlong import overlong_penalty
 from rlx.config.algorithm import AlgorithmConfig
-from rlx.data.samples import UNTRAINABLE, AnswerFilter, RolloutBatch, to_train_batch
+from rlx.data.samples import UNTRAINABLE, AnswerFilter, RolloutBatch, first_reason, to_train_batch
 from rlx.driver.evaluate import part_means
 from rlx.driver.groups import ScoredGroup
 from rlx.rewards.verdicts import InvalidVerdicts
@@ -98,7 +98,7 @@ class Batcher:
         self._num_rounds += 1
         self._seen += groups
         for group in groups:
-            reason = next((reason for reason, leaves_out in self._rules.group_filters if leaves_out(group)), None)
+            reason = first_reason(self._rules.group_filters, group)
             if reason is None:
                 self._useful.append(group)
             else:

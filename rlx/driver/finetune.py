@@ -15,15 +15,11 @@ from rlx.data.examples import Example, ExampleSource, plan_examples, to_train_ba
 from rlx.data.tokenizer import tokenizer_of
 from rlx.driver.keeping import KeptModels, evaluate_alone
 from rlx.driver.lane import CommandLane
-from rlx.driver.ranks import parts_of
+from rlx.driver.ranks import RankedModels
 from rlx.driver.run import run
-from rlx.models.hf.fingerprint import origin_of
 from rlx.obs.log import logger, phase
 from rlx.obs.timers import StepTimer
 from rlx.trainer.commands import (
-    Export,
-    Load,
-    Save,
     ScoreReference,
     Update,
     Validate,
@@ -133,15 +129,8 @@ def _named(means: Mapping[str, float], names: Mapping[str, str], otherwise: str)
     return {names.get(stat, f"{otherwise}/{stat}"): value for stat, value in means.items()}
 
 
-class RankedModel:
+class RankedModel(RankedModels):
     """TrainedModel over ranks."""
-
-    def __init__(self, lane: CommandLane, config: Config) -> None:
-        self._lane, self._config = lane, config
-        self._dims = config.parallel.dims(config.num_trainer_ranks)
-
-    def load_batch(self, batch: Rows, plan: BatchPlan) -> None:
-        self._lane.ask(parts_of(batch, plan, self._dims))
 
     def score_reference(self) -> None:
         self._lane.ask(ScoreReference())
@@ -151,18 +140,6 @@ class RankedModel:
 
     def validate(self) -> Mapping[str, float]:
         return self._lane.ask(Validate())
-
-    def origin(self) -> Mapping[str, object]:
-        return origin_of(self._config)
-
-    def save(self, path: str) -> None:
-        self._lane.ask(Save(folder=path))
-
-    def load(self, path: str) -> None:
-        self._lane.ask(Load(folder=path))
-
-    def export_hf(self, path: str) -> None:
-        self._lane.ask(Export(folder=path))
 
 
 def drive_finetuning(config: Config, lane: CommandLane, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:

@@ -45,31 +45,15 @@ def parts_of(batch: Rows, plan: BatchPlan, dims: ParallelDims) -> Parts[None]:
     return Parts(lambda dp_rank: LoadBatch(part=part_of(batch, plan, dp_rank)), dims.dp_rank_of)
 
 
-class RankedPolicy:
-    """PolicyGroup over ranks. ``engines`` None: there are none."""
+class RankedModels:
+    """What the policy of reinforcement and the model of fine-tuning have in common: a batch, and what is kept."""
 
-    def __init__(self, lane: CommandLane, engines: Engines | None, config: Config) -> None:
-        self._lane, self._engines, self._config = lane, engines, config
+    def __init__(self, lane: CommandLane, config: Config) -> None:
+        self._lane, self._config = lane, config
         self._dims = config.parallel.dims(config.num_trainer_ranks)
-
-    def begin_training(self) -> None:
-        if self._engines is not None:
-            self._engines.begin_training()
 
     def load_batch(self, batch: Rows, plan: BatchPlan) -> None:
         self._lane.ask(parts_of(batch, plan, self._dims))
-
-    def score(self) -> Mapping[str, float]:
-        return self._lane.ask(ScorePolicy())
-
-    def compute_advantages(self, kl_coefficient: float) -> Mapping[str, float]:
-        return self._lane.ask(ComputeAdvantages(kl_coefficient=kl_coefficient))
-
-    def update(self, mini_batch: int) -> UpdateStats:
-        return self._lane.ask(UpdatePolicy(mini_batch=mini_batch))
-
-    def publish(self, version: int) -> WeightManifest | None:
-        return None if self._engines is None else self._engines.publish(version)
 
     def origin(self) -> Mapping[str, object]:
         return origin_of(self._config)
@@ -84,6 +68,34 @@ class RankedPolicy:
     def export_hf(self, path: str) -> None:
         with self._room():
             self._lane.ask(Export(folder=path))
+
+    def _room(self) -> AbstractContextManager[None]:
+        """Everything of the trainers is on its device inside."""
+        return nullcontext()
+
+
+class RankedPolicy(RankedModels):
+    """PolicyGroup over ranks. ``engines`` None: there are none."""
+
+    def __init__(self, lane: CommandLane, engines: Engines | None, config: Config) -> None:
+        super().__init__(lane, config)
+        self._engines = engines
+
+    def begin_training(self) -> None:
+        if self._engines is not None:
+            self._engines.begin_training()
+
+    def score(self) -> Mapping[str, float]:
+        return self._lane.ask(ScorePolicy())
+
+    def compute_advantages(self, kl_coefficient: float) -> Mapping[str, float]:
+        return self._lane.ask(ComputeAdvantages(kl_coefficient=kl_coefficient))
+
+    def update(self, mini_batch: int) -> UpdateStats:
+        return self._lane.ask(UpdatePolicy(mini_batch=mini_batch))
+
+    def publish(self, version: int) -> WeightManifest | None:
+        return None if self._engines is None else self._engines.publish(version)
 
     def _room(self) -> AbstractContextManager[None]:
         return nullcontext() if self._engines is None else self._engines.room()

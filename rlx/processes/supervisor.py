@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
@@ -37,7 +37,9 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class _Exit:
+class Exit:
+    """A child's status, and the times of the looks around its end."""
+
     returncode: int
     seen_alive: str
     seen_ended: str
@@ -78,6 +80,22 @@ class Watched(Protocol):
     def why(self) -> str | None:
         """How it ended, where more is known than its status."""
         ...
+
+
+def ended(child: Watched, seen: Exit) -> Ended:
+    """What is known of a child's end; it was in the phase that its own log says."""
+    log = child.log_text()
+    return Ended(
+        role=child.spec.role,
+        rank=child.spec.rank,
+        returncode=seen.returncode,
+        seen_alive=seen.seen_alive,
+        seen_ended=seen.seen_ended,
+        log=log,
+        log_path=child.spec.log_path,
+        phase=last_phase(log),
+        why=child.why(),
+    )
 
 
 class EngineWatch(Protocol):
@@ -131,7 +149,7 @@ class Supervisor:
         self._engines = engines
         self._interrupted = interrupted
         self._tick = tick
-        self._exits: dict[Watched, _Exit] = {}
+        self._exits: dict[Watched, Exit] = {}
         self._last_look = now_text()
         self._first_done: float | None = None
 
@@ -153,7 +171,7 @@ class Supervisor:
         for child in (*self._trainers, *self._engines.children()):
             status = child.poll()
             if status is not None and child not in self._exits:
-                self._exits[child] = _Exit(status, self._last_look, now_text())
+                self._exits[child] = Exit(status, self._last_look, now_text())
         self._last_look = began
         done = [self._ended_well(child) for child in self._trainers]
         if any(done) and self._first_done is None:
@@ -179,7 +197,7 @@ class Supervisor:
         unhealthy = None if causes else self._engines.failed()
         return causes if unhealthy is None else [unhealthy]
 
-    def _is_failure(self, child: Watched, seen: _Exit) -> bool:
+    def _is_failure(self, child: Watched, seen: Exit) -> bool:
         """A trainer may end well; an engine is to serve until we stop it, which is after the last trainer ended."""
         if child in self._trainers:
             return not self._ended_well(child)
@@ -191,23 +209,12 @@ class Supervisor:
         """Done, or saved and left because it was asked to."""
         return child in self._exits and self._exits[child].returncode in (0, REQUEUE_STATUS)
 
-    def _ended(self, child: Watched, seen: _Exit) -> Ended:
-        log = child.log_text()
-        return Ended(
-            role=child.spec.role,
-            rank=child.spec.rank,
-            returncode=seen.returncode,
-            seen_alive=seen.seen_alive,
-            seen_ended=seen.seen_ended,
-            log=log,
-            log_path=child.spec.log_path,
-            phase=self._phase(child, log),
-            why=child.why(),
-        )
+    def _ended(self, child: Watched, seen: Exit) -> Ended:
+        found = ended(child, seen)
+        return replace(found, phase=self._phase(child, found.phase))
 
-    def _phase(self, child: Watched, log: str) -> Phase:
+    def _phase(self, child: Watched, own: Phase) -> Phase:
         """Where a child is. An engine that serves has no step of its own: it is where the job is."""
-        own = last_phase(log)
         if child not in self._trainers and own.step < 0:
             return last_phase(self._trainers[0].log_text()) if self._engines.serving() else Phase(name="start engine")
         return own

@@ -105,7 +105,7 @@ class ScoreCritic(Command["Worker", Means]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeAdvantages(Command["Worker", Means]):
-    title = "compute advantages"
+    title = "advantages"
     kl_coefficient: float
 
     def run(self, worker: Worker) -> Means | None:
@@ -156,7 +156,7 @@ class Publish(Command["Worker", WeightManifest | SyncFailure]):
 class BeginTraining(Command["Worker", SyncFailure | None]):
     """Engines on the trainers' devices give back ``tags`` of their memory (None: all they give); the trainers' comes back."""
 
-    title = "begin training"
+    title = "make room"
     endpoints: Sequence[Endpoint]
     tags: Sequence[str] | None = None
 
@@ -168,7 +168,7 @@ class BeginTraining(Command["Worker", SyncFailure | None]):
 class EndTraining(Command["Worker", SyncFailure | None]):
     """Undo ``BeginTraining`` with engines that kept their weights."""
 
-    title = "end training"
+    title = "make room"
     endpoints: Sequence[Endpoint]
 
     def run(self, worker: Worker) -> SyncFailure | None:

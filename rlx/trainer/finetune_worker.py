@@ -76,19 +76,16 @@ class FinetuneWorker:
     def score_reference(self) -> Means | None:
         """The column ``ref_logprobs``."""
         assert self.reference is not None, "this run has no reference"
-        with phase("score reference"):
-            add_ref_logprobs(self.batch, self.reference)
+        add_ref_logprobs(self.batch, self.reference)
         return {} if self.context.is_last_stage else None
 
     def update(self) -> UpdateStats | None:
         """One optimizer step on the loaded batch."""
-        with phase("update"):
-            return self.policy.update(self.batch, 0)
+        return self.policy.update(self.batch, 0)
 
     def validate(self) -> Means | None:
         """The statistics of the loss on the loaded batch, under the present weights."""
-        with phase("validate"):
-            return self.policy.measure(self.batch.packs(0))
+        return self.policy.measure(self.batch.packs(0))
 
     def save(self, folder: str) -> None:
         """Write the model below ``folder``, which rank 0 makes."""
@@ -99,8 +96,7 @@ class FinetuneWorker:
         self.policy.load(Path(folder) / "policy")
 
     def export(self, folder: str) -> None:
-        with phase("export"):
-            self.policy.export(folder)
+        self.policy.export(folder)
 
     def close(self) -> None:
         """There is nothing beside the ranks' own groups to leave."""

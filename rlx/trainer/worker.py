@@ -124,32 +124,29 @@ class Worker:
     def score_reference(self) -> Means | None:
         """The column ``ref_logprobs``."""
         assert self.reference is not None, "this run has no reference"
-        with phase("score reference"):
-            add_ref_logprobs(self.batch, self.reference)
+        add_ref_logprobs(self.batch, self.reference)
         return {} if self.context.is_last_stage else None
 
     def score_policy(self) -> Means | None:
         """Old log-probs; entropy, mismatch with the engine and (when the reference scored before) KL to it."""
-        with phase("score policy"):
-            outputs = self.policy.score(self.batch.all_packs())
-            if not self.context.is_last_stage:
-                return None
-            old_logprobs = self.batch.whole((batch, out[0]) for batch, out in outputs)
-            entropy = self.batch.whole((batch, out[1]) for batch, out in outputs)
-            self.batch.columns = replace(self.batch.columns, old_logprobs=old_logprobs, entropy=entropy)
-            return self._score_means()
+        outputs = self.policy.score(self.batch.all_packs())
+        if not self.context.is_last_stage:
+            return None
+        old_logprobs = self.batch.whole((batch, out[0]) for batch, out in outputs)
+        entropy = self.batch.whole((batch, out[1]) for batch, out in outputs)
+        self.batch.columns = replace(self.batch.columns, old_logprobs=old_logprobs, entropy=entropy)
+        return self._score_means()
 
     def score_critic(self) -> Means | None:
         assert self.critic is not None, "this algorithm has no critic"
-        with phase("score critic"):
-            outputs = self.critic.score(self.batch.all_packs())
-            if not self.context.is_last_stage:
-                return None
-            if self.critic.kind == "token":
-                logprobs = self.batch.whole((batch, out[0]) for batch, out in outputs)
-                self.batch.columns = replace(self.batch.columns, process_logprobs=logprobs)
-            else:
-                self.batch.columns = replace(self.batch.columns, values=self.batch.whole(outputs))
+        outputs = self.critic.score(self.batch.all_packs())
+        if not self.context.is_last_stage:
+            return None
+        if self.critic.kind == "token":
+            logprobs = self.batch.whole((batch, out[0]) for batch, out in outputs)
+            self.batch.columns = replace(self.batch.columns, process_logprobs=logprobs)
+        else:
+            self.batch.columns = replace(self.batch.columns, values=self.batch.whole(outputs))
         return {}
 
     def score_sequences(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -174,9 +171,8 @@ class Worker:
     def compute_advantages(self, kl_coefficient: float) -> Means | None:
         if not self.context.is_last_stage:
             return None
-        with phase("advantages"):
-            add_advantages(self.batch, self.algorithm, self._update_rule, kl_coefficient, self._sum_over_data)
-            return self._advantage_means()
+        add_advantages(self.batch, self.algorithm, self._update_rule, kl_coefficient, self._sum_over_data)
+        return self._advantage_means()
 
     def _advantage_means(self) -> Means:
         columns, has_values = self.batch.columns, self.algorithm.kind == "critic"
@@ -194,13 +190,11 @@ class Worker:
         return {"advantages/mean": means["advantages/mean"], **fits}
 
     def update_policy(self, mini_batch: int) -> UpdateStats | None:
-        with phase("update policy"):
-            return self.policy.update(self.batch, mini_batch)
+        return self.policy.update(self.batch, mini_batch)
 
     def update_critic(self, mini_batch: int) -> UpdateStats | None:
         assert self.critic is not None, "this algorithm has no critic"
-        with phase("update critic"):
-            return self.critic.update(self.batch, mini_batch)
+        return self.critic.update(self.batch, mini_batch)
 
     def _over_data(self, stats: Mapping[str, Tensor]) -> Means:
         return reduced(stats, self.context.groups.dp, self.context.device)
@@ -214,23 +208,19 @@ class Worker:
 
     def begin_training(self, endpoints: Sequence[Endpoint], tags: Sequence[str] | None = None) -> SyncFailure | None:
         """Engines on our devices pause and give back memory (``tags`` of it; None: all they give), and ours comes back."""
-        with phase("make room"):
-            return self.engines.begin_training(endpoints, tags)
+        return self.engines.begin_training(endpoints, tags)
 
     def end_training(self, endpoints: Sequence[Endpoint]) -> SyncFailure | None:
         """Undo ``begin_training`` with engines that kept their weights."""
-        with phase("make room"):
-            return self.engines.end_training(endpoints)
+        return self.engines.end_training(endpoints)
 
     def make_room(self) -> None:
         """Put away what is put away while engines have our devices, for engines that are about to start."""
-        with phase("make room"):
-            self.engines.make_room()
+        self.engines.make_room()
 
     def publish(self, version: int, endpoints: Sequence[Endpoint]) -> WeightManifest | SyncFailure:
         """Bring these engines to the present weights; see ``EngineLink.publish``."""
-        with phase("publish"):
-            return self.engines.publish(version, endpoints)
+        return self.engines.publish(version, endpoints)
 
     def close(self) -> None:
         """Leave the engines' groups."""
@@ -254,8 +244,7 @@ class Worker:
 
     def export(self, folder: str) -> None:
         """Write the policy as a Hugging Face folder."""
-        with phase("export"):
-            self.policy.export(folder)
+        self.policy.export(folder)
 
     def _kept(self) -> dict[str, RankModel]:
         """The models of a checkpoint, by their names in it."""

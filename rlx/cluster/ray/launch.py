@@ -272,7 +272,7 @@ class RayLaunch:
 
     def _tick(self) -> None:
         assert self._hosts is not None
-        if self._driver is not None and self._driver.hand_on_stop():
+        if self._driver is not None and self._driver.stop_file.hand_on():
             self._progress.say(self._interrupts.promise)
         if self._engines is not None:
             self._engines.tick()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,8 @@ class RecordingRanks:
     def ask(self, command: Command[Any, Any]) -> Any:
         told = [getattr(command, field.name) for field in fields(command)]  # type: ignore[arg-type]
         shown = ([getattr(one, "url", one) for one in value] if isinstance(value, tuple) else value for value in told)
-        self.calls.append((command.title.replace(" ", "_"), *(value for value in shown if value is not None)))
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(command).__name__).lower()
+        self.calls.append((name, *(value for value in shown if value is not None)))
         if isinstance(command, Publish):
             return WeightManifest(version=command.version, tensors=(), num_bytes=0, seconds=0.0)
         return None
