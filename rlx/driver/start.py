@@ -13,6 +13,9 @@ from rlx.engines.fleet import wait_for_fleet
 from rlx.obs.log import logger, phase
 from rlx.processes.environment import Rendezvous
 
+# A host that is lost takes its ranks along: whoever watches hosts has this long to say so first.
+_HOSTS_FIRST_S = 10.0
+
 
 def run_driver(
     config: Config,
@@ -32,7 +35,7 @@ def run_driver(
         announce_driver(meeting, listener.address, limit_s)
         connections = listener.wait(limit_s)
         listener.close()
-    lane = CommandLane(connections, silence_s=config.run.failure_timeout_s, lost=lost)
+    lane = CommandLane(connections, silence_s=config.run.failure_timeout_s + _HOSTS_FIRST_S, lost=lost)
     done = True
     if config.is_finetuning:
         done = drive_finetuning(config, lane, stop_asked=stop_asked)

@@ -19,11 +19,12 @@ from pathlib import Path
 from rlx.obs.log import Failure, Phase, first_failure
 
 _LOST_PEER = re.compile(
-    r"connection (was |is |likely )*(closed|reset|refused|aborted|lost)|broken ?pipe|socket closed|server disconnected"
+    r"connection (to [^:|]+ )?(was |is |likely )*(closed|reset|refused|aborted|lost)|broken ?pipe|socket closed"
+    r"|server disconnected"
     r"|Connect(ion)?(Aborted|Refused|Reset)?Error|ReadError|WriteError|RemoteProtocolError|ServerDisconnected|ClientOSError"
     r"|ClientConnector|remote process exited|ncclRemoteError|closed by peer|recvValue failed|sendBytes failed|recvBytes failed"
     r"|did the remote server shutdown|timed out waiting \S+ ?ms for (recv|send)|cannot connect to host|all connection attempts"
-    r"|peer (closed|disconnected)|no longer reachable|showed no sign of life",
+    r"|peer (closed|disconnected)|no longer reachable",
     re.IGNORECASE,
 )
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use|port is already in use", re.IGNORECASE)

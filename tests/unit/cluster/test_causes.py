@@ -25,6 +25,8 @@ CONSEQUENCES = [
     "DistNetworkError: failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
     "RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 60000ms for recv operation to complete",
     "BrokenPipeError: [Errno 32] Broken pipe",
+    "LaneError: the connection to trainer rank 0 was lost: it ended",
+    "RuntimeError: the connection to the driver was lost: it ended or was ended",
 ]
 CAUSES = [
     "ValueError: loss is not finite",
@@ -32,6 +34,7 @@ CAUSES = [
     "FileNotFoundError: [Errno 2] No such file or directory: 'data.jsonl'",
     "DistNetworkError: The server socket has failed to listen on any local network address. EADDRINUSE address already in use",
     "SyncError: canary mismatch on engine 0: mean |log-prob| difference 0.3 > 0.001",
+    "LaneError: trainer rank 1 showed no sign of life for 70 s: the process is stopped or hangs, or its host was lost",
 ]
 
 
