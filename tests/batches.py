@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from rlx.data.plan import part_of
+from rlx.types.image_arrays import ImageArrays
 from rlx.types.layout import BatchPlan
 from rlx.types.train_batch import BatchPart, TrainBatch, TrainSample
 
@@ -45,7 +47,7 @@ def batch_of(samples: Sequence[TrainSample]) -> TrainBatch:
     )
     for row, sample in zip(batch, samples, strict=True):
         row.token_ids[:], row.loss_mask[:], row.rollout_logprobs[:] = sample.token_ids, sample.loss_mask, sample.rollout_logprobs
-    return batch
+    return replace(batch, images=ImageArrays.of([sample.images for sample in samples]))
 
 
 def part_for(samples: Sequence[TrainSample], plan: BatchPlan, dp_rank: int = 0) -> BatchPart:

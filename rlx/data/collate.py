@@ -9,6 +9,7 @@ Shape legend: T packed tokens, S sequences, L tokens of one sample.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -58,6 +59,11 @@ def collate(
         cu_seqlens_S1=torch.tensor(cu_seqlens, dtype=torch.int32),
         lengths_S=torch.tensor([len(sample) for sample in chosen] or [num_tokens], dtype=torch.int64),
         sample_ids=tuple(sample_ids) or (PADDING_ID,),
+        images=tuple(
+            replace(span, start=start + span.start)
+            for start, sample in zip(starts, chosen, strict=False)
+            for span in sample.images
+        ),
         columns=(columns or Columns()).map(lambda name, values: _lay_column(name, values, starts, chosen, num_tokens)),
     )
 

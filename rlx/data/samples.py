@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rlx.types.image_arrays import ImageArrays
 from rlx.types.rollout import Reward, RolloutGroup, Trajectory
 from rlx.types.train_batch import Ints, TrainBatch, TrainSample
 
@@ -59,7 +60,7 @@ class RolloutBatch:
         )
         for sample, trajectory in zip(batch, chosen, strict=True):
             _write(sample, trajectory)
-        return batch
+        return replace(batch, images=ImageArrays.of([trajectory.images for trajectory in chosen]))
 
 
 def to_train_batch(

@@ -222,9 +222,14 @@ def _from_json(row: Mapping[str, object], prompt: Prompt) -> RolloutGroup:
 
 def _trajectory(asked: Segment, *, segments: Sequence[Mapping[str, Any]], finish_reason: str, **more: Any) -> Trajectory:
     more["messages"] = tuple(more.get("messages", ()))
-    more["images"] = tuple(ImageSpan(**each) for each in more.get("images", ()))
+    more["images"] = tuple(_image(**each) for each in more.get("images", ()))
     followed = (_segment(**each) for each in segments)
     return Trajectory(segments=(asked, *followed), finish_reason=_reason(finish_reason), **more)
+
+
+def _image(*, key: str, start: int, grid: Sequence[int]) -> ImageSpan:
+    time, height, width = grid
+    return ImageSpan(key=key, start=start, grid=(time, height, width))
 
 
 def _segment(*, token_ids: Sequence[int], rollout_logprobs: Sequence[float] = (), weight_version: int | None = None) -> Segment:

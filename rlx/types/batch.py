@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
+from rlx.types.rollout import ImageSpan
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Columns[C]:
@@ -73,6 +75,7 @@ class MicroBatch:
     cu_seqlens_S1        int32 [S + 1]; borders of the sequences, padding of each counted to it
     lengths_S            int64 [S]; true lengths, without padding
     sample_ids           the samples in order; padding sequences have id -1
+    images               the images of the sequences, in order; ``start`` counts in the pack
     columns              more float32 [T] columns: old_logprobs, advantages, ...
     """
 
@@ -82,6 +85,7 @@ class MicroBatch:
     cu_seqlens_S1: Tensor
     lengths_S: Tensor
     sample_ids: tuple[int, ...]
+    images: tuple[ImageSpan, ...] = ()
     columns: Columns[Tensor] = field(default_factory=Columns)
 
     @property

@@ -29,11 +29,26 @@ class LabelUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSpan:
+    """Where an image stands among token ids: at ``start`` begins its run of placeholders.
+
+    ``key`` is the SHA-256 of the image's canonical file, in hexadecimal. ``grid`` counts its patches: along time, down, across
+    (a still image has 1 along time). The run has one token for each merged patch: with a merge of 2 by 2, an image with the grid
+    (1, 4, 6) has 6. Only a span makes tokens an image: the same ids elsewhere are text, whoever wrote them.
+    """
+
+    key: str
+    start: int
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One question. ``prompt_id`` numbers the prompts of a run in the order drawn; ``extra`` holds the row's other columns.
 
     ``label`` is text where the row holds text or a number, None where it holds nothing, else what the row holds. ``messages``
-    are those of a chat, empty where the row holds a text; ``text`` is what the template made of them.
+    are those of a chat, empty where the row holds a text; ``text`` is what the template made of them. ``images`` stand in
+    ``token_ids``, in order.
     """
 
     prompt_id: int
@@ -42,6 +57,7 @@ class Prompt:
     messages: tuple[Mapping[str, object], ...] = ()
     label: object = None
     source: str = ""
+    images: tuple[ImageSpan, ...] = ()
     extra: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -105,15 +121,6 @@ def sampled(token_ids: Sequence[int], rollout_logprobs: Sequence[float], weight_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageSpan:
-    """The tokens ``start`` to ``start + num_tokens`` - 1 of a trajectory stand for the image that ``digest`` names."""
-
-    start: int
-    num_tokens: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
     """All tokens of one sample, in order, and how it ended. Nothing but the mask tells prompt from answer.
 
@@ -121,8 +128,9 @@ class Trajectory:
     ``loss_mask`` 0 0 1 1, ``rollout_logprobs`` 0 0 -0.5 -0.1, ``weight_versions`` -1 -1 3 3 and one turn, 7 8. A further turn
     appends a given segment and a sampled one.
 
-    ``finish_reason`` is that of the last turn. ``messages`` is the conversation after the prompt where an environment had one;
-    empty: the one turn is the answer. ``reward_parts`` are what the environment gave on the way, by name.
+    ``images`` stand in ``token_ids``: those of the prompt first. ``finish_reason`` is that of the last turn. ``messages`` is the
+    conversation after the prompt where an environment had one; empty: the one turn is the answer. ``reward_parts`` are what the
+    environment gave on the way, by name.
     """
 
     segments: tuple[Segment, ...]

@@ -12,6 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rlx.types.image_arrays import ImageArrays
+from rlx.types.rollout import ImageSpan
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -31,6 +34,7 @@ class TrainSample:
     reward: float
     scalar_advantage: float | None = None
     weight_version: int = 0
+    images: tuple[ImageSpan, ...] = ()
 
     def __len__(self) -> int:
         """Tokens, L."""
@@ -55,6 +59,7 @@ class TrainBatch:
     rewards            float64 [S]
     scalar_advantages  float64 [S]; of the whole sequence; None where a critic supplies them
     weight_versions    int64 [S]; the oldest weights that wrote a token: staleness is judged by the worst case
+    images             which images stand where; None where no sequence has any
 
     Two answers, 7 8 and 9, to the prompt 1 2 of group 5, sampled under weights 3:
 
@@ -74,6 +79,7 @@ class TrainBatch:
     rewards: Floats
     scalar_advantages: Floats | None
     weight_versions: Ints
+    images: ImageArrays | None = None
 
     @classmethod
     def of_lengths(
@@ -122,6 +128,7 @@ class TrainBatch:
             reward=float(self.rewards[row]),
             scalar_advantage=None if self.scalar_advantages is None else float(self.scalar_advantages[row]),
             weight_version=int(self.weight_versions[row]),
+            images=() if self.images is None else self.images.of_sequence(row),
         )
 
     def __iter__(self) -> Iterator[TrainSample]:
@@ -159,6 +166,7 @@ class TrainBatch:
             rewards=self.rewards[chosen],
             scalar_advantages=None if advantages is None else advantages[chosen],
             weight_versions=self.weight_versions[chosen],
+            images=None if self.images is None else self.images.rows(indices),
         )
 
     def _gather(self, column: NDArray[Any], indices: Sequence[int]) -> NDArray[Any]:

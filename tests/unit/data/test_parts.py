@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from rlx.data.plan import part_of, plan_batch
 from rlx.trainer.batch import RankBatch, position_mask, position_rollout_logprobs
 from rlx.types.batch import MicroBatch
 from rlx.types.layout import BatchPlan, ParallelDims
+from rlx.types.rollout import ImageSpan
 from rlx.types.train_batch import BatchPart, TrainBatch, TrainSample
 from tests.batches import batch_of, train_sample
 from tests.unit.data.contexts import rank_context
@@ -118,6 +120,30 @@ def test_fewer_samples_than_ranks_leave_masked_padding() -> None:
     assert pack.sample_ids == (-1,) and not pack.loss_mask_T.any()
     rank = RankBatch(parts[2], rank_context(dims, 2))
     assert rank.samples == [] and rank.group_ids == [0] and rank.counts(0).num_loss_tokens == 3
+
+
+def test_a_rank_gets_the_images_of_its_own_rows() -> None:
+    red, blue = "ab" * 32, "0c" * 32
+    spans = [
+        (ImageSpan(key=red, start=1, grid=(1, 2, 4)), ImageSpan(key=blue, start=4, grid=(1, 4, 2))),
+        (),
+        (ImageSpan(key=red, start=2, grid=(1, 2, 4)),),
+    ]
+    samples = [replace(sample, images=images) for sample, images in zip(numbered([9, 3, 6]), spans, strict=True)]
+    batch, dims = batch_of(samples), ParallelDims(world_size=2)
+    assert [sample.images for sample in batch] == spans
+    assert batch.images is not None and batch.images.keys.shape == (2, 32) and batch.images.key_index.tolist() == [0, 1, 0]
+    plan = planned(batch, dims)
+    for dp_rank in (0, 1):
+        part = pickle.loads(pickle.dumps(part_of(batch, plan, dp_rank)))
+        assert [sample.images for sample in part.samples] == [spans[index] for index in part.samples.sample_ids]
+    assert batch.rows([1]).images is None and numbered([3]).images is None
+    both = batch.rows([2, 0])
+    assert both.images is not None and both.images.sequences.tolist() == [0, 1, 1]
+    (pack,) = packs_of(part_of(batch, planned(batch, ParallelDims(world_size=1)), 0), ParallelDims(world_size=1), 0)
+    starts = dict(zip(pack.sample_ids, pack.cu_seqlens_S1.tolist(), strict=False))
+    wanted = [(span.key, starts[index] + span.start) for index in pack.sample_ids for span in spans[index]]
+    assert [(span.key, span.start) for span in pack.images] == wanted
 
 
 def test_a_part_of_another_rank_is_refused() -> None:

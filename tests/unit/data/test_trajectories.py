@@ -34,7 +34,7 @@ def test_a_single_turn_is_two_segments() -> None:
     assert one.weight_versions == array("i", (NO_VERSION, NO_VERSION, 3, 3))
     assert one.turns == (array("i", (7, 8)),) and (one.num_sampled, one.oldest_version) == (2, 3)
     assert one.images == () and not one.is_cut_off and replace(one, finish_reason="length").is_cut_off
-    span = ImageSpan(start=0, num_tokens=2, digest="ab")
+    span = ImageSpan(key="ab" * 32, start=0, grid=(1, 2, 4))
     assert replace(one, images=(span,)) != one
 
 

@@ -88,7 +88,7 @@ def test_replay_is_bit_for_bit_in_the_recorded_order(tmp_path: Path, rng: random
 def test_several_turns_and_what_came_with_them(tmp_path: Path) -> None:
     turns = conversation((5, 6), (1, 2), (60,), (3,), (61, 62), finish_reason="length")
     talk = ({"role": "tool", "content": "4"}, {"role": "assistant", "content": "é"})
-    image = ImageSpan(start=0, num_tokens=1, digest="ab")
+    image = ImageSpan(key="ab" * 32, start=0, grid=(1, 2, 4))
     whole = replace(turns, messages=talk, images=(image,), reward_parts={"found": 0.5})
     group = RolloutGroup(prompt=Prompt(prompt_id=1, token_ids=(5, 6), text=""), trajectories=(turns, whole))
     write(tmp_path / "r", {0: [group]})
