@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     schedulers = parser.add_subparsers(title="schedulers", metavar="SCHEDULER", required=True)
     slurm = schedulers.add_parser("slurm", help="a job for SLURM", description=__doc__)
     slurm.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
-    slurm.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's; right after CONFIG")
+    slurm.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     slurm.add_argument("--nodes", type=_positive, help="all nodes of the job; default: cluster.nodes")
     slurm.add_argument("--gpus-per-node", type=_gpus, metavar="[TYPE:]G", help="8, h100:8; 0: no GPUs; default: cluster's")
     slurm.add_argument("--cpus-per-task", type=_positive, metavar="N", help="CPUs of a node for the job's task there")

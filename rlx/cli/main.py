@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = arguments[0] if arguments else ""
     try:
         module = import_module(COMMANDS[chosen].module) if chosen in COMMANDS else None
-        args = _parser(chosen, module).parse_args(_on_paper_last(arguments))
+        args = _parsed(_parser(chosen, module), _on_paper_last(arguments))
         assert module is not None, "argparse ends on an unknown command"
         args.owns_process = argv is None
         status = int(module.main(args))
@@ -76,6 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print(f"rlx {chosen}: failed: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """What ``parse_args`` gives, with overrides also where options stand between them: argparse takes one row of them only."""
+    args, left = parser.parse_known_args(arguments)
+    if left and (not hasattr(args, "overrides") or any(word.startswith("-") for word in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        args.overrides = [*args.overrides, *left]
+    return args
 
 
 def _on_paper_last(arguments: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from rlx.config.function_trial import trial_problems
 from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
 from rlx.data.prompts import first_prompts
@@ -22,6 +23,7 @@ from rlx.data.rows import read_rows
 from rlx.data.tokenizer import answer_decoder, encode_part, tokenizer_of
 from rlx.rewards.pool.pools import make_reward_service
 from rlx.rewards.pool.service import AllVerdictsInvalidError
+from rlx.rewards.registry import user_functions
 from rlx.types.rollout import Prompt, Reward, RolloutGroup, Trajectory, given, sampled
 
 DEFAULT_ROWS = 8
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     trying = actions.add_parser("try", help="judge given answers to the first rows", description=__doc__)
     trying.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
-    trying.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's; right after CONFIG")
+    trying.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     trying.add_argument(
         "--answers", type=Path, metavar="FILE", help='JSONL of {"response": ...}, one a row in order; left out: the labels'
     )
@@ -46,6 +48,9 @@ def main(args: argparse.Namespace) -> int:
     if config.is_finetuning:
         raise ConfigError([f"finetune.objective: {config.finetune.objective} has no reward to try"])
     try:
+        problems = list(trial_problems(("reward.name", name) for name in user_functions(config.reward)))
+        if problems:
+            raise ConfigError(problems)
         tokenizer = tokenizer_of(config)
         groups = _answered(config, tokenizer, args)
         service = make_reward_service(config.reward, answer_decoder(config, tokenizer))

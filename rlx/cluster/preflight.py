@@ -7,7 +7,7 @@ machine or rows further down can show.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
@@ -28,6 +28,7 @@ from rlx.cluster.checks.models import (
 from rlx.cluster.checks.services import check_writable, engine_problems, environment_problems
 from rlx.cluster.resumption import find_resumption, with_template_date
 from rlx.config.checks.unused import schedule_warnings, unused_keys
+from rlx.config.function_trial import trial_problems
 from rlx.config.load import ConfigError
 from rlx.config.schema import Config
 from rlx.data.examples import check_examples
@@ -36,7 +37,7 @@ from rlx.data.rows import Look
 from rlx.data.tokenizer import end_ids, tokenizer_of
 from rlx.processes.rundir import check_run_dir
 from rlx.rewards.base import Verifier, check_prompt
-from rlx.rewards.registry import label_use, make_verifier
+from rlx.rewards.registry import label_use, make_verifier, user_functions
 
 
 def preflight(config: Config) -> Config:
@@ -160,13 +161,25 @@ class _Inspection:
 
     def _algorithm(self) -> None:
         algorithm = self._config.algorithm
-        if not self._config.evaluation.only and (algorithm.loss or algorithm.advantages):
+        names = {"algorithm.loss": algorithm.loss, "algorithm.advantages": algorithm.advantages}
+        named = {} if self._config.evaluation.only else {key: name for key, name in names.items() if name is not None}
+        if named and self._can_import(named.items()):
             import_module("rlx.algos.registry").try_algorithm(algorithm)
+
+    def _can_import(self, functions: Iterable[tuple[str, str]]) -> bool:
+        """Whether importing these files leaves this process alive and its own master."""
+        problems = list(trial_problems(functions))
+        self._found.problems += problems
+        return not problems
+
+    def _make_verifier(self, made: list[Verifier]) -> None:
+        if self._can_import(("reward.name", name) for name in user_functions(self._config.reward)):
+            made.append(make_verifier(self._config.reward))
 
     def _prompts(self) -> None:
         config = self._config
         made: list[Verifier] = []
-        self._found.attempt(lambda: made.append(make_verifier(config.reward)))
+        self._found.attempt(lambda: self._make_verifier(made))
         # Millions of prompts that no evaluation asks need not be read.
         read = replace(config, data=replace(config.data, train=None, sources={})) if config.evaluation.only else config
         look = Look(

@@ -121,6 +121,21 @@ def _names_for(config: RewardConfig, source: str) -> Iterator[str]:
         yield config.name
 
 
+def user_functions(config: RewardConfig) -> Iterator[str]:
+    """The verifiers that are functions of the user's own, ``path/to/file.py:function``, wherever they stand."""
+    if config.name == SUM:
+        below = [part.config for part in part_configs(config)]
+    elif config.name == BY_SOURCE:
+        named, otherwise = source_configs(config)
+        below = [*named.values(), *([] if otherwise is None else [otherwise])]
+    else:
+        below = []
+        if ":" in config.name:
+            yield config.name
+    for one in below:
+        yield from user_functions(one)
+
+
 def is_remote(config: RewardConfig) -> bool:
     """Whether a verdict is waiting for a server rather than computing; a sum, or by_source, is remote if a part is."""
     return any(_parts_are_remote(config))

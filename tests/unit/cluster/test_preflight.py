@@ -68,6 +68,13 @@ def test_named_losses_are_tried(run: Run) -> None:
     assert run.problems("algorithm.loss=clipped") == []
 
 
+@pytest.mark.parametrize("key", ["algorithm.loss", "algorithm.advantages", "reward.name"])
+def test_a_file_that_ends_its_process_is_refused(run: Run, key: str) -> None:
+    (run.folder / "ends.py").write_text("import os\nos._exit(0)\n")
+    (problem,) = run.problems("algorithm.name=grpo", "rollout.samples_per_prompt=2", f"{key}='HERE/ends.py:f'")
+    assert problem.startswith(f"{key}: {run.folder}/ends.py: importing it ended the process with status 0")
+
+
 SFT = ("finetune.objective=sft", "reward.name=''")
 
 

@@ -53,6 +53,17 @@ def test_bad_usage_is_status_2(argv: list[str]) -> None:
     assert caught.value.code == 2
 
 
+def test_options_may_stand_between_overrides(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(run_yaml), "run.steps=7", "--all-rows", "run.seed=8", "run.steps=9"]) == 0
+    printed, _ = capsys.readouterr()
+    assert "steps: 9" in printed and "seed: 8" in printed
+    with pytest.raises(SystemExit):
+        main(["reward", "try", str(run_yaml), "--rows", "2", "run.steps=7", "--nope"])
+    assert "unrecognized arguments: run.steps=7 --nope" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["report", str(run_yaml), "--out", "x", "y"])
+
+
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--help"])

@@ -52,6 +52,18 @@ def test_labels_are_right_answers(run: list[str], capsys: pytest.CaptureFixture[
     assert len(verdicts(capsys)) == 10
 
 
+def test_overrides_may_stand_behind_options(run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*run, "reward.name=exact", "--rows", "2", "reward.args={}"]) == 0
+    assert len(verdicts(capsys)) == 2
+
+
+def test_a_file_that_ends_its_process_is_refused(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text("import os\nos._exit(0)\n")
+    parts = f"{{parts: [{{name: exact}}, {{name: {tmp_path}/mine.py:f}}]}}"
+    assert main([*run, "reward.name=sum", f"reward.args={parts}"]) == 2
+    assert "mine.py: importing it ended the process with status 0" in capsys.readouterr().err
+
+
 def test_a_file_without_answers_is_no_success(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*run, *answers(tmp_path)]) == 2
     assert "answers.jsonl holds no rows" in capsys.readouterr().err
