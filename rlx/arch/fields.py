@@ -117,6 +117,35 @@ HARMLESS = words(
 )
 
 
+# What a model's files may call the type of its weights: torch's floating types.
+_DTYPES = words("float16 half bfloat16 float32 float float64 double auto")
+# -1 means none, as null does: LLaMA's first configurations have it.
+_TOKENS = {"bos_token_id": -1, "eos_token_id": 0, "pad_token_id": -1}
+
+
+def check_described(config: ConfigJson, vocab_size: int) -> None:
+    """ValueError for a field that changes no log-prob, but that whoever loads the model goes by: the type of its weights, and
+    the tokens that begin, end and pad a text."""
+    for name in ("dtype", "torch_dtype"):
+        value = config.get(name)
+        if value is not None and not (isinstance(value, str) and value.removeprefix("torch.") in _DTYPES):
+            raise ValueError(f"config.json has {name}={value!r}; expected one of {', '.join(sorted(_DTYPES))}")
+    for name, lowest in _TOKENS.items():
+        problem = tokens_problem(name, config.get(name), vocab_size, lowest)
+        if problem is not None:
+            raise ValueError(f"config.json has {problem}")
+
+
+def tokens_problem(name: str, value: Any, vocab_size: int, lowest: int = 0) -> str | None:
+    """What is wrong with a token id of a model's files, or a list of them; null is none."""
+    for token in value if isinstance(value, list) else [] if value is None else [value]:
+        if type(token) is not int:
+            return f"{name}={value!r:.200}; expected a token id or a list of them"
+        if not lowest <= token < vocab_size:
+            return f"{name}={token}, which is outside its vocabulary of {vocab_size}"
+    return None
+
+
 def decoder(more: Fields, **defaults: Any) -> Fields:
     """The table of a family: the decoder's fields with these ``defaults`` where they differ from Llama's, and ``more``."""
     changed = {name: replace(_DECODER[name], default=value) for name, value in defaults.items()}

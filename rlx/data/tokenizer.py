@@ -14,6 +14,7 @@ from pathlib import Path
 from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlx.arch.fields import tokens_problem
 from rlx.config.schema import Config
 
 # Any one of these is enough for AutoTokenizer to build a tokenizer from a folder.
@@ -88,8 +89,10 @@ def answer_decoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callab
 
 
 def end_ids(model: str) -> list[int]:
-    """What ends an answer by the files of a model folder. ValueError for a file that cannot be read, or names no token ids."""
+    """What ends an answer by the files of a model folder. ValueError for a file that cannot be read, or names what is no token of
+    the vocabulary."""
     found: list[int] = []
+    vocab_size = 2**63
     for file in (Path(model) / "config.json", Path(model) / "generation_config.json"):
         if not file.is_file():
             continue
@@ -97,11 +100,15 @@ def end_ids(model: str) -> list[int]:
             described = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"model.path: {file} is not readable JSON: {error}") from error
-        ends = described.get("eos_token_id") if isinstance(described, dict) else described
-        named = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        if not isinstance(described, dict) or not all(type(token) is int for token in named):
-            raise ValueError(f"model.path: {file}: eos_token_id must be a token id or a list of them, got {ends!r:.200}")
-        found += named
+        if not isinstance(described, dict):
+            raise ValueError(f"model.path: {file} must hold a JSON object, got {described!r:.200}")
+        known = described.get("vocab_size")  # the first file's holds for the other too
+        vocab_size = known if type(known) is int else vocab_size
+        ends = described.get("eos_token_id")
+        problem = tokens_problem("eos_token_id", ends, vocab_size)
+        if problem is not None:
+            raise ValueError(f"model.path: {file} has {problem}")
+        found += ends if isinstance(ends, list) else [] if ends is None else [ends]
     return found
 
 

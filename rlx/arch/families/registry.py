@@ -20,7 +20,7 @@ from rlx.arch.families import (
     qwen3_moe,
 )
 from rlx.arch.family import Family
-from rlx.arch.fields import ConfigJson, complete, require
+from rlx.arch.fields import ConfigJson, check_described, complete, require
 from rlx.arch.weights import Row
 
 FAMILIES: Mapping[str, Family] = {
@@ -53,7 +53,9 @@ def architecture_of(config: ConfigJson) -> Architecture:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"config.json has model_type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[model_type]
-    return check_numbers(family.architecture(complete(config, family.fields, family.ignored)))
+    arch = check_numbers(family.architecture(complete(config, family.fields, family.ignored)))
+    check_described(config, arch.vocab_size)
+    return arch
 
 
 def weight_table(arch: Architecture) -> Mapping[str, Row]:

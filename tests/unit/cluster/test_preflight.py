@@ -251,7 +251,9 @@ def test_a_label_that_no_answer_can_match(run: Run, name: str, label: str, words
     assert run.problems("reward.name=sum", sums)[0].startswith(f"{path}:2: ")
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"eos_token_id": "a"}', '{"eos_token_id": [1, null]}', b"\xff"])
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '{"eos_token_id": 9999}', '{"eos_token_id": "a"}', '{"eos_token_id": [1, null]}', b"\xff"]
+)
 @pytest.mark.parametrize("options", [(), SFT])
 def test_what_ends_an_answer_must_be_readable(run: Run, text: str | bytes, options: tuple[str, ...]) -> None:
     run.rows([{"prompt": "1", "label": "2", "response": "2"}])

@@ -153,6 +153,37 @@ def test_what_is_not_built_is_refused_by_name(
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("eos_token_id", 131, "outside its vocabulary of 131"),
+        ("eos_token_id", [2, 999], "eos_token_id=999, which is outside"),
+        ("eos_token_id", -1, "outside its vocabulary"),
+        ("eos_token_id", "</s>", "expected a token id or a list"),
+        ("eos_token_id", True, "expected a token id or a list"),
+        ("bos_token_id", 131, "bos_token_id=131, which is outside"),
+        ("pad_token_id", 131, "pad_token_id=131, which is outside"),
+        ("pad_token_id", -2, "pad_token_id=-2, which is outside"),
+        ("torch_dtype", "int8", "torch_dtype='int8'; expected one of auto, bfloat16"),
+        ("dtype", 4, "dtype=4; expected one of"),
+    ],
+)
+def test_what_names_tokens_and_types_must_be_such(tmp_path: Path, field: str, value: object, words: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {field: value}))
+    with pytest.raises(ValueError, match=f"{tmp_path}: config.json has {field}") as caught:
+        read_architecture(tmp_path)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "field", [{"pad_token_id": -1}, {"pad_token_id": None}, {"eos_token_id": [1, 130]}, {"torch_dtype": None}]
+)
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "float32", "auto"])
+def test_none_and_lists_and_torchs_names_are_taken(tmp_path: Path, field: dict[str, object], dtype: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"dtype": dtype} | field))
+    read_architecture(tmp_path)
+
+
 def test_unknown_fields_that_are_off_are_let_through(tmp_path: Path) -> None:
     assert read(tmp_path, LLAMA | {"mystery": None, "use_mystery": False, "mystery_rate": 0.0}) == read(tmp_path, LLAMA)
 
