@@ -10,6 +10,7 @@ from importlib import import_module
 from rlx.cluster.local import run_local
 from rlx.cluster.preflight import preflight
 from rlx.cluster.ray.address import find_cluster, prepare_environment
+from rlx.cluster.resumption import nothing_left
 from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
 from rlx.processes.environment import hide_gpus
@@ -39,6 +40,9 @@ def start(path: str, overrides: Sequence[str], command: str) -> int:
         if config.cluster.launcher == "torchrun":
             raise ConfigError([f"cluster.launcher: torchrun is not started by rlx {command}; see {_STARTS}"])
         config = preflight(config)
+        if (said := nothing_left(config)) is not None:
+            print(f"rlx: {said}", file=sys.stderr)
+            return 0
         return _run_ray(config) if config.cluster.launcher == "ray" else run_local(config)
     except ConfigError as error:
         for problem in error.problems:

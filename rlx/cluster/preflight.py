@@ -26,7 +26,7 @@ from rlx.cluster.checks.models import (
     weight_warnings,
 )
 from rlx.cluster.checks.services import check_writable, engine_problems, environment_problems
-from rlx.cluster.resumption import find_resumption, with_template_date
+from rlx.cluster.resumption import find_resumption, steps_problem, with_template_date
 from rlx.config.checks.unused import schedule_warnings, unused_keys
 from rlx.config.function_trial import trial_problems
 from rlx.config.load import ConfigError
@@ -65,7 +65,7 @@ def preflight(config: Config) -> Config:
         config = replace(config, run=replace(config.run, steps=steps))
     resumption = find_resumption(config)
     if resumption is not None:
-        problems = other_content(resumption, config)
+        problems = [*steps_problem(resumption, config), *other_content(resumption, config)]
         if problems:
             raise ConfigError(problems)
         for note in resumption.notes:
@@ -81,7 +81,9 @@ def resumption_problems(config: Config, num_rows: int | None) -> Sequence[str]:
         return error.problems
     if found is None:
         return []
-    return other_content(found, config, num_rows)
+    # How many steps some epochs are is known to those who read all rows.
+    has_steps = not config.is_finetuning or config.finetune.epochs is None
+    return [*(steps_problem(found, config) if has_steps else []), *other_content(found, config, num_rows)]
 
 
 @dataclass(slots=True, kw_only=True)

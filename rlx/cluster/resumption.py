@@ -14,7 +14,7 @@ from typing import Any
 from rlx.config.load import ConfigError, read_tree
 from rlx.config.resume import REFUSED, Change, compare, refusal
 from rlx.config.schema import Config
-from rlx.driver.checkpoint import SavedRun, check_models, newest_checkpoint
+from rlx.driver.checkpoint import DRIVER_FILE, SavedRun, check_models, newest_checkpoint, whole_checkpoints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,30 @@ def find_resumption(config: Config) -> Resumption | None:
         raise ConfigError(problems)
     _check_models(saved, ["policy", *(["critic"] if config.trains_critic else [])])
     return Resumption(saved=saved, changes=changes, before=before)
+
+
+def steps_problem(found: Resumption, config: Config) -> list[str]:
+    """Why a run that has gone further than ``run.steps`` cannot go on; nothing where it has not."""
+    if found.saved.step <= config.run.steps:
+        return []
+    return [
+        f"run.steps: {config.run.steps}, but the run that {config.run.dir} holds is at step {found.saved.step} already"
+        f" ({found.saved.folder.name}); raise run.steps to go on, or write its model by rlx export {config.run.dir}"
+    ]
+
+
+def nothing_left(config: Config) -> str | None:
+    """What to tell the user of a run that went to its end and whose model is written, where one is to be; None for any other."""
+    checkpoints = whole_checkpoints(config.checkpoints) if config.run.resume == "auto" and not config.evaluation.only else []
+    if not checkpoints or checkpoints[-1][0] != config.run.steps:
+        return None
+    step, folder = checkpoints[-1]
+    exported = Path(config.run.dir) / "hf"
+    # One that is older than the checkpoint was written at an end that the run had before.
+    is_written = exported.is_dir() and exported.stat().st_mtime >= (folder / DRIVER_FILE).stat().st_mtime
+    if config.run.export_hf and not is_written:
+        return None
+    return f"nothing to do: the run that {config.run.dir} holds is at step {step} = run.steps; raise run.steps to go on"
 
 
 def _readable(config: Config) -> SavedRun | None:

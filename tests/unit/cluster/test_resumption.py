@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from rlx.arch.families.registry import architecture_of
 from rlx.arch.sizes import expected_shapes
+from rlx.cli.main import main
 from rlx.cluster.preflight import preflight, resumption_problems
+from rlx.cluster.resumption import nothing_left
 from rlx.config.convert import to_tree
 from rlx.config.load import ConfigError, dump_config
 from rlx.config.schema import AlgorithmConfig, Config, DataConfig, FinetuneConfig, ModelConfig, RewardConfig, RunConfig
@@ -117,6 +120,42 @@ def test_what_takes_effect_is_told_and_a_refused_key_is_an_error(saved: Config, 
         "rlx: resume with optimizer.lr: 1e-06 -> 0.5",
     ]
     assert "run.seed: 4, but 0 in the run that" in refused(replace(saved, run=replace(saved.run, seed=4)))
+
+
+def at_steps(config: Config, steps: int, **keys: Any) -> Config:
+    return replace(config, run=replace(config.run, steps=steps, **keys))
+
+
+def test_a_run_that_has_gone_further_is_refused(saved: Config) -> None:
+    past = at_steps(saved, 1)
+    words = f"run.steps: 1, but the run that {saved.run.dir} holds is at step 2 already (step-00000002); raise run.steps"
+    assert refused(past).startswith(words)
+    assert [problem for problem in resumption_problems(past, None) if problem.startswith(words)]
+    assert not resumption_problems(at_steps(saved, 2), None)
+
+
+def test_a_run_at_its_end_starts_nothing_unless_its_model_is_to_be_written(saved: Config, tmp_path: Path) -> None:
+    done = at_steps(saved, 2)
+    assert nothing_left(done) is None  # there is no export
+    assert "is at step 2 = run.steps; raise run.steps to go on" in (nothing_left(at_steps(saved, 2, export_hf=False)) or "")
+    assert nothing_left(at_steps(saved, 3, export_hf=False)) is None
+    assert nothing_left(at_steps(saved, 2, export_hf=False, resume="never")) is None
+    (tmp_path / "run" / "hf").mkdir()
+    assert nothing_left(done) is not None
+    os.utime(tmp_path / "run" / "hf", (1, 1))
+    assert nothing_left(done) is None  # it is that of an earlier end
+    only = replace(done, evaluation=replace(done.evaluation, only=True))
+    os.utime(tmp_path / "run" / "hf")
+    assert nothing_left(only) is None
+
+
+def test_the_command_says_that_nothing_is_left(saved: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "sft" if saved.is_finetuning else "train"
+    for steps, status, said in ((2, 0, "nothing to do: "), (1, 2, "rlx: error: run.steps: 1, but")):
+        (tmp_path / "run.yaml").write_text(dump_config(at_steps(saved, steps, export_hf=False)))
+        assert main([command, str(tmp_path / "run.yaml"), "rollout.samples_per_prompt=2"]) == status
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "logs").exists()
 
 
 @pytest.mark.parametrize(
