@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rlx.arch.families.registry import read_architecture
 from rlx.arch.sizes import sizes_of
+from rlx.cluster.checks.services import check_places
 from rlx.cluster.without_torch import torch_hidden
 from rlx.config.load import ConfigError, dump_config, load_config, on_paper
 from rlx.config.memory import describe, estimate, memory_problems
@@ -76,6 +77,7 @@ def _look(config: Config, num_rows: int | None, owns_process: bool) -> None:
         preflight = import_module("rlx.cluster.preflight")
     found = preflight.inspect(config, num_rows)
     found.warnings += preflight.environment_problems(config)
+    found.attempt(lambda: check_places(config))
     found.problems += preflight.resumption_problems(config, num_rows)
     try:
         check_run_dir(config)

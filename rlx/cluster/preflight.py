@@ -25,7 +25,7 @@ from rlx.cluster.checks.models import (
     vocabulary_warnings,
     weight_warnings,
 )
-from rlx.cluster.checks.services import check_writable, engine_problems, environment_problems
+from rlx.cluster.checks.services import check_places, check_writable, engine_problems, environment_problems
 from rlx.cluster.resumption import find_resumption, steps_problem, with_template_date
 from rlx.config.checks.unused import schedule_warnings, unused_keys
 from rlx.config.function_trial import trial_problems
@@ -48,12 +48,12 @@ def preflight(config: Config) -> Config:
     in a run that goes on, are told on standard error.
     """
     check_run_dir(config)  # before rows are read, which may take minutes
+    check_places(config)
     config = with_template_date(config)
     found = inspect(config)
     found.say_warnings()
     found.attempt(lambda: found.problems.extend(environment_problems(config)))
-    if not config.is_finetuning:
-        found.attempt(lambda: check_writable(config))
+    found.attempt(lambda: check_writable(config))
     if found.problems:
         raise ConfigError(found.problems)
     if config.evaluation.only:

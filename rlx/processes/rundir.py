@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from rlx.config.load import ConfigError
 from rlx.config.schema import Config
@@ -35,6 +36,25 @@ def check_run_dir(config: Config) -> None:
                 " go on from its newest checkpoint with run.resume=auto, or replace it with run.overwrite=true"
             ]
         )
+
+
+def check_place(key: str, folder: str | Path) -> None:
+    """ConfigError when ``folder`` cannot be written to or, where it is not there, be made. Leaves nothing behind."""
+    try:
+        with TemporaryFile(dir=_nearest(Path(folder).absolute())):
+            pass
+    except OSError as error:
+        raise ConfigError([f"{key}: cannot write to {folder}: {error.strerror or error}"]) from error
+
+
+def _nearest(place: Path) -> Path:
+    """``place`` or the nearest folder above it that is there; OSError for a file in the way, or a name that cannot be one."""
+    while True:
+        try:
+            os.lstat(place)
+            return place
+        except FileNotFoundError:
+            place = place.parent
 
 
 @contextmanager

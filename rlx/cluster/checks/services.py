@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import Config
+from rlx.processes.rundir import check_place
 from rlx.rollout.record import check_recording
 from rlx.rollout.server_args import server_args
 
@@ -47,20 +47,29 @@ def environment_problems(config: Config) -> Iterator[str]:
             yield f"{key}: needs the package {package}, which {sys.executable} does not have"
 
 
+def check_places(config: Config) -> None:
+    """ConfigError where the run, its weight syncs or its recordings could not be written. Leaves nothing behind."""
+    check_place("run.dir", config.run.dir)
+    for key, folder in _further_folders(config).items():
+        check_place(key, folder)
+
+
 def check_writable(config: Config) -> None:
     """Make the folders of weight syncs and recordings; ValueError when one cannot be written to."""
-    if config.rollout.replay is not None:
-        return
+    for key, folder in _further_folders(config).items():
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{key}: cannot write to {folder}: {error.strerror or error}") from error
+        check_place(key, folder)
+
+
+def _further_folders(config: Config) -> dict[str, str]:
+    """Key to folder, of what is written outside the run folder."""
+    if config.is_finetuning or config.rollout.replay is not None:
+        return {}
     folders = {
         "sync.dir": config.sync.dir if config.transport == "disk" else None,
         "rollout.record": config.rollout.record and str(Path(config.rollout.record).parent),
     }
-    for key, folder in folders.items():
-        if folder is None:
-            continue
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ValueError(f"{key}: cannot write to {folder}: {error.strerror or error}") from error
+    return {key: folder for key, folder in folders.items() if folder is not None}

@@ -60,6 +60,17 @@ def test_a_run_that_could_start_is_let_through(run: Run) -> None:
     assert run.problems() == [] and run.warnings() == []
 
 
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize("wrong", ["run.dir=/proc/x", "rollout.record=/proc/x/a.jsonl", "sync.dir=/proc/x"])
+def test_places_that_cannot_be_written_to_are_refused(
+    run: Run, wrong: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [wrong, *(["sync.transport=disk"] if wrong.startswith("sync") else [])]
+    assert main([command, str(run.yaml), *words]) == 2
+    assert f"{wrong.partition('=')[0]}: cannot write to " in capsys.readouterr().err
+    assert not (run.folder / "run").exists()
+
+
 def test_named_losses_are_tried(run: Run) -> None:
     (run.folder / "mine.py").write_text("def f(inputs, config): return inputs.logprobs_T\ndef g(inputs): ...\n")
     for name, words in (("HERE/mine.py:f", "returned a tensor"), ("HERE/mine.py:g", "cannot be called"), ("x", "one of clipped")):

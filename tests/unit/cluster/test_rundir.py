@@ -8,7 +8,7 @@ import pytest
 from rlx.config.checks.contradictions import check
 from rlx.config.load import ConfigError
 from rlx.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig, RewardConfig, RunConfig
-from rlx.processes.rundir import open_run_dir
+from rlx.processes.rundir import check_place, open_run_dir
 from tests.tiny import write_model
 
 
@@ -46,6 +46,30 @@ def test_resume_keeps_everything_but_stale_endpoints(tmp_path: Path) -> None:
         assert opened == run_dir
     assert (run_dir / "checkpoints/step-000003/model.bin").read_text() == "old" and (run_dir / "hf").is_dir()
     assert not (run_dir / "engines.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("/proc/x", "cannot write to /proc/x"),
+        ("/proc/x/y/z", "cannot write to /proc/x/y/z"),
+        ("HERE/file/run", "Not a directory"),
+        ("HERE/file", "Not a directory"),
+        ("HERE/nowhere", "No such file"),
+        ("HERE/" + "n" * 300, "name too long"),
+    ],
+)
+def test_places_that_cannot_be_written_to_are_named(tmp_path: Path, place: str, words: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing" / "more")
+    with pytest.raises(ConfigError, match=r"^run\.dir: cannot write to .*" + words.rpartition("cannot write to ")[2]):
+        check_place("run.dir", place.replace("HERE", str(tmp_path)))
+
+
+def test_looking_at_a_place_leaves_nothing_behind(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "a/b/c"):
+        check_place("run.dir", folder)
+    assert not list(tmp_path.iterdir())
 
 
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
