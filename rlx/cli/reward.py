@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rlx.config.function_trial import trial_problems
+from rlx.cluster.checks.function_trial import trial_problems
 from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
 from rlx.data.prompts import first_prompts

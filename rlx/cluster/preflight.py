@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
 from rlx.cluster.began_with import other_content
+from rlx.cluster.checks.function_trial import trial_problems
 from rlx.cluster.checks.models import (
     model_problems,
     vocabulary_problems,
@@ -28,7 +29,6 @@ from rlx.cluster.checks.models import (
 from rlx.cluster.checks.services import check_places, check_writable, engine_problems, environment_problems
 from rlx.cluster.resumption import find_resumption, steps_problem, with_template_date
 from rlx.config.checks.unused import schedule_warnings, unused_keys
-from rlx.config.function_trial import trial_problems
 from rlx.config.load import ConfigError
 from rlx.config.schema import Config
 from rlx.data.examples import check_examples

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlx.config.function_trial import trial_problems
+from rlx.cluster.checks.function_trial import trial_problems
 
 KEY = "reward.name"
 
