@@ -1,7 +1,7 @@
 """Importing a file of the user's for the first time, in a process of its own: what it does there ends or holds no command.
 
-``python -m rlx.cluster.checks.function_trial KEY NAME FD`` is that process. It writes a byte to the pipe FD once the import has come to
-its end, well or by an error, and ends at once: an exit status alone would prove nothing, for the file may have set it.
+``python -m rlx.cluster.checks.function_trial KEY NAME FD`` is that process. It writes a byte to the pipe FD once the import has
+come to its end, well or by an error, and ends at once: an exit status alone would prove nothing, for the file may have set it.
 """
 
 from __future__ import annotations
