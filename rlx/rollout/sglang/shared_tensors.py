@@ -1,7 +1,7 @@
 """Tensors handed to another process of this machine as a text: the memory stays where it is, the text says where.
 
-GPU memory goes as a CUDA IPC handle, host memory as a named shared-memory segment, both through the reductions of
-``torch.multiprocessing``. The text is what SGLang's ``/update_weights_from_tensor`` takes with ``load_format``
+GPU memory goes as a CUDA IPC handle, host memory as a named shared-memory segment of this process's own, both in the form of
+``torch.multiprocessing``'s reductions. The text is what SGLang's ``/update_weights_from_tensor`` takes with ``load_format``
 "flattened_bucket": the base64 of a pickle of ``{"flattened_tensor": uint8 tensor, "metadata": [...]}``. It stands for one
 reader: the memory counts its readers, and one that opened the same text twice would count itself out twice.
 """
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
+from rlx.rollout.sglang.segments import own_segments
 from rlx.types.weights import TensorInfo
 
 LOAD_FORMAT = "flattened_bucket"
@@ -36,7 +37,8 @@ _DTYPES = ("uint8", "float64", "float32", "bfloat16", "float16")
 def share_bucket(buffer: Tensor, infos: Sequence[TensorInfo]) -> str:
     """A text by which one other process of this machine opens ``buffer``: uint8 [sum of the infos' bytes], laid end to end.
 
-    The buffer must stay as it is until that process has read it. Host memory is moved into shared memory by this.
+    The buffer must stay as it is until that process has read it. Host memory is copied into shared memory, unless it is there
+    (``in_shared_memory``).
     """
     metadata, start = [], 0
     for info in infos:
@@ -56,8 +58,14 @@ def share_bucket(buffer: Tensor, infos: Sequence[TensorInfo]) -> str:
     if buffer.dtype != torch.uint8 or buffer.shape != (start,):
         raise ValueError(f"the buffer is {buffer.dtype} {list(buffer.shape)}, its tensors need {start} bytes")
     written = io.BytesIO()
-    _Pickler(written).dump({"flattened_tensor": buffer, "metadata": metadata})
+    _Pickler(written).dump({"flattened_tensor": in_shared_memory(buffer), "metadata": metadata})
     return base64.b64encode(written.getvalue()).decode("ascii")
+
+
+def in_shared_memory(buffer: Tensor) -> Tensor:
+    """``buffer`` as texts can name it: itself on a GPU, or a copy in a segment that lasts until its readers have let go of it."""
+    is_there = buffer.is_cuda or not buffer.numel() or own_segments().holds(buffer)
+    return buffer if is_there else own_segments().holding(buffer)
 
 
 def open_bucket(text: str) -> tuple[Tensor, tuple[TensorInfo, ...]]:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import shutil
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rlx.rollout.sglang.shared_tensors import LOAD_FORMAT, share_bucket
+from rlx.rollout.sglang.segments import SHARED_MEMORY
+from rlx.rollout.sglang.shared_tensors import LOAD_FORMAT, in_shared_memory, share_bucket
 from rlx.sync.chunks import flatten
 from rlx.sync.errors import SyncError
 from rlx.sync.fanout import start
 from rlx.sync.group import Engine
 from rlx.sync.transports.base import Departure
 from rlx.types.weights import WeightChunk
-
-SHARED_MEMORY = Path("/dev/shm")
 
 
 class SharedMemoryLane:
@@ -46,7 +44,7 @@ class SharedMemoryLane:
         """Copy the chunk into a fresh buffer and tell all engines where it is."""
         if self._device.type == "cpu":
             _check_room(chunk)
-        buffer = flatten(chunk).to(self._device)
+        buffer = in_shared_memory(flatten(chunk).to(self._device))
         if buffer.is_cuda:
             torch.cuda.current_stream(self._device).synchronize()
         pending = {engine.url: self._tell(engine, chunk, buffer, version) for engine in self._engines}
