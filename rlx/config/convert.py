@@ -13,7 +13,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from rlx.config.options import LARGEST, broken_limits, nearest_key
+from rlx.config.options import LARGEST, broken_limits, is_near, nearest_key
 from rlx.config.schema import Config
 
 # Far below where writing and reading it again would end.
@@ -112,7 +112,14 @@ def _to_section(section: type, tree: Mapping[str, Any], prefix: str, problems: P
 def _report_unknown(key: str, value: Any, entries: Sequence[Entry], problems: Problems) -> None:
     wants_section = isinstance(value, Mapping) and "." not in key
     known = [entry.key for entry in entries if entry.is_section == wants_section]
-    problems.add(key, f"unknown key; the nearest one is {nearest_key(key, known)}")
+    nearest, section = nearest_key(key, known), key.rpartition(".")[0]
+    if is_near(key, nearest):
+        problems.add(key, f"unknown key; the nearest one is {nearest}")
+        return
+    beside = dict.fromkeys(one.rpartition(".")[2] for one in known if one.rpartition(".")[0] == section)
+    sections = dict.fromkeys(entry.key for entry in entries if entry.is_section)
+    words = f"{section} has {', '.join(beside)}" if section and beside else f"the sections are {', '.join(sections)}"
+    problems.add(key, f"unknown key; {words}")
 
 
 def _to_entry(entry: Entry, tree: Mapping[str, Any], problems: Problems) -> Any:

@@ -61,10 +61,19 @@ def broken_limits(value: float, limits: Limits) -> list[str]:
     return [f"{_HOLDS[name][0]} {bound:.10g}" for name, bound in bounds.items() if not _HOLDS[name][1](value, bound)]
 
 
+# Of 2: names that share a few letters by chance stay below.
+_NEAR = 1.3
+
+
 def nearest_key(key: str, known: Iterable[str]) -> str:
     """The known dotted key closest to ``key``. The last part counts as much as the whole, so that a right name
     in the wrong section finds its home. Raises ValueError when ``known`` is empty."""
     return max(known, key=lambda candidate: _likeness(key, candidate))
+
+
+def is_near(key: str, candidate: str) -> bool:
+    """Whether ``candidate`` may be what whoever wrote ``key`` meant: the same name elsewhere, or one spelt much like it."""
+    return key.rpartition(".")[2] == candidate.rpartition(".")[2] or _likeness(key, candidate) >= _NEAR
 
 
 def _likeness(left: str, right: str) -> float:

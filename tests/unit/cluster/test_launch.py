@@ -269,6 +269,22 @@ def test_asked_to_save_the_driver_is_told_and_the_status_says_so(launch, number:
     assert run.members() == [] and not list(run.dir.glob(".stop-*"))
 
 
+def test_a_launcher_in_the_background_ignores_ctrl_c_and_heeds_sigterm(launch) -> None:
+    """Shells start what they put in the background (``rlx train ... &`` in a script) with SIGINT ignored, and so it stays."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run = launch({"0": "done 999", "1": "done 999"}, "ok")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    run.wait_for_step(1)
+    run.process.send_signal(signal.SIGINT)
+    run.wait_for_step(2)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish() == 75, run.err
+    assert "SIGTERM asked to save and leave" in run.out and "SIGINT" not in run.out
+    assert run.members() == []
+
+
 def test_second_interrupt_kills_at_once(launch) -> None:
     """Timed at the trainer's end, not the launcher's: leaving an interpreter that holds torch takes seconds by itself."""
     run = launch({"0": "done 999 stubborn"})
