@@ -26,6 +26,8 @@ class PythonFunction:
         self._function = UserFunction("reward.name", name)
         self._name, self._args = name, dict(args)
         self._asked = _asked_for(self._function.signature)
+        by_position = _by_position(self._function.signature)
+        self._takes_label = any(one.name == "label" and one.kind != one.POSITIONAL_ONLY for one in by_position[2:])
 
     @property
     def asks_group(self) -> bool:
@@ -59,6 +61,9 @@ class PythonFunction:
     def _by_name(self, prompt: Prompt) -> dict[str, object]:
         """The row's other columns and reward.args; ValueError where one is called like what the function asks for."""
         extra = {**prompt.extra, **self._args}
+        if self._takes_label and "label" not in self._args:
+            # data.label_key names another column as the label: that one is what the argument of this name gets.
+            extra.pop("label", None)
         for name in self._asked:
             if name in extra:
                 owner = "reward.args has a key" if name in self._args else "the row has a column"
@@ -71,6 +76,12 @@ class PythonFunction:
 def _asked_for(signature: inspect.Signature | None) -> tuple[str, ...]:
     """Those of ``OFFERED`` that a function names, behind the three arguments that it gets by position."""
     parameters = [] if signature is None else list(signature.parameters.values())
-    by_position = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)][:3]
+    by_position = _by_position(signature)
     by_name = [one for one in parameters if one not in by_position and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
     return tuple(one.name for one in by_name if one.name in OFFERED)
+
+
+def _by_position(signature: inspect.Signature | None) -> list[inspect.Parameter]:
+    """The parameters that take prompt text, response and label."""
+    parameters = [] if signature is None else list(signature.parameters.values())
+    return [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)][:3]

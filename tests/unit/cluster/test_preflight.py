@@ -211,6 +211,14 @@ def test_a_reward_function_is_bound_to_the_columns(
         assert words in problem and problem.startswith("reward.name: " if is_of_the_file else f"{path}:1: reward.name: ")
 
 
+@pytest.mark.parametrize(("function", "problem"), [("plain", False), ("extra", False), ("only", False), ("level", True)])
+def test_a_column_called_label_beside_the_label(run: Run, function: str, problem: bool) -> None:
+    """With data.label_key naming another column, that one is what the function's ``label`` gets."""
+    (run.folder / "mine.py").write_text(FUNCTIONS)
+    run.rows([{"prompt": "1", "label": "2", "q": "3"}])
+    assert bool(run.problems(f"reward.name=HERE/mine.py:{function}", "data.label_key=q")) == problem
+
+
 def test_a_later_row_with_other_columns(run: Run) -> None:
     (run.folder / "mine.py").write_text(FUNCTIONS)
     path = run.rows([{"prompt": "1", "label": "2"}, {"prompt": "1", "label": "2", "level": 3}])
