@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +33,11 @@ def load_trainable(model: Trainable, folder: Path) -> None:
 @contextmanager
 def failures_named(folder: Path, done: str) -> Iterator[None]:
     """torch's own exception is none that ``except Exception`` catches, and tells of every rank at length: here the first one's
-    cause is an OSError."""
+    cause is an OSError. What torch's checkpoints warn of (how Megatron calls them, on how many ranks) is left unsaid."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+            yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         text = f"{type(cause).__name__}: {cause}"

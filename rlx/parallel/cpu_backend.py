@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -101,6 +102,8 @@ def install() -> None:
     if "megatron.core" in sys.modules:
         raise RuntimeError("the CPU backend must be installed before Megatron is imported")
     _installed.append(True)
+    # It says that there is no GPU where there is CUDA: so it is meant to be.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for name in _GPU_PACKAGES:
         sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to say that there is no such package
     _answer_cuda()
