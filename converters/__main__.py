@@ -28,9 +28,9 @@ from converters.to_megatron import Options as ToMegatronOptions
 from converters.to_megatron import ToMegatron
 from rlx.arch.architecture import parse_config_json
 from rlx.config.hub.located import model_folder
-from rlx.config.utf8 import enter_utf8_mode
 from rlx.models.hf.whole import LOADABLE
 from rlx.processes.device import take_device
+from rlx.processes.environment import enter_utf8_mode
 
 
 def main(argv: Sequence[str] | None = None) -> int:

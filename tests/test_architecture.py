@@ -60,6 +60,9 @@ ENVIRONMENT_HOMES = {"config", "cluster", "engines", "processes"}
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_MODULES = 400, 60, 6, 14
+# Wiring takes the whole configuration: parameters, fields and attributes that are a ``Config``, outside these places.
+CONFIG_HOMES = ("rlx/config/", "rlx/cli/", "rlx/driver/run.py")
+MAX_CONFIG_HOLDERS = 15
 # Folders of equals, which a reader need not have read all of to find one.
 LIBRARIES = {"rlx/cli": "commands", "rlx/algos": "algorithms", "rlx/arch/families": "families", "rlx/rewards": "verifiers"}
 # Methods that others call by names of their own.
@@ -71,13 +74,13 @@ LATE_IMPORTS = {
     "rlx/cli/driver.py:main": "torch comes in once the parent is watched and the GPUs are hidden",
     "rlx/cli/export_rank.py:main": "Megatron must find the device settled when it is imported",
     "rlx/cli/score_rank.py:main": "Megatron must find the device settled when it is imported",
-    "rlx/cli/train.py:_run_ray": "Ray takes seconds to import; only when it is the launcher",
+    "rlx/cli/train.py:_ray": "Ray takes seconds to import; only when it is the launcher",
     "rlx/cli/worker.py:_main_from_config": "only where torchrun started the process",
     "rlx/cli/worker.py:_run_rank": "torch and Megatron, once the parent is watched and the device settled",
     "rlx/cluster/ray/actors.py:open_store": "an actor of engines needs no torch",
     "rlx/cluster/ray/actors.py:run": "Megatron must find device and environment settled when it is imported",
     "rlx/cluster/ray/actors.py:_serve": "an actor of trainers needs no engines",
-    "rlx/cluster/preflight.py:_algorithm": "it imports torch; only where a loss or advantage is named",
+    "rlx/cluster/preflight.py:inspect": "it imports torch; only where a loss or advantage is named",
     "rlx/config/hub/located.py:model_folder": "huggingface_hub takes a second to import; only for what is not here",
     "rlx/config/hub/located.py:data_path": "the same",
     "rlx/data/tasks.py:_reasoning_gym": "an extra, and it takes seconds to import; only when a source asks for it",
@@ -248,6 +251,44 @@ def budgets(source: Source) -> Iterator[str]:
             yield f"{function.name} has {count} parameters, more than {MAX_PARAMETERS}"
 
 
+def config_holders(source: Source) -> list[str]:
+    """Where the whole ``Config`` is taken or held: parameters, fields and attributes of that type, and attributes that are
+    given such a parameter. Alone or as a part of another type."""
+    if not source.in_rlx or source.path.startswith(CONFIG_HOMES):
+        return []
+    fields = [node for node in ast.walk(source.tree) if isinstance(node, ast.AnnAssign) and _names_config(node.annotation)]
+    found = [f"{node.lineno}: {ast.unparse(node)}" for node in fields]
+    for function in source.functions():
+        spec = function.args
+        arguments = (*spec.posonlyargs, *spec.args, *spec.kwonlyargs, spec.vararg, spec.kwarg)
+        taken = {argument.arg for argument in arguments if argument is not None and _names_config(argument.annotation)}
+        found += [f"{function.lineno}: {function.name}({name})" for name in sorted(taken)]
+        assignments = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
+        found += [f"{node.lineno}: {ast.unparse(node)}" for node in assignments if _keeps_one_of(taken, node)]
+    return found
+
+
+def _names_config(annotation: ast.AST | None) -> bool:
+    """Whether a type is, or mentions, ``Config``; in quotes too."""
+    for node in () if annotation is None else ast.walk(annotation):
+        if isinstance(node, ast.Name | ast.Attribute) and (node.id if isinstance(node, ast.Name) else node.attr) == "Config":
+            return True
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and _names_config(ast.parse(node.value, mode="eval")):
+            return True
+    return False
+
+
+def _keeps_one_of(names: set[str], node: ast.Assign) -> bool:
+    """Whether an assignment gives one of these names to an attribute, alone or side by side with others."""
+    pairs: list[tuple[ast.expr, ast.expr]] = []
+    for target in node.targets:
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            pairs += zip(target.elts, node.value.elts, strict=False)
+        else:
+            pairs.append((target, node.value))
+    return any(isinstance(to, ast.Attribute) and isinstance(of, ast.Name) and of.id in names for to, of in pairs)
+
+
 def crowded_folders(paths: list[str]) -> dict[str, int]:
     """Folders of more modules than a reader can hold in mind, but for libraries; ``__init__.py`` counts for none."""
     counts = Counter(str(Path(path).parent) for path in paths if Path(path).name != "__init__.py")
@@ -307,6 +348,11 @@ def test_no_function_is_there_for_tests_alone() -> None:
     product = {path: text for path, text in sources.items() if path not in around}
     unused = unused_functions(product, around, docs, set(CALLED_FROM_ELSEWHERE))
     assert not unused, "\n".join(f"{one.path}:{one.node.lineno} {one.name}" for one in unused)
+
+
+def test_few_places_hold_the_whole_configuration() -> None:
+    found = [f"{source.path}:{place}" for source in product_sources() for place in config_holders(source)]
+    assert len(found) <= MAX_CONFIG_HOLDERS, "\n".join(found)
 
 
 def test_top_level_holds_nothing_else() -> None:
@@ -418,6 +464,22 @@ Thing().used()
     unused = unused_functions({"rlx/a.py": text}, {}, ["`path/to/a.py:in_docs`"], set())
     assert [one.name for one in unused] == ["idle", "only_for_idle", "helper_of_idle"]
     assert unused_functions({"rlx/a.py": "class A:\n    def f(self): ..."}, {}, [], {"rlx/a.py:A"}) == []
+
+
+def test_holders_of_the_configuration_are_found() -> None:
+    text = """
+@dataclass
+class A:
+    whole: Config | None
+    part: RunConfig
+    make: Callable[[Config], int]
+    def f(self, config: "Config", *, model: ModelConfig) -> Config:
+        self.a, self.b = config, model
+        self.c = config.run
+"""
+    found = ["4: whole: Config | None", "6: make: Callable[[Config], int]", "7: f(config)", "8: self.a, self.b = (config, model)"]
+    assert config_holders(Source("rlx/data/a.py", text)) == found
+    assert not config_holders(Source("rlx/config/a.py", text))
 
 
 def test_statements_are_counted_without_docstrings() -> None:

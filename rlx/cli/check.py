@@ -19,6 +19,7 @@ from rlx.cluster.without_torch import torch_hidden
 from rlx.config.load import ConfigError, dump_config, load_config, on_paper
 from rlx.config.memory import describe, estimate, memory_problems
 from rlx.config.packaged import packaged
+from rlx.config.parts import EngineSettings, written_folders
 from rlx.config.schema import Config, RewardConfig
 from rlx.config.sharing import describe_phases, shared_phases, sharing_problems
 from rlx.placement.from_config import check_spanning, seats_of
@@ -76,11 +77,11 @@ def _look(config: Config, num_rows: int | None, owns_process: bool) -> None:
     with torch_hidden() if owns_process and not _loads_models(config.reward) else nullcontext():
         preflight = import_module("rlx.cluster.preflight")
     found = preflight.inspect(config, num_rows)
-    found.warnings += preflight.environment_problems(config)
-    found.attempt(lambda: check_places(config))
+    found.warnings += preflight.environment_problems(config.tracker, config.model.layer_spec, EngineSettings.of(config))
+    found.attempt(lambda: check_places(config.run.dir, written_folders(config)))
     found.problems += preflight.resumption_problems(config, num_rows)
     try:
-        check_run_dir(config)
+        check_run_dir(config.run, evaluates=config.evaluation.only)
     except ConfigError as error:
         found.warnings += error.problems
     found.say_warnings()
@@ -97,8 +98,9 @@ def _loads_models(reward: RewardConfig) -> bool:
 def plan(config: Config) -> list[str]:
     """Who sits where and what memory that takes; ConfigError when it does not fit on the GPUs that the file names."""
     try:
-        seats = seats_of(config)
-        check_spanning(config, seats)
+        engines = EngineSettings.of(config)
+        seats = seats_of(engines, config.parallel)
+        check_spanning(engines, seats)
     except PlacementError as error:
         raise ConfigError([str(error)]) from error
     sizes = sizes_of(read_architecture(config.model.path))

@@ -20,7 +20,7 @@ from importlib import import_module
 from types import ModuleType
 
 from rlx.config.load import ConfigError
-from rlx.config.utf8 import enter_utf8_mode
+from rlx.processes.environment import enter_utf8_mode
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rlx.cluster.checks.function_trial import trial_problems
 from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
-from rlx.data.prompts import first_prompts
+from rlx.data.prompts import PromptFiles
 from rlx.data.rows import read_rows
 from rlx.data.tokenizer import answer_decoder, encode_part, tokenizer_of
 from rlx.rewards.pool.pools import make_reward_service
@@ -51,9 +51,11 @@ def main(args: argparse.Namespace) -> int:
         problems = list(trial_problems(("reward.name", name) for name in user_functions(config.reward)))
         if problems:
             raise ConfigError(problems)
-        tokenizer = tokenizer_of(config)
+        tokenizer = tokenizer_of(config.model, config.data)
         groups = _answered(config, tokenizer, args)
-        service = make_reward_service(config.reward, answer_decoder(config, tokenizer))
+        skips, stops = config.reward.skip_special_tokens, config.rollout.stop_token_ids
+        decode = answer_decoder(tokenizer, config.model.path, stops, skip_special_tokens=skips)
+        service = make_reward_service(config.reward, decode)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     num_valid = 0
@@ -84,7 +86,8 @@ def _answered(config: Config, tokenizer: PreTrainedTokenizerBase, args: argparse
     if answers is not None and args.source is None and len(config.data.by_name) > 1:
         raise ValueError(f"--answers belong to one source: name it by --source ({', '.join(config.data.by_name)})")
     num = args.rows or (DEFAULT_ROWS if answers is None else len(answers))
-    prompts = first_prompts(config, tokenizer, args.source, num)
+    files = PromptFiles(data=config.data, evaluation=config.evaluation, tokenizer=tokenizer, seed=config.run.seed)
+    prompts = files.first(args.source, num)
     texts = [_label_text(prompt) for prompt in prompts] if answers is None else answers[:num]
     if len(texts) > len(prompts):
         raise ValueError(f"--answers: {args.answers} has {len(answers or ())} answers, but there are {len(prompts)} prompts")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 
-from rlx.cluster.local import run_local
+from rlx.cluster.launch import Launch, OpenRun, run_job
+from rlx.cluster.local import LocalLaunch
 from rlx.cluster.preflight import preflight
 from rlx.cluster.ray.address import find_cluster, prepare_environment
 from rlx.cluster.resumption import nothing_left
 from rlx.config.load import ConfigError, load_config
+from rlx.config.parts import EngineSettings
 from rlx.config.schema import Config
+from rlx.placement.from_config import demand_of
 from rlx.processes.environment import hide_gpus
 
 _STARTS = "launch/torchrun.sh and rlx launch slurm"
@@ -40,24 +44,27 @@ def start(path: str, overrides: Sequence[str], command: str) -> int:
         if config.cluster.launcher == "torchrun":
             raise ConfigError([f"cluster.launcher: torchrun is not started by rlx {command}; see {_STARTS}"])
         config = preflight(config)
-        if (said := nothing_left(config)) is not None:
+        said = nothing_left(config.run, config.checkpoints, evaluates=config.evaluation.only)
+        if said is not None:
             print(f"rlx: {said}", file=sys.stderr)
             return 0
-        return _run_ray(config) if config.cluster.launcher == "ray" else run_local(config)
+        makes = _ray(config) if config.cluster.launcher == "ray" else partial(LocalLaunch, EngineSettings.of(config))
+        return run_job(config, makes)
     except ConfigError as error:
         for problem in error.problems:
             print(f"rlx: error: {problem}", file=sys.stderr)
         return 2
 
 
-def _run_ray(config: Config) -> int:
+def _ray(config: Config) -> Callable[[OpenRun], Launch]:
     """Ray is an extra: only this launcher needs it."""
-    where = find_cluster(config)
-    prepare_environment(where, config)
+    where = find_cluster(config.cluster)
+    prepare_environment(where, config.run.failure_timeout_s)
     try:
         launcher = import_module("rlx.cluster.ray.launch")
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         raise ConfigError(["cluster.launcher: ray needs the package ray: pip install 'rlx[ray]'"]) from error
-    return int(launcher.run_ray(config, where))
+    engines = EngineSettings.of(config)
+    return partial(launcher.RayLaunch, engines, demand_of(engines, config.parallel), where)

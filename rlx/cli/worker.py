@@ -18,7 +18,6 @@ from importlib import import_module
 from pathlib import Path
 
 from rlx.config.load import ConfigError, load_config
-from rlx.config.schema import Config
 from rlx.obs.log import log_failure, start_log
 from rlx.processes.environment import (
     RankEnvironment,
@@ -28,6 +27,7 @@ from rlx.processes.environment import (
     report_requeue,
 )
 from rlx.processes.parent_watch import watch_parent
+from rlx.processes.rundir import ENDPOINTS
 from rlx.processes.stopping import REQUEUE_STATUS, StopRequest
 from rlx.processes.threads import forget_launchers_threads
 
@@ -50,8 +50,7 @@ def main(args: argparse.Namespace) -> int:
     # A launcher that stops the job sends SIGTERM; the default would be the same, but without this line in the log.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        config = load_config(str(Path(args.run) / "config.yaml"), [])
-        _run_rank(config, where, args.endpoints_file)
+        _run_rank(Path(args.run), where, args.endpoints_file)
     except Exception as error:
         log_failure(error)
         # Peers may be inside a collective with us: leave without the orderly shutdown that would wait for them.
@@ -67,7 +66,7 @@ def _main_from_config(args: argparse.Namespace, where: RankEnvironment, stop: St
         hide_gpus(_device_of(args))
         join_run = import_module("rlx.cluster.torchrun").join_run
         with join_run(args.run, args.overrides, where, stop.is_set) as joined:
-            joined.done = _run_rank(joined.config, where, joined.endpoints_file)
+            joined.done = _run_rank(joined.run_dir, where, joined.run_dir / ENDPOINTS)
     except ConfigError as error:
         lines = [f"rlx: error: {problem}" for problem in error.problems]
         print("\n".join(lines), file=sys.stderr)
@@ -85,8 +84,9 @@ def _device_of(args: argparse.Namespace) -> str:
         return "auto"
 
 
-def _run_rank(config: Config, where: RankEnvironment, engines: Path) -> bool:
+def _run_rank(run_dir: Path, where: RankEnvironment, engines: Path) -> bool:
     """The models' libraries take seconds to import: not before the run is known to begin, nor before the device is settled."""
+    config = load_config(str(run_dir / "config.yaml"), [])
     settings = import_module("rlx.processes.device")
     device = settings.take_device(config.cluster.device, where.local_rank)
     settings.take_threads(config.cluster.threads_per_rank, where.ranks_here)

@@ -5,28 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
+from transformers import PreTrainedTokenizerBase
+
 from rlx.cluster.resumption import Resumption
+from rlx.config.parts import loaded_models
 from rlx.config.resume import BY_CONTENT
-from rlx.config.schema import Config
+from rlx.config.schema import DataConfig
 from rlx.config.sources import task_name
-from rlx.data.examples import ExampleSource
+from rlx.data.examples import ExampleReader, ExampleSource
 from rlx.data.prompts import PromptSource
 from rlx.data.rows import read_rows
 from rlx.data.tokenizer import GIVE_BACK, check_template, template_digest, tokenizer_of
 from rlx.models.hf.fingerprint import origin_of
 
 
-def other_content(found: Resumption, config: Config, num_rows: int | None = None) -> list[str]:
+def other_content(found: Resumption, num_rows: int | None = None) -> list[str]:
     """What the run cannot go on with, a line each. Rows are compared where no file has more than ``num_rows`` (None: any)."""
-    return [*_other_models(found, config)] or [*_other_data(found, config, num_rows)]
+    tokenizer = tokenizer_of(found.config.model, found.config.data)
+    return [*_other_models(found, tokenizer)] or [*_other_data(found, tokenizer, num_rows)]
 
 
-def _other_models(found: Resumption, config: Config) -> Iterator[str]:
+def _other_models(found: Resumption, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Of the models and the tokenizer."""
     was, changed = found.saved.origin, {change.key for change in found.changes}
     if not was:
         return
-    now = origin_of(config)
+    now = origin_of(loaded_models(found.config), tokenizer)
     if was.get("tokenizer") != now.pop("tokenizer"):
         key = "model.tokenizer_path" if "model.tokenizer_path" in changed else "model.path"
         yield f"{key}: the tokenizer (its vocabulary, or how it cuts text) is not the one that the run began with; {GIVE_BACK}"
@@ -41,19 +45,20 @@ def _other_models(found: Resumption, config: Config) -> Iterator[str]:
         )
 
 
-def _other_data(found: Resumption, config: Config, num_rows: int | None) -> Iterator[str]:
+def _other_data(found: Resumption, tokenizer: PreTrainedTokenizerBase, num_rows: int | None) -> Iterator[str]:
     """Deal as the run will: what cannot be gone on with is found as it would be there."""
+    config = found.config
     kind = "examples" if config.is_finetuning else "prompts"
     state = found.saved.state.get(kind)
     if not isinstance(state, Mapping):
         yield f"finetune.objective: {found.saved.folder} was saved by a run of another kind, it knows no {kind}; {GIVE_BACK}"
         return
-    tokenizer = tokenizer_of(config)
     try:
-        if not _all_within(config, num_rows):
+        if not _all_within(config.data, num_rows):
             check_template(state, template_digest(tokenizer))
         elif config.is_finetuning:
-            ExampleSource(config.examples_path, config, tokenizer).load_state(state)
+            reader = ExampleReader(data=config.data, finetune=config.finetune, tokenizer=tokenizer)
+            ExampleSource(config.examples_path, reader, config.run.seed).load_state(state)
         else:
             PromptSource(config.data, tokenizer, config.run.seed).load_state(state)
     except ValueError as error:
@@ -61,11 +66,11 @@ def _other_data(found: Resumption, config: Config, num_rows: int | None) -> Iter
         yield f"{error}{f' (changed: {", ".join(keys)})' if keys else ''}"
 
 
-def _all_within(config: Config, num_rows: int | None) -> bool:
+def _all_within(data: DataConfig, num_rows: int | None) -> bool:
     """Whether no file to train on has more rows than that; a task makes as many as it is asked for."""
     if num_rows is None:
         return True
-    paths = [source.path for source in config.data.by_name.values()]
+    paths = [source.path for source in data.by_name.values()]
     try:
         return all(task_name(path) is None and next(islice(read_rows(path), num_rows, None), None) is None for path in paths)
     except ValueError:

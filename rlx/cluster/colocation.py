@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 
-from rlx.config.schema import Config
-from rlx.engines.engine_plan import released_tags
 from rlx.engines.fleet import Fleet
 from rlx.obs.log import notice, phase
 from rlx.parallel.context import ParallelContext
@@ -15,12 +14,13 @@ from rlx.sync.engine_memory import EngineMemory
 from rlx.sync.group import Endpoint, Engine
 
 
-def clear_devices(config: Config, context: ParallelContext, fleet: Fleet) -> EngineMemory:
-    """Let all engines give back their memory; on rank 0, whose record is the one that counts. Collective.
+def clear_devices(tags: Sequence[str], context: ParallelContext, fleet: Fleet, timeout_s: float) -> EngineMemory:
+    """Let all engines give back their memory (``tags`` of it, each within the time); on rank 0, whose record is the one that
+    counts. Collective.
 
     Raises on every rank when an engine cannot.
     """
-    memory = EngineMemory(released_tags(config, context.device.type))
+    memory = EngineMemory(tags)
     error: Exception | None = None
     with phase("clear devices"):
         before = device_used(context.device)
@@ -28,7 +28,7 @@ def clear_devices(config: Config, context: ParallelContext, fleet: Fleet) -> Eng
             try:
                 for member in fleet.members:
                     endpoint = Endpoint(url=member.url, tp=member.tp, incarnation=member.incarnation)
-                    with closing(EngineControl(member.url, timeout_s=config.sync.timeout_s, keys=fleet.keys)) as control:
+                    with closing(EngineControl(member.url, timeout_s=timeout_s, keys=fleet.keys)) as control:
                         memory.release(Engine(endpoint=endpoint, control=control))
             except Exception as caught:  # the other ranks wait to hear of it
                 error = caught

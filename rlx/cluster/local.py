@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlx.cluster.driver import StopFile, driver_command
-from rlx.cluster.progress import Progress
-from rlx.config.load import ConfigError, dump_config
-from rlx.config.schema import Config
+from rlx.cluster.launch import OpenRun
+from rlx.config.load import ConfigError
+from rlx.config.parts import EngineSettings
 from rlx.engines.engine_plan import (
     EngineSite,
     attached_fleet,
@@ -27,12 +27,7 @@ from rlx.engines.engine_plan import (
 from rlx.engines.fleet import run_keys, write_fleet
 from rlx.engines.manager import EnginePlan, Engines
 from rlx.obs.log import last_phase
-from rlx.processes.causes import (
-    Cause,
-    is_port_taken,
-    shown_log,
-    where,
-)
+from rlx.processes.causes import Cause, is_port_taken
 from rlx.processes.child_environment import child_environment, inherited_pipe
 from rlx.processes.children import (
     LAUNCH_ID,
@@ -40,10 +35,8 @@ from rlx.processes.children import (
     ChildSpec,
     stop_all,
 )
-from rlx.processes.interrupts import Interrupts
 from rlx.processes.orphan_guard import Guard
-from rlx.processes.rundir import ENDPOINTS, log_path, open_run_dir
-from rlx.processes.stopping import REQUEUE_STATUS
+from rlx.processes.rundir import ENDPOINTS, log_path
 from rlx.processes.supervisor import NoEngines, Outcome, Supervisor
 from rlx.processes.threads import thread_variables
 from rlx.rollout.keys import EngineKeys
@@ -64,51 +57,20 @@ class Programs:
 
     driver: Callable[[Path, Path, int, Path], Sequence[str]] = driver_command
     trainer: Callable[[Path, Path, int], Sequence[str]] = trainer_command
-    engine: Callable[[Config, EngineSite], EnginePlan] = plan_engine
+    engine: Callable[[EngineSettings, EngineSite], EnginePlan] = plan_engine
 
 
-def run_local(config: Config, programs: Programs = Programs()) -> int:
-    """Run the whole job here and report on stdout and stderr. Must be called in the main thread.
+class LocalLaunch:
+    """The processes of one run, from start to stop. ConfigError, with nothing started, for settings of engines that cannot be
+    used here."""
 
-    Returns 0 when the training is done, 75 when SIGUSR1 or SIGTERM asked to save and leave, 1 after a failure (its cause is in
-    the last lines of stderr), 128 + N after signal N. Raises ConfigError, with nothing started, when the run folder or an
-    engine's settings cannot be used. No process outlives it.
-    """
-    with open_run_dir(config) as run_dir, Interrupts(saves=not config.evaluation.only) as interrupts:
-        (run_dir / "config.yaml").write_text(dump_config(config))
-        progress = Progress(run_dir, total_steps=config.run.steps)
-        launch = Launch(config, run_dir, programs, progress, interrupts)
-        try:
-            outcome = launch.run()
-        finally:
-            left = launch.stop()
-            progress.close()
-        if outcome.cause is not None:
-            print(_failure_text(outcome.cause, left, launch.log_of(outcome.cause)), file=sys.stderr, flush=True)
-            return 1
-        if outcome.interrupted:
-            print(f"rlx: {interrupts.name}: stopped {launch.described}; run folder: {run_dir}", file=sys.stderr, flush=True)
-            return interrupts.status
-        if outcome.left_early:
-            print(f"rlx: {interrupts.name} asked to save and leave; run.resume=auto goes on", flush=True)
-            return REQUEUE_STATUS
-        print(progress.summary(), flush=True)
-        return 0
-
-
-class Launch:
-    """The processes of one run, from start to stop."""
-
-    def __init__(self, config: Config, run_dir: Path, programs: Programs, progress: Progress, interrupts: Interrupts) -> None:
-        self._config = config
-        self._run_dir = run_dir
-        self._programs = programs
-        self._progress = progress
-        self._interrupts = interrupts
+    def __init__(self, engines: EngineSettings, run: OpenRun, programs: Programs = Programs()) -> None:
+        self._settings, self._programs, self._failure_timeout_s = engines, programs, run.failure_timeout_s
+        self._run_dir, self._progress, self._interrupts = run.run_dir, run.progress, run.interrupts
         self._id = uuid.uuid4().hex
-        self._stop_file = StopFile(run_dir, interrupts.ask_to_save)
-        self._num_engines = config.rollout.num_engines if config.starts_engines else 0
-        self._env = child_environment(config, self._id, num_peers=self._num_engines)
+        self._stop_file = StopFile(run.run_dir, run.interrupts.ask_to_save)
+        all_here = not engines.rollout.endpoints
+        self._env = child_environment(engines.cluster, self._id, num_peers=engines.num_started, all_here=all_here)
         self._open = ExitStack()
         self._open.callback(self._stop_file.remove)
         self._driver: Child | None = None
@@ -118,8 +80,11 @@ class Launch:
     @property
     def described(self) -> str:
         """What was started, in words."""
-        parts = [f"{self._config.num_trainer_ranks} trainer rank(s)", f"{self._num_engines} engine(s)"]
-        return " and ".join(parts if self._num_engines else parts[:1])
+        parts = [f"{self._settings.num_trainer_ranks} trainer rank(s)", f"{self._settings.num_started} engine(s)"]
+        return " and ".join(parts if self._settings.num_started else parts[:1])
+
+    def host_of(self, cause: Cause) -> None:
+        """There is one."""
 
     def log_of(self, cause: Cause) -> str:
         """What the process that is to blame wrote."""
@@ -135,10 +100,10 @@ class Launch:
         self._guard = Guard(launch_id=self._id, launcher_pid=os.getpid(), log=log, env=self._guard_env())
         self._open.callback(self._guard.dismiss)
         self._progress.say(f"starting {self.described}; run folder: {self._run_dir}")
-        if self._num_engines:
+        if self._settings.num_started:
             self._start_engines(keys)
         else:
-            write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._config.rollout))
+            write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._settings.rollout))
         for retries_left in range(_MAX_PORT_RETRIES, -1, -1):
             outcome = self._run_trainers()
             if not retries_left or not self._failed_on_port(outcome):
@@ -147,11 +112,11 @@ class Launch:
             self._progress.say("the trainers' port was taken by another program; starting them again with a new one")
         return outcome
 
-    def stop(self) -> list[int]:
-        """End all processes; returns the numbers of those that could not be ended."""
+    def stop(self) -> str:
+        """End all processes; those that could not be ended, in words."""
         left = stop_all(self._children(), self._id, hurry=self._interrupts.is_urgent)
         self._open.close()
-        return left
+        return f"{sorted(left)}: stuck in the kernel" if left else ""
 
     def _children(self) -> list[Child]:
         return [*self._workers(), *(() if self._engines is None else self._engines.all_children())]
@@ -163,7 +128,7 @@ class Launch:
         port = free_port()
         self._trainers = []
         self._driver = self._spawn_worker("driver", 0, port)
-        for rank in range(self._config.num_trainer_ranks):
+        for rank in range(self._settings.num_trainer_ranks):
             self._trainers.append(self._spawn_worker("trainer", rank, port))
         supervisor = Supervisor(
             self._workers(),
@@ -171,7 +136,7 @@ class Launch:
             interrupted=self._interrupts.is_set,
             tick=self._tick,
         )
-        return supervisor.watch(leave_timeout_s=self._config.run.failure_timeout_s)
+        return supervisor.watch(leave_timeout_s=self._failure_timeout_s)
 
     def _tick(self) -> None:
         if self._stop_file.hand_on():
@@ -194,31 +159,31 @@ class Launch:
     def _check_engines(self, keys: EngineKeys) -> None:
         """Raises ConfigError for settings that no trainer or engine can be started with here."""
         try:
-            check_placement(self._config)
-            for index in range(self._num_engines):
-                self._programs.engine(self._config, self._site(index, keys))
+            check_placement(self._settings)
+            for index in range(self._settings.num_started):
+                self._programs.engine(self._settings, self._site(index, keys))
         except ValueError as error:
             raise ConfigError([str(error)]) from error
 
     def _start_engines(self, keys: EngineKeys) -> None:
         self._engines = Engines(
-            self._config,
+            self._settings,
             keys,
             self._run_dir / ENDPOINTS,
-            plan=lambda index: self._programs.engine(self._config, self._site(index, keys)),
+            plan=lambda index: self._programs.engine(self._settings, self._site(index, keys)),
             spawn=lambda index, plan: self._spawn("engine", index, plan.argv, plan.env),
             say=self._progress.say,
         )
         self._open.callback(self._engines.cancel)
-        self._engines.start(range(self._num_engines))
+        self._engines.start(range(self._settings.num_started))
 
     def _spawn_worker(self, role: str, rank: int, port: int) -> Child:
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._config.num_trainer_ranks, "MASTER_PORT": port}
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._settings.num_trainer_ranks, "MASTER_PORT": port}
         env = self._env | {name: str(number) for name, number in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
         place = (self._run_dir, self._run_dir / ENDPOINTS, self._parent_pipe)
         if role == "driver":
             return self._spawn(role, rank, self._programs.driver(*place, self._stop_file.path), env)
-        threads = thread_variables(self._config.cluster.threads_per_rank, os.environ, self._config.num_trainer_ranks)
+        threads = thread_variables(self._settings.cluster.threads_per_rank, os.environ, self._settings.num_trainer_ranks)
         return self._spawn(role, rank, self._programs.trainer(*place), env | threads)
 
     def _spawn(self, role: str, rank: int, argv: Sequence[str], env: Mapping[str, str]) -> Child:
@@ -230,13 +195,3 @@ class Launch:
     def _guard_env(self) -> dict[str, str]:
         """The children's environment without the mark by which they are found and ended."""
         return {name: value for name, value in self._env.items() if name != LAUNCH_ID}
-
-
-def _failure_text(cause: Cause, left: Sequence[int], log: str) -> str:
-    lines = shown_log(cause, log)
-    if left:
-        lines.append(f"rlx: could not end processes {sorted(left)}: stuck in the kernel")
-    lines.append(f"rlx: FAILED {cause.role} rank {cause.rank} {where(cause.phase)}")
-    lines.append(f"rlx: cause: {cause.cause}")
-    lines.append(f"rlx: logs: {cause.log_path}")
-    return "\n".join(lines)

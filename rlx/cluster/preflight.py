@@ -9,14 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import partial
 from importlib import import_module
 from math import ceil
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
-from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
 from rlx.cluster.began_with import other_content
 from rlx.cluster.checks.function_trial import trial_problems
@@ -30,13 +27,14 @@ from rlx.cluster.checks.services import check_places, check_writable, engine_pro
 from rlx.cluster.resumption import find_resumption, steps_problem, with_template_date
 from rlx.config.checks.unused import schedule_warnings, unused_keys
 from rlx.config.load import ConfigError
+from rlx.config.parts import EngineSettings, loaded_models, written_folders
 from rlx.config.schema import Config
-from rlx.data.examples import check_examples
-from rlx.data.prompts import check_prompts
+from rlx.data.examples import ExampleReader, check_examples
+from rlx.data.prompts import PromptFiles
 from rlx.data.rows import Look
 from rlx.data.tokenizer import end_ids, tokenizer_of
 from rlx.processes.rundir import check_run_dir
-from rlx.rewards.base import Verifier, check_prompt
+from rlx.rewards.base import check_prompt
 from rlx.rewards.registry import label_use, make_verifier, user_functions
 
 
@@ -47,13 +45,14 @@ def preflight(config: Config) -> Config:
     Raises ConfigError with everything found wrong that the configuration alone does not show. Warnings, and what is different
     in a run that goes on, are told on standard error.
     """
-    check_run_dir(config)  # before rows are read, which may take minutes
-    check_places(config)
-    config = with_template_date(config)
+    check_run_dir(config.run, evaluates=config.evaluation.only)  # before rows are read, which may take minutes
+    folders = written_folders(config)
+    check_places(config.run.dir, folders)
+    config = replace(config, data=with_template_date(config.data, config.run))
     found = inspect(config)
     found.say_warnings()
-    found.attempt(lambda: found.problems.extend(environment_problems(config)))
-    found.attempt(lambda: check_writable(config))
+    found.problems += environment_problems(config.tracker, config.model.layer_spec, EngineSettings.of(config))
+    found.attempt(lambda: check_writable(folders))
     if found.problems:
         raise ConfigError(found.problems)
     if config.evaluation.only:
@@ -65,7 +64,7 @@ def preflight(config: Config) -> Config:
         config = replace(config, run=replace(config.run, steps=steps))
     resumption = find_resumption(config)
     if resumption is not None:
-        problems = [*steps_problem(resumption, config), *other_content(resumption, config)]
+        problems = [*steps_problem(resumption), *other_content(resumption)]
         if problems:
             raise ConfigError(problems)
         for note in resumption.notes:
@@ -83,7 +82,7 @@ def resumption_problems(config: Config, num_rows: int | None) -> Sequence[str]:
         return []
     # How many steps some epochs are is known to those who read all rows.
     has_steps = not config.is_finetuning or config.finetune.epochs is None
-    return [*(steps_problem(found, config) if has_steps else []), *other_content(found, config, num_rows)]
+    return [*(steps_problem(found) if has_steps else []), *other_content(found, num_rows)]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,13 +94,20 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
     num_examples: int = 0
 
-    def attempt(self, check: Callable[[], object]) -> None:
-        """A ValueError of ``check`` is a problem."""
+    def attempt[T](self, check: Callable[[], T], key: str = "") -> T | None:
+        """What ``check`` gives; a ValueError is a problem, of the key that is named."""
         try:
-            check()
+            return check()
         except ValueError as error:
-            if str(error) not in self.problems:  # a tokenizer that cannot be loaded is wanted more than once
-                self.problems.append(str(error))
+            told = f"{key}: {error}" if key else str(error)
+            self.problems += [] if told in self.problems else [told]
+            return None
+
+    def can_import(self, functions: Iterable[tuple[str, str]]) -> bool:
+        """Whether importing the files of these (key, name) leaves this process alive and its own master."""
+        problems = list(trial_problems(functions))
+        self.problems += problems
+        return not problems
 
     def say_warnings(self) -> None:
         for warning in self.warnings:
@@ -110,83 +116,41 @@ class Findings:
 
 def inspect(config: Config, num_rows: int | None = None) -> Findings:
     """Look at everything that the run will read, of data files at the first ``num_rows`` rows (None: all). Starts nothing."""
-    return _Inspection(config, num_rows).run()
-
-
-class _Inspection:
-    def __init__(self, config: Config, num_rows: int | None) -> None:
-        self._config, self._num_rows = config, num_rows
-        self._found = Findings()
-
-    def run(self) -> Findings:
-        config, found = self._config, self._found
-        found.warnings += unused_keys(config, self._arch)
-        if not config.evaluation.only and config.finetune.epochs is None:
-            found.warnings += schedule_warnings(config)
-        found.problems += model_problems(config)
-        found.warnings += weight_warnings(config, self._arch)
-        found.attempt(self._tokens)
-        found.attempt(lambda: end_ids(config.model.path))
-        if config.is_finetuning:
-            found.attempt(self._examples)
-        else:
-            found.attempt(self._algorithm)
-            found.attempt(self._prompts)
-            found.problems += engine_problems(config, self._num_rows)
+    found, arch, engines = Findings(), read_architecture(config.model.path), EngineSettings.of(config)
+    look = Look(num_rows=num_rows, check_ids=arch.check_ids)
+    found.warnings += unused_keys(config, arch)
+    if not config.evaluation.only and config.finetune.epochs is None:
+        found.warnings += schedule_warnings(config)
+    found.problems += model_problems(loaded_models(config), engines)
+    found.warnings += weight_warnings(config.model.path, arch)
+    tokenizer = found.attempt(lambda: tokenizer_of(config.model, config.data))
+    if tokenizer is not None:
+        found.problems += vocabulary_problems(tokenizer, arch)
+        found.warnings += vocabulary_warnings(tokenizer, arch)
+    found.attempt(lambda: end_ids(config.model.path))
+    if config.is_finetuning:
+        if tokenizer is not None:
+            reader = ExampleReader(data=config.data, finetune=config.finetune, tokenizer=tokenizer)
+            if not config.evaluation.only:
+                found.num_examples = found.attempt(lambda: check_examples(config.examples_path, reader, look), "data.train") or 0
+            held_out = config.evaluation.data
+            if held_out is not None:
+                found.attempt(lambda: check_examples(held_out, reader, look), "evaluation.data")
         return found
-
-    @cached_property
-    def _arch(self) -> Architecture:
-        return read_architecture(self._config.model.path)
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return tokenizer_of(self._config)
-
-    def _tokens(self) -> None:
-        self._found.problems += vocabulary_problems(self._tokenizer, self._arch)
-        self._found.warnings += vocabulary_warnings(self._tokenizer, self._arch)
-
-    def _examples(self) -> None:
-        config, look = self._config, Look(num_rows=self._num_rows, check_ids=self._arch.check_ids)
-        if not config.evaluation.only:
-            self._found.num_examples = self._looked("data.train", config.examples_path, look)
-        if config.evaluation.data is not None:
-            self._looked("evaluation.data", config.evaluation.data, look)
-
-    def _looked(self, key: str, path: str, look: Look) -> int:
-        try:
-            return check_examples(path, self._config, self._tokenizer, look)
-        except ValueError as error:
-            self._found.problems.append(f"{key}: {error}")
-            return 0
-
-    def _algorithm(self) -> None:
-        algorithm = self._config.algorithm
-        names = {"algorithm.loss": algorithm.loss, "algorithm.advantages": algorithm.advantages}
-        named = {} if self._config.evaluation.only else {key: name for key, name in names.items() if name is not None}
-        if named and self._can_import(named.items()):
-            import_module("rlx.algos.registry").try_algorithm(algorithm)
-
-    def _can_import(self, functions: Iterable[tuple[str, str]]) -> bool:
-        """Whether importing these files leaves this process alive and its own master."""
-        problems = list(trial_problems(functions))
-        self._found.problems += problems
-        return not problems
-
-    def _make_verifier(self, made: list[Verifier]) -> None:
-        if self._can_import(("reward.name", name) for name in user_functions(self._config.reward)):
-            made.append(make_verifier(self._config.reward))
-
-    def _prompts(self) -> None:
-        config = self._config
-        made: list[Verifier] = []
-        self._found.attempt(lambda: self._make_verifier(made))
+    algorithm = config.algorithm
+    names = {"algorithm.loss": algorithm.loss, "algorithm.advantages": algorithm.advantages}
+    named = {} if config.evaluation.only else {key: name for key, name in names.items() if name is not None}
+    if named and found.can_import(named.items()):
+        found.attempt(lambda: import_module("rlx.algos.registry").try_algorithm(algorithm))
+    verifier, of_user = None, found.attempt(lambda: list(user_functions(config.reward)))
+    if of_user is not None and found.can_import(("reward.name", name) for name in of_user):
+        verifier = found.attempt(lambda: make_verifier(config.reward))
+    if tokenizer is not None:
         # Millions of prompts that no evaluation asks need not be read.
-        read = replace(config, data=replace(config.data, train=None, sources={})) if config.evaluation.only else config
-        look = Look(
-            num_rows=self._num_rows,
-            check_ids=self._arch.check_ids,
-            check_prompt=lambda prompt: check_prompt(made[0], prompt) if made else None,
-        )
-        self._found.problems += check_prompts(read, self._tokenizer, lambda source: label_use(config.reward, source), look)
+        data = replace(config.data, train=None, sources={}) if config.evaluation.only else config.data
+        files = PromptFiles(data=data, evaluation=config.evaluation, tokenizer=tokenizer, seed=config.run.seed)
+        if verifier is not None:
+            look = replace(look, check_prompt=partial(check_prompt, verifier))
+        found.attempt(lambda: found.problems.extend(files.problems(partial(label_use, config.reward), look)))
+    found.problems += engine_problems(engines, config.data.max_prompt_tokens, num_rows)
+    return found

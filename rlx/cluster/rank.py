@@ -9,9 +9,10 @@ import torch
 from rlx.cluster.colocation import clear_devices
 from rlx.config.schema import Config
 from rlx.driver.lane import find_driver, lane_secret
+from rlx.engines.engine_plan import released_tags
 from rlx.engines.fleet import read_fleet, wait_for_fleet
 from rlx.obs.log import logger, phase
-from rlx.parallel.context import ParallelContext, build_context, connect, shut_down
+from rlx.parallel.context import build_context, connect, shut_down
 from rlx.processes.environment import RankEnvironment, leave_launcher_store, rendezvous
 from rlx.sync.engine_memory import EngineMemory
 from rlx.trainer.finetune_worker import FinetuneWorker
@@ -21,37 +22,32 @@ from rlx.trainer.worker import Worker
 
 def run_rank(config: Config, where: RankEnvironment, device: torch.device, endpoints_file: Path) -> bool:
     """Join, build the models and run the driver's commands to the end; False when the run was asked to stop early."""
-    if config.cluster.colocated and not config.is_finetuning:
+    start_s, limit_s, shares = config.rollout.start_timeout_s, config.run.failure_timeout_s, config.cluster.colocated
+    if shares and not config.is_finetuning:
         # Engines size their memory by what the GPU has free as they start, and then make room before a model is built.
         with phase("wait for engines"):
-            wait_for_fleet(endpoints_file, config.rollout.start_timeout_s)
+            wait_for_fleet(endpoints_file, start_s)
     with phase("connect"):
-        meeting, limit_s = rendezvous(where), config.run.failure_timeout_s
-        context = _join(config, where, device)
+        meeting, dims = rendezvous(where), config.parallel.dims(where.world_size)
+        connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=limit_s)
+        leave_launcher_store()
+        context = build_context(dims, device, seed=config.run.seed, timeout_s=limit_s)
         channel = join_driver(find_driver(meeting, limit_s), lane_secret(endpoints_file.parent), where.rank, limit_s)
     with signs_of_life(channel):
-        worker = FinetuneWorker(config, context) if config.is_finetuning else _with_engines(config, context, endpoints_file)
+        worker: Worker | FinetuneWorker
+        if config.is_finetuning:
+            worker = FinetuneWorker(config, context)
+        else:
+            memory = EngineMemory()
+            if shares:
+                tags = released_tags(config.cluster, config.rollout, device.type)
+                memory = clear_devices(tags, context, read_fleet(endpoints_file), config.sync.timeout_s)
+            worker = Worker(config, context)
+            with phase("wait for engines"):
+                worker.engines.use(wait_for_fleet(endpoints_file, start_s).keys, memory)
         done = serve(channel, worker)
         worker.close()
         context.barrier()
     shut_down()
     logger.info("done" if done else "left, as asked")
     return done
-
-
-def _with_engines(config: Config, context: ParallelContext, endpoints_file: Path) -> Worker:
-    memory = EngineMemory()
-    if config.cluster.colocated:
-        memory = clear_devices(config, context, read_fleet(endpoints_file))
-    worker = Worker(config, context)
-    with phase("wait for engines"):
-        worker.engines.use(wait_for_fleet(endpoints_file, config.rollout.start_timeout_s).keys, memory)
-    return worker
-
-
-def _join(config: Config, where: RankEnvironment, device: torch.device) -> ParallelContext:
-    dims = config.parallel.dims(where.world_size)
-    limit_s = config.run.failure_timeout_s
-    connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=limit_s)
-    leave_launcher_store()
-    return build_context(dims, device, seed=config.run.seed, timeout_s=limit_s)

@@ -13,14 +13,15 @@ from typing import Any
 
 from rlx.config.load import ConfigError, read_tree
 from rlx.config.resume import REFUSED, Change, compare, refusal
-from rlx.config.schema import Config
+from rlx.config.schema import Config, DataConfig, RunConfig
 from rlx.driver.checkpoint import DRIVER_FILE, SavedRun, check_models, newest_checkpoint, whole_checkpoints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumption:
-    """A run that goes on: its checkpoint, and the keys that are not what they were."""
+    """A run that goes on, its checkpoint, and the keys that are not what they were."""
 
+    config: Config
     saved: SavedRun
     changes: tuple[Change, ...]
     before: Mapping[str, Any]
@@ -43,46 +44,48 @@ class Resumption:
 def find_resumption(config: Config) -> Resumption | None:
     """What ``run.resume=auto`` goes on from; None where a run begins, and for an evaluation alone, which asks the checkpoint for
     its weights only. ConfigError for keys that it cannot follow, or when the checkpoint cannot be read."""
-    saved = _readable(config) if config.run.resume == "auto" else None
+    saved = _readable(config.run) if config.run.resume == "auto" else None
     if saved is None or config.evaluation.only:
         return None
-    before = saved.config or _launched(config)
+    before = saved.config or _launched(config.run)
     changes = tuple(compare(before, config)) if before else ()
     where = f"the run that {config.run.dir} holds ({saved.folder.name})"
     problems = [refusal(change, where) for change in changes if change.effect == REFUSED]
     if problems:
         raise ConfigError(problems)
     _check_models(saved, ["policy", *(["critic"] if config.trains_critic else [])])
-    return Resumption(saved=saved, changes=changes, before=before)
+    return Resumption(config=config, saved=saved, changes=changes, before=before)
 
 
-def steps_problem(found: Resumption, config: Config) -> list[str]:
+def steps_problem(found: Resumption) -> list[str]:
     """Why a run that has gone further than ``run.steps`` cannot go on; nothing where it has not."""
-    if found.saved.step <= config.run.steps:
+    run = found.config.run
+    if found.saved.step <= run.steps:
         return []
     return [
-        f"run.steps: {config.run.steps}, but the run that {config.run.dir} holds is at step {found.saved.step} already"
-        f" ({found.saved.folder.name}); raise run.steps to go on, or write its model by rlx export {config.run.dir}"
+        f"run.steps: {run.steps}, but the run that {run.dir} holds is at step {found.saved.step} already"
+        f" ({found.saved.folder.name}); raise run.steps to go on, or write its model by rlx export {run.dir}"
     ]
 
 
-def nothing_left(config: Config) -> str | None:
-    """What to tell the user of a run that went to its end and whose model is written, where one is to be; None for any other."""
-    checkpoints = whole_checkpoints(config.checkpoints) if config.run.resume == "auto" and not config.evaluation.only else []
-    if not checkpoints or checkpoints[-1][0] != config.run.steps:
+def nothing_left(run: RunConfig, folder: Path, *, evaluates: bool) -> str | None:
+    """What to tell the user of a run that went to its end and whose model is written, where one is to be; None for any other. Its
+    checkpoints are in ``folder``."""
+    checkpoints = whole_checkpoints(folder) if run.resume == "auto" and not evaluates else []
+    if not checkpoints or checkpoints[-1][0] != run.steps:
         return None
-    step, folder = checkpoints[-1]
-    exported = Path(config.run.dir) / "hf"
+    step, newest = checkpoints[-1]
+    exported = Path(run.dir) / "hf"
     # One that is older than the checkpoint was written at an end that the run had before.
-    is_written = exported.is_dir() and exported.stat().st_mtime >= (folder / DRIVER_FILE).stat().st_mtime
-    if config.run.export_hf and not is_written:
+    is_written = exported.is_dir() and exported.stat().st_mtime >= (newest / DRIVER_FILE).stat().st_mtime
+    if run.export_hf and not is_written:
         return None
-    return f"nothing to do: the run that {config.run.dir} holds is at step {step} = run.steps; raise run.steps to go on"
+    return f"nothing to do: the run that {run.dir} holds is at step {step} = run.steps; raise run.steps to go on"
 
 
-def _readable(config: Config) -> SavedRun | None:
+def _readable(run: RunConfig) -> SavedRun | None:
     try:
-        saved = newest_checkpoint(Path(config.run.dir) / "checkpoints")
+        saved = newest_checkpoint(Path(run.dir) / "checkpoints")
     except (ValueError, OSError) as error:
         raise ConfigError([str(error)]) from error
     if saved is not None:
@@ -97,12 +100,12 @@ def _check_models(saved: SavedRun, names: Sequence[str]) -> None:
         raise ConfigError([str(error)]) from error
 
 
-def with_template_date(config: Config) -> Config:
-    """With ``data.template_date`` filled in: the day of the run's first start, today for a run that starts now."""
-    if config.data.template_date is not None:
-        return config
-    known = _day(_launched(config)) if config.run.resume == "auto" else None
-    return replace(config, data=replace(config.data, template_date=known or date.today().isoformat()))
+def with_template_date(data: DataConfig, run: RunConfig) -> DataConfig:
+    """With ``template_date`` filled in: the day of the run's first start, today for a run that starts now."""
+    if data.template_date is not None:
+        return data
+    known = _day(_launched(run)) if run.resume == "auto" else None
+    return replace(data, template_date=known or date.today().isoformat())
 
 
 def _day(tree: Mapping[str, Any]) -> str | None:
@@ -110,9 +113,9 @@ def _day(tree: Mapping[str, Any]) -> str | None:
     return found
 
 
-def _launched(config: Config) -> Mapping[str, Any]:
+def _launched(run: RunConfig) -> Mapping[str, Any]:
     """The configuration of the last launch into the run folder, empty where there was none."""
     try:
-        return read_tree(Path(config.run.dir) / "config.yaml")
+        return read_tree(Path(run.dir) / "config.yaml")
     except ConfigError:
         return {}

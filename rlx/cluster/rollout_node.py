@@ -14,8 +14,9 @@ from pathlib import Path
 
 from rlx.cluster.torchrun import END_KEY, agreed_run, meet
 from rlx.config.load import load_config
+from rlx.config.parts import EngineSettings
 from rlx.engines.node import Node, NodeEngines
-from rlx.placement.from_config import machines_of, seats_of
+from rlx.placement.from_config import seats_of
 from rlx.processes.causes import shown_log
 from rlx.processes.environment import RolloutNode, default_interface, rollout_node
 from rlx.processes.heartbeat import LastWords, Pulse
@@ -30,7 +31,8 @@ def serve_node() -> int:
     store = meet(place.meeting, rank=-1)
     run_dir = agreed_run(store, place.meeting)
     config = load_config(str(run_dir / "config.yaml"), [])
-    seats = seats_of(config, machines_of(config, trainer_nodes=place.trainer_nodes))
+    settings = EngineSettings.of(config)
+    seats = seats_of(settings, config.parallel, place.trainer_nodes)
     number = place.trainer_nodes + place.number
     parts = seats.parts_of(number)
     if not parts:
@@ -44,7 +46,7 @@ def serve_node() -> int:
     words: LastWords | None = None
     try:
         here = Node(number=number, address=place.meeting.own_address(), num_engines=len(parts))
-        engines = NodeEngines(config, run_dir, here, parts)
+        engines = NodeEngines(settings, run_dir, here, parts)
         words = _serve(engines, pulse, asked, config.run.failure_timeout_s)
     except (OSError, ValueError) as error:
         words = _words("engines", number, f"{type(error).__name__}: {error}", None)

@@ -19,6 +19,7 @@ import jinja2
 
 from rlx.config.load import ConfigError, config_files, load_config
 from rlx.config.packaged import CHECKOUT, PLACES, packaged
+from rlx.config.parts import EngineSettings
 from rlx.config.schema import Config
 from rlx.config.sources import task_name
 from rlx.placement.from_config import seats_of
@@ -76,6 +77,21 @@ class JobConfig:
     arguments: tuple[str, ...]
     files: tuple[Path, ...]
 
+    def needed_paths(self) -> list[Path]:
+        """The models, data and reward files that the configuration names, as a node must see them. Hub ids are none."""
+        config = self.config
+        model, data, evaluation = config.model, config.data, config.evaluation
+        named = [model.path, model.reference_path, model.critic_path, model.tokenizer_path, config.rollout.replay]
+        named += [data.train, data.chat_template, evaluation.data]
+        named += [source.path for source in (*data.sources.values(), *evaluation.sets.values())]
+        functions = (config.reward.name, config.reward.args, config.algorithm.loss, config.algorithm.advantages)
+        named += re.findall(r"[^\s'\"]+\.py(?=:\w)", " ".join(map(str, functions)))
+        paths = [text for text in dict.fromkeys(named) if text and task_name(text) is None]
+        files = (".jsonl", ".parquet", ".jinja", ".py")
+        return [
+            Path(text).absolute() for text in paths if Path(text).exists() or text.endswith(files) or not _HUB_ID.fullmatch(text)
+        ]
+
 
 def passed_names(names: Iterable[str] = os.environ, *, in_container: bool) -> tuple[str, ...]:
     """Of a shell's variables those that a job gets unasked: where programs are, and the settings of a run's libraries. A
@@ -105,7 +121,7 @@ def render(run: JobConfig, job: SlurmJob, notes: Sequence[str] = (), template: P
     """The sbatch script, ``notes`` at its head. ConfigError when the placement or the template is wrong."""
     config = run.config
     try:
-        seats = seats_of(config)
+        seats = seats_of(EngineSettings.of(config), config.parallel)
     except PlacementError as error:
         raise ConfigError([str(error)]) from error
     source = template or template_folder() / f"{job.flavour}.sbatch.j2"
@@ -117,7 +133,7 @@ def render(run: JobConfig, job: SlurmJob, notes: Sequence[str] = (), template: P
         keep_trailing_newline=True,
     )
     environment.filters["q"] = shlex.quote
-    needed = needed_paths(config)
+    needed = run.needed_paths()
     launch = template_folder().parent
     values = {
         "title": f"{run.files[0].name}: {config.num_trainer_ranks} trainer rank(s) and {len(seats.engines)} engine(s)",
@@ -141,19 +157,6 @@ def render(run: JobConfig, job: SlurmJob, notes: Sequence[str] = (), template: P
         return environment.from_string(source.read_text()).render(values)
     except (OSError, jinja2.TemplateError) as error:
         raise ConfigError([f"--template {source}: {error}"]) from error
-
-
-def needed_paths(config: Config) -> list[Path]:
-    """The models, data and reward files that the configuration names, as a node must see them. Hub ids are none."""
-    model, data, evaluation = config.model, config.data, config.evaluation
-    named = [model.path, model.reference_path, model.critic_path, model.tokenizer_path, config.rollout.replay]
-    named += [data.train, data.chat_template, evaluation.data]
-    named += [source.path for source in (*data.sources.values(), *evaluation.sets.values())]
-    functions = (config.reward.name, config.reward.args, config.algorithm.loss, config.algorithm.advantages)
-    named += re.findall(r"[^\s'\"]+\.py(?=:\w)", " ".join(map(str, functions)))
-    paths = [text for text in dict.fromkeys(named) if text and task_name(text) is None]
-    files = (".jsonl", ".parquet", ".jinja", ".py")
-    return [Path(text).absolute() for text in paths if Path(text).exists() or text.endswith(files) or not _HUB_ID.fullmatch(text)]
 
 
 def _mounts(run: JobConfig, job: SlurmJob, needed: Sequence[Path]) -> list[str]:

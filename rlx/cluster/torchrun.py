@@ -28,13 +28,14 @@ from rlx.cluster.driver import DriverProcess
 from rlx.cluster.preflight import preflight
 from rlx.cluster.progress import Progress
 from rlx.config.load import ConfigError, dump_config, load_config
-from rlx.config.schema import Config
+from rlx.config.parts import EngineSettings
+from rlx.config.schema import Config, RunConfig
 from rlx.engines.engine_plan import attached_fleet
 from rlx.engines.fleet import write_fleet
 from rlx.engines.node import Assembly, Node, NodeEngines
 from rlx.obs.log import current_phase, log_failure, logger
-from rlx.placement.from_config import check_spanning, machines_of, seats_of
-from rlx.placement.seats import Machines, PlacementError, Seats
+from rlx.placement.from_config import check_spanning, seats_of
+from rlx.placement.seats import PlacementError, Seats
 from rlx.processes.causes import (
     Cause,
     shown_log,
@@ -69,8 +70,7 @@ _HOSTED_S, _DRIVER_S = 20.0, 3.0
 class JoinedRun:
     """What a rank needs to take part; ``done`` is for the rank to say: False when it was asked to save and leave."""
 
-    config: Config
-    endpoints_file: Path
+    run_dir: Path
     done: bool = True
 
 
@@ -88,11 +88,13 @@ def join_run(
     with ExitStack() as stack:
         run_dir = _agree(store, config_path, overrides, (place, meeting), stack)
         config = load_config(str(run_dir / "config.yaml"), [])
-        seats = seats_of(config, _machines(config, place, meeting))
+        engines = EngineSettings.of(config)
+        seats = seats_of(engines, config.parallel, place.world_size // meeting.ranks_per_node)
         nodes = range(seats.machines.nodes)
         pulse = Pulse(meet(meeting, place.rank), meeting.node, nodes, run=meeting.attempt, end=END_KEY)
-        duty = _Duty(config, run_dir, (place, meeting), _to_log(log_path(run_dir, "trainer", place.rank)), pulse)
-        joined = JoinedRun(config=config, endpoints_file=run_dir / ENDPOINTS)
+        terminal = _to_log(log_path(run_dir, "trainer", place.rank))
+        duty = _Duty(engines, config.run, run_dir, (place, meeting), terminal, pulse)
+        joined = JoinedRun(run_dir=run_dir)
         try:
             default_interface(meeting.own_address())
             duty.begin(seats, stop_asked)
@@ -140,8 +142,9 @@ def _agree(
     try:
         with at_work(store, meeting):
             config = preflight(_load(path, overrides, place))
-        check_spanning(config, seats_of(config, _machines(config, place, meeting)))
-        run_dir = stack.enter_context(open_run_dir(config))
+        engines = EngineSettings.of(config)
+        check_spanning(engines, seats_of(engines, config.parallel, place.world_size // meeting.ranks_per_node))
+        run_dir = stack.enter_context(open_run_dir(config.run, evaluates=config.evaluation.only))
     except (ConfigError, PlacementError) as error:
         problems = list(error.problems) if isinstance(error, ConfigError) else [str(error)]
         store.set(key, json.dumps({"problems": problems}))
@@ -220,10 +223,6 @@ def _load(path: str, overrides: Sequence[str], place: RankEnvironment) -> Config
     return config
 
 
-def _machines(config: Config, place: RankEnvironment, meeting: Rendezvous) -> Machines:
-    return machines_of(config, trainer_nodes=place.world_size // meeting.ranks_per_node)
-
-
 def _to_log(path: Path) -> TextIO:
     """Send this process's output, children's included, to ``path``; returns the terminal."""
     sys.stdout.flush()
@@ -241,11 +240,17 @@ class _Duty(threading.Thread):
     list of engines and lines on the terminal, waits for nobody and stops when told."""
 
     def __init__(
-        self, config: Config, run_dir: Path, where_: tuple[RankEnvironment, Rendezvous], terminal: TextIO, pulse: Pulse
+        self,
+        engines: EngineSettings,
+        run: RunConfig,
+        run_dir: Path,
+        where_: tuple[RankEnvironment, Rendezvous],
+        terminal: TextIO,
+        pulse: Pulse,
     ) -> None:
         super().__init__(name="node-duty", daemon=True)
         self._place, self._meeting = where_
-        self._config, self._run_dir, self._terminal, self._pulse = config, run_dir, terminal, pulse
+        self._settings, self._run, self._run_dir, self._terminal, self._pulse = engines, run, run_dir, terminal, pulse
         self._stopping = threading.Event()
         self._once = threading.Lock()
         self._engines: NodeEngines | None = None
@@ -257,13 +262,13 @@ class _Duty(threading.Thread):
         """Start what this rank is to start, and the thread; ``stop_asked`` on rank 0 is handed on to the driver. SIGTERM and
         SIGINT now end the process whatever the main thread is in."""
         end_on_signals(self.end)
-        node, own = self._meeting.node, self._config.starts_engines
+        node, own = self._meeting.node, self._settings.num_started
         if self._place.rank == 0:
             self._begin_rank_0(seats if own else None, stop_asked)
         parts = seats.parts_of(node) if own and self._place.local_rank == 0 else {}
         if parts:
             here = Node(number=node, address=self._meeting.own_address(), num_engines=len(parts))
-            self._engines = NodeEngines(self._config, self._run_dir, here, parts)
+            self._engines = NodeEngines(self._settings, self._run_dir, here, parts)
             self._ticks.append(self._tend_engines)
         if self._place.local_rank == 0:
             self._pulse.start()
@@ -271,10 +276,10 @@ class _Duty(threading.Thread):
 
     def _begin_rank_0(self, seats: Seats | None, stop_asked: Callable[[], bool]) -> None:
         if seats is None:
-            write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._config.rollout))
+            write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._settings.rollout))
         else:
             self._ticks.append(Assembly(self._run_dir, seats.leading_nodes).tick)
-        self._progress = Progress(self._run_dir, total_steps=self._config.run.steps, out=self._terminal)
+        self._progress = Progress(self._run_dir, total_steps=self._run.steps, out=self._terminal)
         self._progress.say(f"{self._place.world_size} trainer rank(s) under torchrun; run folder: {self._run_dir}")
         self._ticks.append(self._progress.tick)
         self._driver = DriverProcess(self._run_dir, dict(os.environ), stop_asked)
@@ -283,7 +288,7 @@ class _Duty(threading.Thread):
     def await_driver(self) -> None:
         """On rank 0, once the ranks were let go: until the driver has ended well. RuntimeError with its cause else."""
         if self._driver is not None:
-            cause = self._driver.ended(self._config.run.failure_timeout_s)
+            cause = self._driver.ended(self._run.failure_timeout_s)
             if cause is not None:
                 raise RuntimeError(cause.cause)
 
@@ -356,7 +361,7 @@ class _Duty(threading.Thread):
         if words is not None:
             log = self._run_dir / "logs" if words.log is None else Path(words.log)
             self.leave(self._cause_of(words.role, words.rank, words.cause, log), words.host)
-        lost = self._pulse.lost(self._config.run.failure_timeout_s)
+        lost = self._pulse.lost(self._run.failure_timeout_s)
         if lost is not None:
             self.fail(str(lost))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from rlx.arch.sizes import Sizes
 from rlx.config.memory import GIB, RESERVE_BYTES, Estimate
-from rlx.config.schema import Config
+from rlx.config.schema import ClusterConfig, Config, RolloutConfig
 
 # Of a GPU that is free when the server starts, the part that its weights and key-value cache take.
 MEM_FRACTION_STATIC = 0.6
@@ -46,11 +46,11 @@ def offload_level(config: Config, device: str) -> str:
     return setting if setting != "auto" else "optimizer" if device == "cuda" else "none"
 
 
-def release_level(config: Config, device: str) -> str:
+def release_level(cluster: ClusterConfig, rollout: RolloutConfig, device: str) -> str:
     """``rollout.release`` resolved for engines on ``device`` (cuda or cpu): none, kv_cache or all."""
-    if not config.cluster.colocated:
+    if not cluster.colocated:
         return "none"
-    setting = config.rollout.release
+    setting = rollout.release
     return setting if setting != "auto" else "all" if device == "cuda" else "none"
 
 
@@ -66,7 +66,7 @@ def shared_phases(config: Config, found: Estimate, sizes: Sizes) -> tuple[Shared
     """Rollout, training, publication; empty when trainers and engines share no GPUs. ``found`` is the estimate of each alone."""
     if not (config.cluster.colocated and config.starts_engines and config.cluster.device != "cpu"):
         return ()
-    offload, release = offload_level(config, "cuda"), release_level(config, "cuda")
+    offload, release = offload_level(config, "cuda"), release_level(config.cluster, config.rollout, "cuda")
     num_trained = 2 if config.trains_critic else 1
     weights = found.weights * (num_trained + config.has_reference)
     optimizer = (found.gradients + found.optimizer) * num_trained
@@ -144,7 +144,7 @@ def sharing_problems(phases: tuple[SharedPhase, ...], found: Estimate, config: C
 
 def _remedies(name: str, config: Config) -> str:
     """What makes this phase smaller."""
-    offload, release = offload_level(config, "cuda"), release_level(config, "cuda")
+    offload, release = offload_level(config, "cuda"), release_level(config.cluster, config.rollout, "cuda")
     found = []
     if name != "training" and offload == "none":
         found.append("set cluster.offload=optimizer" + (" or all" if name == "rollout" else ""))

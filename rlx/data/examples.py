@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlx.config.schema import Config, FinetuneConfig
+from rlx.config.schema import DataConfig, FinetuneConfig
 from rlx.data.chat import Chat, Message, read_messages, says_something
 from rlx.data.chat_mask import MaskedTokens, encode_chat, encode_text_pair
 from rlx.data.order import EpochOrder
@@ -45,22 +45,109 @@ class _UnusableError(Exception):
     """Nothing can be learnt from the row; the message is the reason it is counted under."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleReader:
+    """How a row becomes an example: by its columns, the tokenizer and the limit of a sequence."""
+
+    data: DataConfig
+    finetune: FinetuneConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    def read(self, row: Row) -> tuple[Example, bool]:
+        """The example and whether a sequence of it was cut."""
+        finetune = self.finetune
+        whole = tuple(self._encode(dialogue) for dialogue in self._dialogues(row))
+        is_long = any(side.is_cut or len(side.token_ids) > finetune.max_tokens for side in whole)
+        if is_long and finetune.overlong == "drop":
+            raise _UnusableError("too_long")
+        example = tuple(side.cut(finetune.max_tokens) for side in whole) if is_long else whole
+        if not all(side.token_ids for side in example):
+            raise _UnusableError("too_long" if is_long else "empty_answer")
+        if finetune.is_paired and example[0].token_ids == example[1].token_ids:
+            raise _UnusableError("equal_sides")
+        return example, is_long
+
+    def nothing_left(self, path: str, drops: Counter[str]) -> str:
+        """Why no row of a file can be learnt from."""
+        if not drops:
+            return f"{path} holds no rows"
+        counted = ", ".join(f"{reason} {count}" for reason, count in drops.most_common())
+        advice = f"; finetune.max_tokens is {self.finetune.max_tokens}" if drops["too_long"] else ""
+        return f"{path}: all {drops.total()} rows are dropped ({counted}){advice}"
+
+    def _encode(self, dialogue: _Dialogue) -> MaskedTokens:
+        finetune = self.finetune
+        limit = Limit(num_tokens=finetune.max_tokens, may_cut=finetune.overlong == "truncate")
+        if isinstance(dialogue, Chat):
+            return encode_chat(dialogue, self.tokenizer, limit, last_only=finetune.is_paired or finetune.turns == "last")
+        return encode_text_pair(dialogue.prompt, dialogue.answer, self.tokenizer, limit)
+
+    def _dialogues(self, row: Row) -> tuple[_Dialogue, ...]:
+        """What the row holds, by its columns. ValueError for columns that are missing or of the wrong type."""
+        finetune = self.finetune
+        if finetune.is_paired:
+            keys = (finetune.chosen_key, finetune.rejected_key)
+            missing = [key for key in keys if column(row, key) is None]
+            if missing:
+                raise ValueError(f"no column {missing[0]!r} (finetune.chosen_key, finetune.rejected_key); {columns_in(row)}")
+            return tuple(self._with_answer(row, key) for key in keys)
+        if column(row, finetune.response_key) is not None:
+            return (self._with_answer(row, finetune.response_key),)
+        prompt, key = self._prompt(row)
+        if prompt is None or isinstance(prompt, str):
+            raise ValueError(
+                f"neither a chat in {self.data.messages_key!r} nor an answer in {finetune.response_key!r}"
+                f" (data.messages_key, finetune.response_key); {columns_in(row)}"
+            )
+        return (self._chat(row, read_messages(prompt, key)),)
+
+    def _with_answer(self, row: Row, key: str) -> _Dialogue:
+        """The answer in column ``key``, text or messages, to the row's prompt."""
+        answer = column(row, key)
+        prompt, prompt_key = self._prompt(row)
+        if not isinstance(answer, str):
+            messages = read_messages(answer, key)
+            if messages[0]["role"] != "assistant":
+                return self._chat(row, messages)
+            if prompt is None or isinstance(prompt, str):
+                raise ValueError(f"column {key!r} holds the assistant's messages alone; give the prompt as messages too")
+            return self._chat(row, [*read_messages(prompt, prompt_key), *messages])
+        if prompt is None:
+            raise ValueError(f"column {key!r} is the answer to no prompt (data.messages_key, data.prompt_key); {columns_in(row)}")
+        if not isinstance(prompt, str):
+            return self._chat(row, [*read_messages(prompt, prompt_key), {"role": "assistant", "content": answer}])
+        if not answer.strip():
+            raise _UnusableError("empty_answer")
+        return _Text(prompt=prompt, answer=answer)
+
+    def _prompt(self, row: Row) -> tuple[object, str]:
+        """The prompt, text or messages or None, and the column it stands in."""
+        named = ((column(row, key), key) for key in (self.data.messages_key, self.data.prompt_key))
+        return next(((found, key) for found, key in named if found is not None), (None, ""))
+
+    def _chat(self, row: Row, messages: Sequence[Message]) -> Chat:
+        answers = [message for message in messages if message["role"] == "assistant"]
+        if not answers or not says_something(answers[-1]):
+            raise _UnusableError("empty_answer")
+        return Chat(messages=messages, tools=tools_of(row, self.data))
+
+
 class ExampleSource:
-    """Deals the examples of ``path``.
+    """Deals the examples of ``path``, which ``reader`` makes of its rows.
 
     ``drops`` counts rows left out: ``too_long``, ``empty_answer``, ``equal_sides`` (of a pair). ``num_truncated`` counts
     rows of which a sequence was cut. Raises ValueError for a file that cannot be used, or of which nothing is left.
     """
 
-    def __init__(self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, path: str, reader: ExampleReader, seed: int) -> None:
         self.drops: Counter[str] = Counter()
         self.num_truncated = 0
-        self._path, self._template = path, template_digest(tokenizer)
+        self._path, self._reader, self._template = path, reader, template_digest(reader.tokenizer)
         self._rows = hashlib.blake2b(digest_size=16)
-        self._examples = list(self._load(path, config, tokenizer))
+        self._examples = list(self._load())
         if not self._examples:
-            raise ValueError(_nothing_left(path, self.drops, config))
-        self._order = EpochOrder(len(self._examples), seed=config.run.seed, shuffle=config.data.shuffle)
+            raise ValueError(reader.nothing_left(path, self.drops))
+        self._order = EpochOrder(len(self._examples), seed=seed, shuffle=reader.data.shuffle)
 
     def __len__(self) -> int:
         """Usable examples in an epoch."""
@@ -95,11 +182,11 @@ class ExampleSource:
             )
         self._order.load_state(state)
 
-    def _load(self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
-        for where, row in read_rows(path):
+    def _load(self) -> Iterator[Example]:
+        for where, row in read_rows(self._path):
             try:
                 with placed(where):
-                    example, was_cut = _to_example(row, config, tokenizer)
+                    example, was_cut = self._reader.read(row)
             except _UnusableError as reason:
                 self.drops[str(reason)] += 1
             else:
@@ -108,7 +195,7 @@ class ExampleSource:
                 yield example
 
 
-def check_examples(path: str, config: Config, tokenizer: PreTrainedTokenizerBase, look: Look = EVERY_ROW) -> int:
+def check_examples(path: str, reader: ExampleReader, look: Look = EVERY_ROW) -> int:
     """Look for faults in ``path`` before a run, as ``look`` says; how many of its rows can be learnt from.
 
     Raises ValueError with file and line, as ``ExampleSource`` would.
@@ -119,14 +206,14 @@ def check_examples(path: str, config: Config, tokenizer: PreTrainedTokenizerBase
     for where, row in islice(rows, look.num_rows):
         try:
             with placed(where):
-                example, _ = _to_example(row, config, tokenizer)
+                example, _ = reader.read(row)
                 for side in example:
                     look.check_ids(side.token_ids)
             num_usable += 1
         except _UnusableError as reason:
             drops[str(reason)] += 1
     if not num_usable:
-        nothing = _nothing_left(path, drops, config)
+        nothing = reader.nothing_left(path, drops)
         if not has_more(rows, look):
             raise ValueError(nothing)
         logger.warning("rlx: warning: %s; the file has more", nothing)
@@ -158,86 +245,3 @@ def plan_examples(examples: Sequence[Example], *, dims: ParallelDims, max_tokens
     num_sequences = sum(1 for example in learnt for count in example if count)
     part = MiniBatchPlan(micro_batches=ranks, num_loss_tokens=whole.num_loss_tokens, num_sequences=num_sequences)
     return BatchPlan(mini_batches=(part,))
-
-
-def _nothing_left(path: str, drops: Counter[str], config: Config) -> str:
-    if not drops:
-        return f"{path} holds no rows"
-    counted = ", ".join(f"{reason} {count}" for reason, count in drops.most_common())
-    advice = f"; finetune.max_tokens is {config.finetune.max_tokens}" if drops["too_long"] else ""
-    return f"{path}: all {drops.total()} rows are dropped ({counted}){advice}"
-
-
-def _to_example(row: Row, config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
-    """The example and whether a sequence of it was cut."""
-    finetune = config.finetune
-    whole = tuple(_encode(dialogue, tokenizer, finetune) for dialogue in _dialogues(row, config))
-    is_long = any(side.is_cut or len(side.token_ids) > finetune.max_tokens for side in whole)
-    if is_long and finetune.overlong == "drop":
-        raise _UnusableError("too_long")
-    example = tuple(side.cut(finetune.max_tokens) for side in whole) if is_long else whole
-    if not all(side.token_ids for side in example):
-        raise _UnusableError("too_long" if is_long else "empty_answer")
-    if finetune.is_paired and example[0].token_ids == example[1].token_ids:
-        raise _UnusableError("equal_sides")
-    return example, is_long
-
-
-def _encode(dialogue: _Dialogue, tokenizer: PreTrainedTokenizerBase, finetune: FinetuneConfig) -> MaskedTokens:
-    limit = Limit(num_tokens=finetune.max_tokens, may_cut=finetune.overlong == "truncate")
-    if isinstance(dialogue, Chat):
-        return encode_chat(dialogue, tokenizer, limit, last_only=finetune.is_paired or finetune.turns == "last")
-    return encode_text_pair(dialogue.prompt, dialogue.answer, tokenizer, limit)
-
-
-def _dialogues(row: Row, config: Config) -> tuple[_Dialogue, ...]:
-    """What the row holds, by its columns. ValueError for columns that are missing or of the wrong type."""
-    finetune = config.finetune
-    if finetune.is_paired:
-        keys = (finetune.chosen_key, finetune.rejected_key)
-        missing = [key for key in keys if column(row, key) is None]
-        if missing:
-            raise ValueError(f"no column {missing[0]!r} (finetune.chosen_key, finetune.rejected_key); {columns_in(row)}")
-        return tuple(_with_answer(row, key, config) for key in keys)
-    if column(row, finetune.response_key) is not None:
-        return (_with_answer(row, finetune.response_key, config),)
-    prompt, key = _prompt(row, config)
-    if prompt is None or isinstance(prompt, str):
-        raise ValueError(
-            f"neither a chat in {config.data.messages_key!r} nor an answer in {finetune.response_key!r}"
-            f" (data.messages_key, finetune.response_key); {columns_in(row)}"
-        )
-    return (_chat(row, read_messages(prompt, key), config),)
-
-
-def _with_answer(row: Row, key: str, config: Config) -> _Dialogue:
-    """The answer in column ``key``, text or messages, to the row's prompt."""
-    answer = column(row, key)
-    prompt, prompt_key = _prompt(row, config)
-    if not isinstance(answer, str):
-        messages = read_messages(answer, key)
-        if messages[0]["role"] != "assistant":
-            return _chat(row, messages, config)
-        if prompt is None or isinstance(prompt, str):
-            raise ValueError(f"column {key!r} holds the assistant's messages alone; give the prompt as messages too")
-        return _chat(row, [*read_messages(prompt, prompt_key), *messages], config)
-    if prompt is None:
-        raise ValueError(f"column {key!r} is the answer to no prompt (data.messages_key, data.prompt_key); {columns_in(row)}")
-    if not isinstance(prompt, str):
-        return _chat(row, [*read_messages(prompt, prompt_key), {"role": "assistant", "content": answer}], config)
-    if not answer.strip():
-        raise _UnusableError("empty_answer")
-    return _Text(prompt=prompt, answer=answer)
-
-
-def _prompt(row: Row, config: Config) -> tuple[object, str]:
-    """The prompt, text or messages or None, and the column it stands in."""
-    named = ((column(row, key), key) for key in (config.data.messages_key, config.data.prompt_key))
-    return next(((found, key) for found, key in named if found is not None), (None, ""))
-
-
-def _chat(row: Row, messages: Sequence[Message], config: Config) -> Chat:
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers or not says_something(answers[-1]):
-        raise _UnusableError("empty_answer")
-    return Chat(messages=messages, tools=tools_of(row, config.data))

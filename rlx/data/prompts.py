@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlx.config.schema import Config, DataConfig
+from rlx.config.schema import DataConfig, EvaluationConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig
 from rlx.data.mixture import next_source, shares_of
 from rlx.data.order import Curriculum, EpochOrder
 from rlx.data.questions import (
     Question,
+    Source,
     check_questions,
     columns_of,
     fingerprint,
@@ -139,55 +140,59 @@ class _Dealer:
 
 
 def evaluation_prompts(
-    name: str, one: EvaluationSetConfig, config: Config, tokenizer: PreTrainedTokenizerBase
+    name: str, one: EvaluationSetConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[list[Prompt], Counter[str]]:
     """The first ``one.max_prompts`` usable prompts of an evaluation set in file order, their row numbers among the usable
     ones as ids, and how many of the whole set were over the length limit."""
-    questions, drops = read_questions(one, config.data, tokenizer, default_seed=EVALUATION_SEEDS + config.run.seed)
+    questions, drops = read_questions(one, data, tokenizer, default_seed=EVALUATION_SEEDS + seed)
     source = name or one.path
     return [question.ask(index, source) for index, question in enumerate(questions[: one.max_prompts])], drops
 
 
-def first_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, source: str | None, num: int) -> list[Prompt]:
-    """The first ``num`` usable prompts, in file order, of each source of training, or of the source or evaluation set called
-    ``source``. ValueError for a name that is neither's."""
-    seed = config.run.seed
-    named: dict[str, tuple[SourceConfig | EvaluationSetConfig, int]] = {
-        **{name: (one, EVALUATION_SEEDS + seed) for name, one in config.evaluation.by_name.items()},
-        **{name: (one, seed) for name, one in config.data.by_name.items()},
-    }
-    if source is not None and source not in named:
-        raise ValueError(f"no source is called {source!r}; there are {', '.join(filter(None, named)) or 'none with a name'}")
-    prompts: list[Prompt] = []
-    for name in config.data.by_name if source is None else [source]:
-        one, default_seed = named[name]
-        questions, _ = read_questions(one, config.data, tokenizer, default_seed=default_seed, limit=num)
-        prompts += [question.ask(len(prompts) + index, name or one.path) for index, question in enumerate(questions)]
-    return prompts
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFiles:
+    """All that a run takes prompts from: sources to train on and evaluation sets. ``seed`` is the run's."""
 
+    data: DataConfig
+    evaluation: EvaluationConfig
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
 
-def check_prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, use_of: Callable[[str], LabelUse], look: Look = EVERY_ROW
-) -> list[str]:
-    """What is wrong with the prompts of a run, a line for each source and evaluation set. ``use_of`` says of a source's name
-    what its reward does with labels: where it needs them, some rows must have one. ``look`` says how rows are looked at."""
-    found = []
-    seeds = ((config.data.by_name, config.run.seed), (config.evaluation.by_name, EVALUATION_SEEDS + config.run.seed))
-    for sources, seed in seeds:
-        for name, one in sources.items():
+    def first(self, source: str | None, num: int) -> list[Prompt]:
+        """The first ``num`` usable prompts, in file order, of each source of training, or of the source or evaluation set called
+        ``source``. ValueError for a name that is neither's."""
+        named: dict[str, tuple[Source, int]] = {
+            **{name: (one, EVALUATION_SEEDS + self.seed) for name, one in self.evaluation.by_name.items()},
+            **{name: (one, self.seed) for name, one in self.data.by_name.items()},
+        }
+        if source is not None and source not in named:
+            raise ValueError(f"no source is called {source!r}; there are {', '.join(filter(None, named)) or 'none with a name'}")
+        prompts: list[Prompt] = []
+        for name in self.data.by_name if source is None else [source]:
+            one, seed = named[name]
+            questions, _ = read_questions(one, self.data, self.tokenizer, default_seed=seed, limit=num)
+            prompts += [question.ask(len(prompts) + index, name or one.path) for index, question in enumerate(questions)]
+        return prompts
+
+    def problems(self, use_of: Callable[[str], LabelUse], look: Look = EVERY_ROW) -> list[str]:
+        """What is wrong with them, a line for each source and evaluation set. ``use_of`` says of a source's name what its reward
+        does with labels: where it needs them, some rows must have one. ``look`` says how rows are looked at."""
+        found = []
+        seeds = ((self.data.by_name, self.seed), (self.evaluation.by_name, EVALUATION_SEEDS + self.seed))
+        for name, one, seed in ((name, one, seed) for sources, seed in seeds for name, one in sources.items()):
             use = use_of(name or one.path)
             try:
-                is_labelled = check_questions(one, config.data, tokenizer, use, replace(look, source=name), seed)
+                is_labelled = check_questions(one, self.data, self.tokenizer, use, replace(look, source=name), seed)
             except ValueError as error:
                 found.append(str(error))
                 continue
-            key = columns_of(one, config.data).label_key
+            key = columns_of(one, self.data).label_key
             if is_labelled is False:
                 found += _without_labels(one.path, key, use)
             if is_labelled is None and (use.is_needed or use.is_handed_on):
                 first = "the first %d rows have no %r (data.label_key)"
                 logger.warning(f"rlx: warning: %s: {first}; whether others have is not known", one.path, look.num_rows, key)
-    return found
+        return found
 
 
 def _without_labels(path: str, key: str, use: LabelUse) -> list[str]:

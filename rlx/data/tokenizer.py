@@ -15,7 +15,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlx.arch.fields import tokens_problem
-from rlx.config.schema import Config
+from rlx.config.schema import DataConfig, ModelConfig
 
 # Any one of these is enough for AutoTokenizer to build a tokenizer from a folder.
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -28,10 +28,9 @@ GIVE_BACK = "give what the run began with, or begin a new run in another run.dir
 _PROBE = "The quick brown fox: 12 + 34 = 46.\n\tna\u00efve \u4f60\u597d \U0001f642 def f(x): return x<|im_end|></s>"
 
 
-def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that a run reads and writes with."""
-    data = config.data
-    return load_tokenizer(config.model.tokenizer_path or config.model.path, data.chat_template, data.template_date)
+    return load_tokenizer(model.tokenizer_path or model.path, data.chat_template, data.template_date)
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, template_date: str | None = None) -> PreTrainedTokenizerBase:
@@ -78,13 +77,15 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(repr((vocabulary, special, cut)).encode(), digest_size=16).hexdigest()
 
 
-def answer_decoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+def answer_decoder(
+    tokenizer: PreTrainedTokenizerBase, model: str, stop_token_ids: Sequence[int], *, skip_special_tokens: bool
+) -> Callable[[Sequence[int]], str]:
     """What turns an answer's ids into the text that verifiers see: with special tokens (``<think>`` may be one, and mean
-    something) but for those that pad it or end it by the tokenizer, the model's files or ``rollout.stop_token_ids``;
-    without any where ``reward.skip_special_tokens`` says so."""
-    if config.reward.skip_special_tokens:
+    something) but for those that pad it or end it by the tokenizer, the files of the folder ``model`` or ``stop_token_ids``;
+    without any where ``skip_special_tokens`` says so."""
+    if skip_special_tokens:
         return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
-    aside = {tokenizer.eos_token_id, tokenizer.pad_token_id, *config.rollout.stop_token_ids, *end_ids(config.model.path)}
+    aside = {tokenizer.eos_token_id, tokenizer.pad_token_id, *stop_token_ids, *end_ids(model)}
     return lambda ids: str(tokenizer.decode([token for token in ids if token not in aside], skip_special_tokens=False))
 
 

@@ -7,13 +7,13 @@ answers is right (reward of ``evaluation.pass_reward`` or more), by the unbiased
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
-from rlx.config.schema import Config
+from rlx.config.schema import DataConfig, EvaluationConfig
 from rlx.data.prompts import evaluation_prompts
 from rlx.driver.roles import RewardService, RolloutService
 from rlx.obs.log import logger, phase
@@ -31,26 +31,24 @@ class EvaluationSet:
     sampling: SamplingSpec
 
 
+def evaluation_sets(
+    evaluation: EvaluationConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSpec
+) -> Iterator[EvaluationSet]:
+    """Every set of the configuration, sampled as training is but for what a set says itself."""
+    for name, one in evaluation.by_name.items():
+        prompts, drops = evaluation_prompts(name, one, data, tokenizer, sampling.seed)
+        logger.info("evaluation %s: %d prompts; over the length limit: %s", name or one.path, len(prompts), dict(drops))
+        assert one.samples_per_prompt is not None and one.temperature is not None
+        how = replace(sampling, num_samples=one.samples_per_prompt, temperature=one.temperature)
+        yield EvaluationSet(prefix=f"eval/{name}" if name else "eval", prompts=prompts, sampling=how)
+
+
 class Evaluation:
     """Measures the present weights of the engines on every set: ``eval/...``, ``eval/NAME/...`` for a named one."""
 
-    def __init__(
-        self,
-        config: Config,
-        rollout: RolloutService,
-        reward: RewardService,
-        sampling: SamplingSpec,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self._rollout, self._reward = rollout, reward
-        self._pass_reward = config.evaluation.pass_reward
-        self.sets: list[EvaluationSet] = []
-        for name, one in config.evaluation.by_name.items():
-            prompts, drops = evaluation_prompts(name, one, config, tokenizer)
-            logger.info("evaluation %s: %d prompts; over the length limit: %s", name or one.path, len(prompts), dict(drops))
-            assert one.samples_per_prompt is not None and one.temperature is not None
-            how = replace(sampling, num_samples=one.samples_per_prompt, temperature=one.temperature)
-            self.sets.append(EvaluationSet(prefix=f"eval/{name}" if name else "eval", prompts=prompts, sampling=how))
+    def __init__(self, sets: Iterable[EvaluationSet], rollout: RolloutService, reward: RewardService, pass_reward: float) -> None:
+        self._rollout, self._reward, self._pass_reward = rollout, reward, pass_reward
+        self.sets = list(sets)
 
     def measure(self, step: int) -> dict[str, float]:
         """The metrics of ``summarise`` for each set, and how long it took."""

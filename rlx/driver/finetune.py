@@ -6,17 +6,18 @@ The driver holds examples and plans, never columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
-from transformers import PreTrainedTokenizerBase
-
+from rlx.config.parts import loaded_models
 from rlx.config.schema import Config
-from rlx.data.examples import Example, ExampleSource, plan_examples, to_train_batch
+from rlx.data.examples import Example, ExampleReader, ExampleSource, plan_examples, to_train_batch
 from rlx.data.tokenizer import tokenizer_of
-from rlx.driver.keeping import KeptModels, evaluate_alone
+from rlx.driver.keeping import KeptModels
 from rlx.driver.lane import CommandLane
 from rlx.driver.ranks import RankedModels
-from rlx.driver.run import run
+from rlx.driver.run import evaluate_alone, run
+from rlx.models.hf.fingerprint import origin_of
 from rlx.obs.log import logger, phase
 from rlx.obs.timers import StepTimer
 from rlx.trainer.commands import (
@@ -58,9 +59,8 @@ class TrainedModel(Protocol):
 class Batches:
     """Lays examples out on the ranks and lets the reference score them, where there is one."""
 
-    def __init__(self, config: Config, dims: ParallelDims, model: TrainedModel) -> None:
-        self._max_tokens, self._has_reference = config.batching.max_tokens_per_micro_batch, config.has_reference
-        self._dims, self.model = dims, model
+    def __init__(self, model: TrainedModel, dims: ParallelDims, *, max_tokens: int, has_reference: bool) -> None:
+        self.model, self._dims, self._max_tokens, self._has_reference = model, dims, max_tokens, has_reference
 
     def load(self, examples: Sequence[Example]) -> None:
         self.model.load_batch(to_train_batch(examples), plan_examples(examples, dims=self._dims, max_tokens=self._max_tokens))
@@ -77,16 +77,16 @@ class Batches:
 
 
 class FinetuneTrainer:
-    """Runs steps."""
+    """Runs steps of ``examples_per_step``. ``seed`` is the run's."""
 
-    def __init__(self, config: Config, batches: Batches, source: ExampleSource) -> None:
-        self.config, self.batches, self.source = config, batches, source
+    def __init__(self, batches: Batches, source: ExampleSource, examples_per_step: int, seed: int) -> None:
+        self.batches, self.source, self._examples_per_step, self._seed = batches, source, examples_per_step, seed
         self.num_steps_done = 0
 
     def step(self) -> StepReport:
         """One optimizer step."""
         step, timer = self.num_steps_done + 1, StepTimer()
-        examples = self.source.next(self.config.finetune.examples_per_step)
+        examples = self.source.next(self._examples_per_step)
         with phase("score", step), timer("score"):
             self.batches.load(examples)
         with phase("update", step), timer("update"):
@@ -100,12 +100,12 @@ class FinetuneTrainer:
         return StepReport(step=step, metrics=metrics | self._data_metrics(examples, timer))
 
     def state(self) -> dict[str, object]:
-        return {"step": self.num_steps_done, "examples": self.source.state(), "seed": self.config.run.seed}
+        return {"step": self.num_steps_done, "examples": self.source.state(), "seed": self._seed}
 
     def load_state(self, state: Mapping[str, object]) -> None:
         """Go on where ``state`` was taken. ValueError when the run's seed differs: its data order would."""
-        if state["seed"] != self.config.run.seed:
-            raise ValueError(f"run.seed={self.config.run.seed}, but the checkpoint was made with {state['seed']}")
+        if state["seed"] != self._seed:
+            raise ValueError(f"run.seed={self._seed}, but the checkpoint was made with {state['seed']}")
         self.num_steps_done = int(str(state["step"]))
         examples = state["examples"]
         assert isinstance(examples, Mapping)
@@ -142,24 +142,6 @@ class RankedModel(RankedModels):
         return self._lane.ask(Validate())
 
 
-def drive_finetuning(config: Config, lane: CommandLane, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
-    """Train to the end: resume, step, save, export; or only evaluate.
-
-    False when ``stop_asked`` ended it early; what was done is saved.
-    """
-    batches = Batches(config, config.parallel.dims(config.num_trainer_ranks), RankedModel(lane, config))
-    with phase("read examples"):
-        tokenizer = tokenizer_of(config)
-        held_out = _held_out(config, tokenizer)
-    if config.evaluation.only:
-        evaluate_alone(config, batches.model, lambda step: batches.validate(held_out, step))
-        return True
-    with phase("read examples"):
-        source = ExampleSource(config.examples_path, config, tokenizer)
-    logger.info("%d examples, %d cut, dropped %s", len(source), source.num_truncated, dict(source.drops))
-    return run(config, Finetuning(FinetuneTrainer(config, batches, source), held_out), stop_asked=stop_asked)
-
-
 class Finetuning:
     """Fine-tuning as a job: the trainer's steps, validated on held-out examples."""
 
@@ -182,7 +164,24 @@ class Finetuning:
         return {}
 
 
-def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    if config.evaluation.data is None:
-        return []
-    return ExampleSource(config.evaluation.data, config, tokenizer).first(config.evaluation.max_prompts)
+def drive_finetuning(config: Config, lane: CommandLane, *, stop_asked: Callable[[], bool]) -> bool:
+    """Train to the end: resume, step, save, export; or only evaluate.
+
+    False when ``stop_asked`` ended it early; what was done is saved.
+    """
+    dims, max_tokens = config.parallel.dims(config.num_trainer_ranks), config.batching.max_tokens_per_micro_batch
+    with phase("read examples"):
+        tokenizer = tokenizer_of(config.model, config.data)
+        reader = ExampleReader(data=config.data, finetune=config.finetune, tokenizer=tokenizer)
+        held_out: list[Example] = []
+        if config.evaluation.data is not None:
+            held_out = ExampleSource(config.evaluation.data, reader, config.run.seed).first(config.evaluation.max_prompts)
+    model = RankedModel(lane, dims, partial(origin_of, loaded_models(config), tokenizer))
+    batches = Batches(model, dims, max_tokens=max_tokens, has_reference=config.has_reference)
+    if config.evaluation.only:
+        return evaluate_alone(config, model, lambda step: batches.validate(held_out, step))
+    with phase("read examples"):
+        source = ExampleSource(config.examples_path, reader, config.run.seed)
+    logger.info("%d examples, %d cut, dropped %s", len(source), source.num_truncated, dict(source.drops))
+    trainer = FinetuneTrainer(batches, source, config.finetune.examples_per_step, config.run.seed)
+    return run(config, Finetuning(trainer, held_out), stop_asked=stop_asked)

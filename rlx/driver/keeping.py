@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
@@ -11,8 +11,8 @@ from typing import Protocol
 from rlx.config.convert import to_tree
 from rlx.config.resume import compare
 from rlx.config.schema import Config
-from rlx.driver.checkpoint import SavedRun, newest_checkpoint, write_checkpoint
-from rlx.obs.log import logger, notice, phase
+from rlx.driver.checkpoint import newest_checkpoint, write_checkpoint
+from rlx.obs.log import logger, phase
 from rlx.obs.metrics import MetricsWriter
 from rlx.obs.timers import StepTimer
 from rlx.obs.trackers import make_trackers
@@ -60,7 +60,7 @@ class Keeper:
         run_dir = Path(self._config.run.dir)
         with ExitStack() as stack:
             self._writer = stack.enter_context(closing(MetricsWriter(run_dir / "metrics.jsonl")))
-            self._trackers = make_trackers(self._config, run_dir)
+            self._trackers = make_trackers(self._config.tracker, run_dir)
             for tracker in self._trackers:
                 stack.callback(tracker.close)
             self._open = stack.pop_all()
@@ -71,7 +71,7 @@ class Keeper:
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint where ``run.resume`` asks for it; metrics after it are dropped."""
-        saved = _newest(self._config)
+        saved = newest_checkpoint(self._config.checkpoints) if self._config.run.resume == "auto" else None
         if saved is not None:
             with phase("resume", saved.step):
                 self._kept.models.load(str(saved.folder))
@@ -111,21 +111,3 @@ class Keeper:
             write_checkpoint(self._config.checkpoints, step, state, self._kept.models.save, self._config.checkpoint.keep)
         self._since_last_row = {"perf/save_s": timer.metrics()["perf/save_s"]}
         self._last_saved = step
-
-
-def evaluate_alone(config: Config, models: KeptModels, measure: Callable[[int], Mapping[str, float]]) -> None:
-    """Append one row to metrics.jsonl: ``measure(step)`` of the newest checkpoint where ``run.resume`` asks for it, else of
-    the model that training would start from (step 0)."""
-    saved = _newest(config)
-    if saved is not None:
-        with phase("load checkpoint", saved.step):
-            models.load(str(saved.folder))
-    notice(f"evaluating {saved.folder if saved else config.model.path}")
-    step = saved.step if saved else 0
-    with closing(MetricsWriter(Path(config.run.dir) / "metrics.jsonl", in_order=False)) as writer:
-        writer.write(StepReport(step=step, metrics=measure(step)))
-
-
-def _newest(config: Config) -> SavedRun | None:
-    """The newest whole checkpoint, where ``run.resume`` asks for it and there is one."""
-    return newest_checkpoint(config.checkpoints) if config.run.resume == "auto" else None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from rlx.config.schema import Config
 from rlx.data.plan import part_of
 from rlx.driver.lane import CommandLane, Parts
-from rlx.models.hf.fingerprint import origin_of
 from rlx.trainer.commands import (
     ComputeAdvantages,
     Export,
@@ -46,17 +44,14 @@ def parts_of(batch: Rows, plan: BatchPlan, dims: ParallelDims) -> Parts[None]:
 
 
 class RankedModels:
-    """What the policy of reinforcement and the model of fine-tuning have in common: a batch, and what is kept."""
+    """What the policy of reinforcement and the model of fine-tuning have in common: a batch, and what is kept. ``origin`` says
+    what the run's models began as."""
 
-    def __init__(self, lane: CommandLane, config: Config) -> None:
-        self._lane, self._config = lane, config
-        self._dims = config.parallel.dims(config.num_trainer_ranks)
+    def __init__(self, lane: CommandLane, dims: ParallelDims, origin: Callable[[], Mapping[str, object]]) -> None:
+        self._lane, self._dims, self.origin = lane, dims, origin
 
     def load_batch(self, batch: Rows, plan: BatchPlan) -> None:
         self._lane.ask(parts_of(batch, plan, self._dims))
-
-    def origin(self) -> Mapping[str, object]:
-        return origin_of(self._config)
 
     def save(self, path: str) -> None:
         with self._room():
@@ -77,8 +72,10 @@ class RankedModels:
 class RankedPolicy(RankedModels):
     """PolicyGroup over ranks. ``engines`` None: there are none."""
 
-    def __init__(self, lane: CommandLane, engines: Engines | None, config: Config) -> None:
-        super().__init__(lane, config)
+    def __init__(
+        self, lane: CommandLane, engines: Engines | None, dims: ParallelDims, origin: Callable[[], Mapping[str, object]]
+    ) -> None:
+        super().__init__(lane, dims, origin)
         self._engines = engines
 
     def begin_training(self) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
 from rlx.config.schema import Config
-from rlx.driver.keeping import Keeper, Kept
-from rlx.obs.log import phase
+from rlx.driver.checkpoint import newest_checkpoint
+from rlx.driver.keeping import Keeper, Kept, KeptModels
+from rlx.obs.log import notice, phase
+from rlx.obs.metrics import MetricsWriter
 from rlx.types.rollout import StepReport
 
 
@@ -51,3 +54,17 @@ def run(config: Config, job: Job, *, stop_asked: Callable[[], bool] = lambda: Fa
         if done and config.run.export_hf:
             job.models.export_hf(str(Path(config.run.dir) / "hf"))
         return done
+
+
+def evaluate_alone(config: Config, models: KeptModels, measure: Callable[[int], Mapping[str, float]]) -> bool:
+    """Append one row to metrics.jsonl: ``measure(step)`` of the newest checkpoint where ``run.resume`` asks for it, else of
+    the model that training would start from (step 0). True: it is done."""
+    saved = newest_checkpoint(config.checkpoints) if config.run.resume == "auto" else None
+    if saved is not None:
+        with phase("load checkpoint", saved.step):
+            models.load(str(saved.folder))
+    notice(f"evaluating {saved.folder if saved else config.model.path}")
+    step = saved.step if saved else 0
+    with closing(MetricsWriter(Path(config.run.dir) / "metrics.jsonl", in_order=False)) as writer:
+        writer.write(StepReport(step=step, metrics=measure(step)))
+    return True

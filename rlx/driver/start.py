@@ -8,7 +8,7 @@ from pathlib import Path
 from rlx.config.schema import Config
 from rlx.driver.finetune import drive_finetuning
 from rlx.driver.lane import CommandLane, LaneError, Listener, announce_driver, lane_secret
-from rlx.driver.training import drive, drive_evaluation
+from rlx.driver.training import drive
 from rlx.engines.fleet import wait_for_fleet
 from rlx.obs.log import logger, phase
 from rlx.processes.environment import Rendezvous
@@ -36,16 +36,12 @@ def run_driver(
         connections = listener.wait(limit_s)
         listener.close()
     lane = CommandLane(connections, silence_s=config.run.failure_timeout_s + _HOSTS_FIRST_S, lost=lost)
-    done = True
     if config.is_finetuning:
         done = drive_finetuning(config, lane, stop_asked=stop_asked)
     else:
         with phase("wait for engines"):
             wait_for_fleet(endpoints_file, config.rollout.start_timeout_s)
-        if config.evaluation.only:
-            drive_evaluation(config, lane, endpoints_file)
-        else:
-            done = drive(config, lane, endpoints_file, stop_asked=stop_asked)
+        done = drive(config, lane, endpoints_file, stop_asked=stop_asked)
     lane.leave(done=done)
     logger.info("done" if done else "saved and left, as asked")
     return done

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -11,24 +12,22 @@ from transformers import PreTrainedTokenizerBase
 from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.registry import make_algorithm
 from rlx.arch.families.registry import read_architecture
-from rlx.config.schema import Config
+from rlx.config.parts import loaded_models
+from rlx.config.schema import Config, RolloutConfig
 from rlx.data.prompts import PromptSource
 from rlx.data.tokenizer import answer_decoder, tokenizer_of
 from rlx.driver.batcher import Batcher, BatchRules
-from rlx.driver.evaluate import Evaluation
+from rlx.driver.evaluate import Evaluation, evaluation_sets
 from rlx.driver.groups import GroupStream
-from rlx.driver.keeping import KeptModels, evaluate_alone
+from rlx.driver.keeping import KeptModels
 from rlx.driver.lane import CommandLane
 from rlx.driver.ppo import Learner, PPOTrainer
 from rlx.driver.publishing import EnginePublisher
-from rlx.driver.ranks import (
-    RankedCritic,
-    RankedPolicy,
-    RankedReference,
-)
-from rlx.driver.roles import RewardService, Roles, RolloutService
-from rlx.driver.run import run
-from rlx.engines.fleet import read_fleet
+from rlx.driver.ranks import RankedCritic, RankedPolicy, RankedReference
+from rlx.driver.roles import Roles, RolloutService
+from rlx.driver.run import evaluate_alone, run
+from rlx.engines.fleet import Fleet, read_fleet
+from rlx.models.hf.fingerprint import origin_of
 from rlx.obs.log import logger, phase
 from rlx.rewards.pool.pools import make_reward_service
 from rlx.rollout.generate import HttpRolloutService
@@ -58,107 +57,92 @@ class Reinforcement:
         return {**self._trainer.roles.rollout.counts(), **self._lane.ask(MemoryMetrics())}
 
 
-def drive(config: Config, lane: CommandLane, engines: Path, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:
-    """Train to the end; False when ``stop_asked`` ended it early."""
+def drive(config: Config, lane: CommandLane, engines: Path, *, stop_asked: Callable[[], bool]) -> bool:
+    """Train, or only evaluate, to the end; False when ``stop_asked`` ended it early."""
+    tokenizer = tokenizer_of(config.model, config.data)
+    dims = config.parallel.dims(config.num_trainer_ranks)
+    publisher: EnginePublisher | None = None
+    rollout: RolloutService
     with ExitStack() as stack:
-        tokenizer = tokenizer_of(config)
-        trainer = _make_trainer(config, lane, engines, tokenizer, stack)
-        roles = trainer.roles
-        evaluation = Evaluation(config, roles.rollout, roles.reward, sampling_of(config, tokenizer), tokenizer)
+        if config.rollout.replay is not None:
+            rollout = RolloutReplay(config.rollout.replay)
+        else:
+            recorder = None
+            if config.rollout.record is not None and not config.evaluation.only:
+                recorder = stack.enter_context(closing(RolloutRecorder(config.rollout.record)))
+            limit_s, shares = config.rollout.start_timeout_s, config.cluster.colocated
+            publisher = EnginePublisher(lane, engines, start_timeout_s=limit_s, shares_devices=shares)
+            vocab_size = read_architecture(config.model.path).vocab_size
+            rollout = _served(config.rollout, publisher, read_fleet(engines), vocab_size, recorder)
+        stack.callback(rollout.close)
+        skips, stops = config.reward.skip_special_tokens, config.rollout.stop_token_ids
+        decode = answer_decoder(tokenizer, config.model.path, stops, skip_special_tokens=skips)
+        reward = make_reward_service(config.reward, decode)
+        stack.callback(reward.close)
+        policy = RankedPolicy(lane, publisher, dims, partial(origin_of, loaded_models(config), tokenizer))
+        sampling = sampling_of(config.rollout, tokenizer, config.run.seed)
+        sets = evaluation_sets(config.evaluation, config.data, tokenizer, sampling)
+        if config.evaluation.only:
+            evaluation = Evaluation(sets, rollout, reward, config.evaluation.pass_reward)
+
+            def measure(step: int) -> Mapping[str, float]:
+                with phase("first sync", step):
+                    policy.publish(step)
+                return {**evaluation.measure(step), **rollout.counts()}
+
+            return evaluate_alone(config, policy, measure)
+        algorithm = make_algorithm(config.algorithm)
+        roles = Roles(
+            policy=policy,
+            critic=RankedCritic(lane) if algorithm.needs_critic else None,
+            reference=RankedReference(lane) if config.algorithm.needs_reference else None,
+            rollout=rollout,
+            reward=reward,
+        )
+        prompts = PromptSource(config.data, tokenizer, config.run.seed)
+        logger.info("prompts: %d; over the length limit: %s", len(prompts), dict(prompts.drops))
+        stream = GroupStream(prompts, rollout, reward, sampling, greedy_baseline=algorithm.greedy_baseline)
+        controller = make_kl_controller(config.algorithm)
+        learner = Learner(config.algorithm, config.batching, dims, roles, controller, critic_first=algorithm.critic_first)
+        rules = BatchRules(
+            prompts_per_step=config.data.prompts_per_step,
+            max_new_tokens=config.rollout.max_new_tokens,
+            algorithm=config.algorithm,
+            group_advantages=algorithm.group_advantages,
+            sources=frozenset(config.data.sources),
+        )
+        trainer = PPOTrainer(config.run, roles, stream, Batcher(rules), learner)
+        evaluation = Evaluation(sets, rollout, reward, config.evaluation.pass_reward)
         return run(config, Reinforcement(trainer, evaluation, lane), stop_asked=stop_asked)
 
 
-def drive_evaluation(config: Config, lane: CommandLane, engines: Path) -> None:
-    """Publish the weights to the engines and evaluate them there."""
-    with ExitStack() as stack:
-        tokenizer = tokenizer_of(config)
-        publisher, rollout, reward = _make_services(config, lane, engines, tokenizer, stack)
-        policy = RankedPolicy(lane, publisher, config)
-        evaluation = Evaluation(config, rollout, reward, sampling_of(config, tokenizer), tokenizer)
-
-        def measure(step: int) -> Mapping[str, float]:
-            with phase("first sync", step):
-                policy.publish(step)
-            return {**evaluation.measure(step), **rollout.counts()}
-
-        evaluate_alone(config, policy, measure)
-
-
-def _make_trainer(
-    config: Config, lane: CommandLane, engines: Path, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
-) -> PPOTrainer:
-    algorithm = make_algorithm(config.algorithm)
-    publisher, rollout, reward = _make_services(config, lane, engines, tokenizer, stack)
-    roles = Roles(
-        policy=RankedPolicy(lane, publisher, config),
-        critic=RankedCritic(lane) if algorithm.needs_critic else None,
-        reference=RankedReference(lane) if config.algorithm.needs_reference else None,
-        rollout=rollout,
-        reward=reward,
-    )
-    prompts = PromptSource(config.data, tokenizer, config.run.seed)
-    logger.info("prompts: %d; over the length limit: %s", len(prompts), dict(prompts.drops))
-    sampling = sampling_of(config, tokenizer)
-    stream = GroupStream(prompts, rollout, reward, sampling, greedy_baseline=algorithm.greedy_baseline)
-    controller = make_kl_controller(config.algorithm)
-    dims = config.parallel.dims(config.num_trainer_ranks)
-    learner = Learner(config.algorithm, config.batching, dims, roles, controller, critic_first=algorithm.critic_first)
-    rules = BatchRules(
-        prompts_per_step=config.data.prompts_per_step,
-        max_new_tokens=config.rollout.max_new_tokens,
-        algorithm=config.algorithm,
-        group_advantages=algorithm.group_advantages,
-        sources=frozenset(config.data.sources),
-    )
-    return PPOTrainer(config.run, roles, stream, Batcher(rules), learner)
-
-
-def _make_services(
-    config: Config, lane: CommandLane, engines: Path, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
-) -> tuple[EnginePublisher | None, RolloutService, RewardService]:
-    publisher, rollout = _make_rollout(config, lane, engines, stack)
-    stack.callback(rollout.close)
-    pool = make_reward_service(config.reward, answer_decoder(config, tokenizer))
-    stack.callback(pool.close)
-    return publisher, rollout, pool
-
-
-def _make_rollout(
-    config: Config, lane: CommandLane, engines: Path, stack: ExitStack
-) -> tuple[EnginePublisher | None, RolloutService]:
-    if config.rollout.replay is not None:
-        return None, RolloutReplay(config.rollout.replay)
-    recorder = None
-    if config.rollout.record is not None and not config.evaluation.only:
-        recorder = RolloutRecorder(config.rollout.record)
-        stack.callback(recorder.close)
-    publisher = EnginePublisher(
-        lane, engines, start_timeout_s=config.rollout.start_timeout_s, shares_devices=config.cluster.colocated
-    )
-    fleet = read_fleet(engines)
+def _served(
+    config: RolloutConfig, publisher: EnginePublisher, fleet: Fleet, vocab_size: int, recorder: RolloutRecorder | None
+) -> HttpRolloutService:
+    """Rollouts from engines, which the publisher brings to new weights."""
     rollout = HttpRolloutService(
         [member.url for member in fleet.members],
-        config.rollout,
-        read_architecture(config.model.path).vocab_size,
+        config,
+        vocab_size,
         recorder,
         api_key=fleet.keys.api_key,
         care=EngineCare(recover=publisher.publish_again, report_unwell=publisher.report_unwell),
     )
     publisher.adopt = rollout.use
-    return publisher, rollout
+    return rollout
 
 
-def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> SamplingSpec:
+def sampling_of(rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> SamplingSpec:
     """How training rollouts are sampled; the tokenizer's end of sequence always stops."""
-    stops = list(config.rollout.stop_token_ids)
+    stops = list(rollout.stop_token_ids)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
         stops.append(int(tokenizer.eos_token_id))
     return SamplingSpec(
-        num_samples=config.rollout.samples_per_prompt,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        top_k=config.rollout.top_k,
+        num_samples=rollout.samples_per_prompt,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
         stop_token_ids=tuple(stops),
-        seed=config.run.seed,
+        seed=seed,
     )

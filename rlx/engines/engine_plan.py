@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from rlx.config.schema import Config, RolloutConfig
+from rlx.config.parts import EngineSettings
+from rlx.config.schema import ClusterConfig, RolloutConfig
 from rlx.config.sharing import release_level
 from rlx.engines.fleet import Fleet, Member
 from rlx.engines.manager import EnginePlan
@@ -50,46 +51,47 @@ class EngineSite:
     span: Span | None = None
 
 
-def plan_engine(config: Config, site: EngineSite) -> EnginePlan:
+def plan_engine(engines: EngineSettings, site: EngineSite) -> EnginePlan:
     """What to run as this engine now. Writes the files that the engine reads; ValueError names a wrong setting."""
-    return _plan_sglang(config, site) if config.rollout.engine == "sglang" else _plan_embedded(config, site)
+    return _plan_sglang(engines, site) if engines.rollout.engine == "sglang" else _plan_embedded(engines, site)
 
 
-def check_placement(config: Config) -> None:
+def check_placement(engines: EngineSettings) -> None:
     """ValueError when this machine lacks the GPUs that trainers and engines are to have, or they cannot share them."""
-    if _device(config) != "cuda":
+    if _device(engines.cluster) != "cuda":
         return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         raise ValueError("cluster.device: cuda, but no GPU is visible")
-    if config.num_trainer_ranks > count:
-        raise ValueError(f"cluster.num_trainer_ranks: {config.num_trainer_ranks} ranks need a GPU each, {count} are visible")
-    if not config.starts_engines:
+    if engines.num_trainer_ranks > count:
+        raise ValueError(f"cluster.num_trainer_ranks: {engines.num_trainer_ranks} ranks need a GPU each, {count} are visible")
+    if not engines.num_started:
         return
-    if config.cluster.colocated:
+    if engines.cluster.colocated:
         for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
             if "expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", ""):
                 raise ValueError(
                     f"cluster.colocated: {name} asks for expandable_segments, whose memory another process cannot open"
                     " (CUDA IPC) and torch_memory_saver refuses; unset it"
                 )
-    if config.cluster.colocated or config.rollout.engine == "sglang":
-        _gpus_of(config, config.rollout.num_engines - 1)
+    if engines.cluster.colocated or engines.rollout.engine == "sglang":
+        _gpus_of(engines, engines.num_started - 1)
 
 
-def _plan_embedded(config: Config, site: EngineSite) -> EnginePlan:
+def _plan_embedded(engines: EngineSettings, site: EngineSite) -> EnginePlan:
     key_file = _key_file(site)
-    argv = engine_command(config, index=site.index, port=0, python=sys.executable, parent_pipe=site.parent_pipe)
+    argv = engine_command(engines, index=site.index, port=0, python=sys.executable, parent_pipe=site.parent_pipe)
     gpus: Sequence[str] = ()
-    if _device(config) == "cuda":
-        gpus = site.gpus or (_gpus_of(config, site.index) if config.cluster.colocated else ())
+    if _device(engines.cluster) == "cuda":
+        gpus = site.gpus or (_gpus_of(engines, site.index) if engines.cluster.colocated else ())
     env = dict(site.env) | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
     return EnginePlan(argv=[*argv, "--host", site.host, "--config", str(key_file)], env=env, host=site.host)
 
 
-def _plan_sglang(config: Config, site: EngineSite) -> EnginePlan:
-    device, python = _device(config), config.rollout.python or sys.executable
-    if device == "cuda" and config.transport in _GROUP_TRANSPORTS:
+def _plan_sglang(engines: EngineSettings, site: EngineSite) -> EnginePlan:
+    rollout, device = engines.rollout, _device(engines.cluster)
+    python = rollout.python or sys.executable
+    if device == "cuda" and engines.transport in _GROUP_TRANSPORTS:
         check_nccl(python)
     port, modules = free_port(site.host, room_above=ROOM_ABOVE_PORT), site.run_dir / "engines" / "modules"
     write_modules(modules, device)
@@ -100,18 +102,18 @@ def _plan_sglang(config: Config, site: EngineSite) -> EnginePlan:
         port=port,
         key_file=_key_file(site),
         python=python,
-        releases=device == "cuda" and bool(released_tags(config, device)),
+        releases=device == "cuda" and bool(released_tags(engines.cluster, rollout, device)),
         span=site.span,
     )
     env = sglang_environment(
         _without_own_code(site.env),
         server,
-        tp=config.rollout.tp,
+        tp=rollout.tp,
         cores=sorted(os.sched_getaffinity(0)),
         modules=modules,
-        devices=site.gpus or (_gpus_of(config, site.index) if device == "cuda" else ()),
+        devices=site.gpus or (_gpus_of(engines, site.index) if device == "cuda" else ()),
     )
-    return EnginePlan(argv=sglang_command(config, server), env=env, port=port, host=site.host, span=site.span)
+    return EnginePlan(argv=sglang_command(engines, server), env=env, port=port, host=site.host, span=site.span)
 
 
 def _key_file(site: EngineSite) -> Path:
@@ -130,24 +132,25 @@ def _without_own_code(env: Mapping[str, str]) -> dict[str, str]:
     return dict(env) | {"PYTHONPATH": os.pathsep.join(rest)}
 
 
-def _device(config: Config) -> str:
-    if config.cluster.device != "auto":
-        return config.cluster.device
+def _device(cluster: ClusterConfig) -> str:
+    if cluster.device != "auto":
+        return cluster.device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _gpus_of(config: Config, index: int) -> list[str]:
+def _gpus_of(engines: EngineSettings, index: int) -> list[str]:
     """The GPUs of engine ``index``, ``rollout.tp`` an engine: those after the trainers', or from the trainers' first on."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    taken = 0 if config.cluster.colocated else config.num_trainer_ranks
-    first = taken + index * config.rollout.tp
-    chosen = names[first : first + config.rollout.tp]
-    if len(chosen) < config.rollout.tp:
-        needed = max(config.num_trainer_ranks, taken + config.rollout.num_engines * config.rollout.tp)
+    ranks, tp = engines.num_trainer_ranks, engines.rollout.tp
+    taken = 0 if engines.cluster.colocated else ranks
+    first = taken + index * tp
+    chosen = names[first : first + tp]
+    if len(chosen) < tp:
+        needed = max(ranks, taken + engines.num_started * tp)
         raise ValueError(
-            f"rollout.num_engines x rollout.tp: {config.num_trainer_ranks} trainer rank(s) and {config.rollout.num_engines} x"
-            f" {config.rollout.tp} for engines need {needed} GPUs, {len(names)} are visible"
+            f"rollout.num_engines x rollout.tp: {ranks} trainer rank(s) and {engines.num_started} x"
+            f" {tp} for engines need {needed} GPUs, {len(names)} are visible"
         )
     return chosen
 
@@ -158,6 +161,6 @@ def attached_fleet(rollout: RolloutConfig) -> Fleet:
     return Fleet(members=tuple(members), keys=attached_keys(), launched=False)
 
 
-def released_tags(config: Config, device: str) -> tuple[str, ...]:
+def released_tags(cluster: ClusterConfig, rollout: RolloutConfig, device: str) -> tuple[str, ...]:
     """What engines on ``device`` (cuda or cpu) give back while the trainers work, as SGLang calls it."""
-    return _TAGS[release_level(config, device)]
+    return _TAGS[release_level(cluster, rollout, device)]

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlx.config.schema import Config
+from rlx.config.parts import EngineSettings
 from rlx.engines.fleet import (
     Fleet,
     Held,
@@ -72,7 +72,7 @@ class Engines:
 
     def __init__(
         self,
-        config: Config,
+        engines: EngineSettings,
         keys: EngineKeys,
         path: Path,
         *,
@@ -80,11 +80,11 @@ class Engines:
         spawn: Callable[[int, EnginePlan], Child],
         say: Callable[[str], None],
     ) -> None:
-        self._config, self._keys, self._path = config.rollout, keys, path
-        self._shares_devices = config.cluster.colocated
+        self._config, self._keys, self._path = engines.rollout, keys, path
+        self._shares_devices = engines.cluster.colocated
         self._plan, self._spawn, self._say = plan, spawn, say
         self._cancelled = threading.Event()
-        self._pool = ThreadPoolExecutor(max_workers=config.rollout.num_engines, thread_name_prefix="engine-start")
+        self._pool = ThreadPoolExecutor(max_workers=engines.rollout.num_engines, thread_name_prefix="engine-start")
         self._slots: list[_Slot] = []
         self._written: Fleet | None = None
         self._failure: Cause | None = None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from rlx.config.schema import Config
+from rlx.config.parts import EngineSettings
 from rlx.engines.engine_plan import EngineSite, plan_engine
 from rlx.engines.fleet import (
     Fleet,
@@ -69,13 +69,13 @@ class NodeEngines:
     can be started with, with nothing started."""
 
     def __init__(
-        self, config: Config, run_dir: Path, node: Node, parts: Mapping[int, EnginePart], *, incarnation: int = 0
+        self, engines: EngineSettings, run_dir: Path, node: Node, parts: Mapping[int, EnginePart], *, incarnation: int = 0
     ) -> None:
-        self._config, self._run_dir, self._node, self._parts = config, run_dir, node, parts
+        self._settings, self._run_dir, self._node, self._parts = engines, run_dir, node, parts
         self._id = uuid.uuid4().hex
         self._open = ExitStack()
         self._pipe = self._open.enter_context(inherited_pipe())
-        self._env = _environment(config, self._id, node)
+        self._env = _environment(engines, self._id, node)
         self._keys = run_keys(run_dir)
         for index in parts:
             self._plan(index)
@@ -87,7 +87,7 @@ class NodeEngines:
         )
         self._open.callback(self._guard.dismiss)
         self._engines = Engines(
-            config,
+            engines,
             self._keys,
             part_path(run_dir, node.number),
             plan=self._plan,
@@ -139,7 +139,7 @@ class NodeEngines:
             gpus=tuple(_visible(part.gpus).split(",")) if part.gpus else (),
             span=span,
         )
-        found = plan_engine(self._config, site)
+        found = plan_engine(self._settings, site)
         # A signal that asks the trainers to save may reach every process of a job.
         return replace(found, argv=["env", "--ignore-signal=USR1", *found.argv])
 
@@ -203,10 +203,9 @@ def part_path(run_dir: Path, node: int) -> Path:
     return run_dir / f"engines-{node}.json"
 
 
-def _environment(config: Config, launch_id: str, node: Node) -> dict[str, str]:
-    env = child_environment(config, launch_id, num_peers=node.num_engines)
-    if not node.address.startswith("127.") and "GLOO_SOCKET_IFNAME" not in os.environ:
-        env.pop("GLOO_SOCKET_IFNAME", None)
+def _environment(engines: EngineSettings, launch_id: str, node: Node) -> dict[str, str]:
+    all_here = node.address.startswith("127.") and not engines.rollout.endpoints
+    env = child_environment(engines.cluster, launch_id, num_peers=node.num_engines, all_here=all_here)
     return {name: value for name, value in env.items() if name not in _RANK_VARIABLES and not name.startswith("TORCHELASTIC_")}
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from rlx.config.schema import Config
+from rlx.config.schema import TrackerConfig
 from rlx.types.rollout import StepReport
 
 
@@ -63,11 +63,11 @@ class WandbTracker:
         self._run.finish()
 
 
-def make_trackers(config: Config, run_dir: str | os.PathLike[str]) -> list[Tracker]:
-    """The trackers that ``config`` asks for; raises ValueError naming the key of one that cannot be had."""
+def make_trackers(wanted: TrackerConfig, run_dir: str | os.PathLike[str]) -> list[Tracker]:
+    """The trackers that are ``wanted``; raises ValueError naming the key of one that cannot be had."""
     trackers: list[Tracker] = []
-    if config.tracker.wandb_project is not None:
-        trackers.append(WandbTracker(config.tracker.wandb_project, run_dir))
-    if config.tracker.tensorboard:
+    if wanted.wandb_project is not None:
+        trackers.append(WandbTracker(wanted.wandb_project, run_dir))
+    if wanted.tensorboard:
         trackers.append(TensorBoardTracker(Path(run_dir) / "tensorboard"))
     return trackers

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rlx.config.schema import Config
+from rlx.config.parts import EngineSettings
+from rlx.config.schema import ClusterConfig, ParallelConfig
 from rlx.placement.seats import (
     Demand,
     Machines,
@@ -12,21 +13,19 @@ from rlx.placement.seats import (
 )
 
 
-def demand_of(config: Config) -> Demand:
-    """What the configuration asks to be seated; engines only where it starts some itself."""
-    rollout = config.rollout
+def demand_of(engines: EngineSettings, parallel: ParallelConfig) -> Demand:
+    """What is to be seated: trainer ranks laid out as ``parallel`` says, and the engines that the run starts itself."""
     return Demand(
-        trainer_ranks=config.num_trainer_ranks,
-        tp=config.parallel.tp,
-        num_engines=rollout.num_engines if config.starts_engines else 0,
-        engine_gpus=rollout.tp,
-        shares_gpus=config.cluster.colocated,
+        trainer_ranks=engines.num_trainer_ranks,
+        tp=parallel.tp,
+        num_engines=engines.num_started,
+        engine_gpus=engines.rollout.tp,
+        shares_gpus=engines.cluster.colocated,
     )
 
 
-def machines_of(config: Config, trainer_nodes: int | None = None) -> Machines:
+def machines_of(cluster: ClusterConfig, trainer_nodes: int | None = None) -> Machines:
     """The machines that the configuration names (one where it names none), or ``trainer_nodes`` and its rollout nodes."""
-    cluster = config.cluster
     nodes = cluster.nodes or 1
     return Machines(
         nodes=nodes if trainer_nodes is None else trainer_nodes + cluster.rollout_nodes,
@@ -36,20 +35,20 @@ def machines_of(config: Config, trainer_nodes: int | None = None) -> Machines:
     )
 
 
-def seats_of(config: Config, machines: Machines | None = None) -> Seats:
-    """Who sits where; PlacementError when it does not fit."""
-    return plan_seats(machines or machines_of(config), demand_of(config))
+def seats_of(engines: EngineSettings, parallel: ParallelConfig, trainer_nodes: int | None = None) -> Seats:
+    """Who sits where on the machines of ``machines_of``; PlacementError when it does not fit."""
+    return plan_seats(machines_of(engines.cluster, trainer_nodes), demand_of(engines, parallel))
 
 
-def check_spanning(config: Config, seats: Seats) -> None:
+def check_spanning(engines: EngineSettings, seats: Seats) -> None:
     """PlacementError for engines on several nodes that cannot be there."""
     spans = [len(seat.nodes) for seat in seats.engines if len(seat.nodes) > 1]
     if not spans:
         return
-    what = f"rollout.tp: {config.rollout.tp} ranks make an engine span {spans[0]} nodes"
-    if config.rollout.engine != "sglang":
+    what = f"rollout.tp: {engines.rollout.tp} ranks make an engine span {spans[0]} nodes"
+    if engines.rollout.engine != "sglang":
         raise PlacementError(f"{what}, which only SGLang's servers do: set rollout.engine=sglang, or make rollout.tp smaller")
-    if config.transport in ("ipc", "shm"):
+    if engines.transport in ("ipc", "shm"):
         raise PlacementError(
-            f"{what}, and sync.transport {config.transport} joins processes of one machine: use stream, broadcast or disk"
+            f"{what}, and sync.transport {engines.transport} joins processes of one machine: use stream, broadcast or disk"
         )

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rlx.config.schema import Config
-from rlx.placement.from_config import demand_of, machines_of
-from rlx.placement.seats import PlacementError, Seats, plan_seats
+from rlx.config.schema import ClusterConfig
+from rlx.placement.from_config import machines_of
+from rlx.placement.seats import Demand, PlacementError, Seats, plan_seats
 
 Bundle = Mapping[str, float]
 
@@ -32,22 +32,22 @@ class LackError(RuntimeError):
     """The cluster is too small, or too busy; the message says what it lacks and how much there is."""
 
 
-def plan_job(config: Config, nodes: Sequence[RayNode]) -> Seats:
-    """Seat the job on ``cluster.nodes`` nodes, or on the fewest that hold it.
+def plan_job(cluster: ClusterConfig, demand: Demand, nodes: Sequence[RayNode]) -> Seats:
+    """Seat the job's ``demand`` on ``cluster.nodes`` nodes, or on the fewest that hold it.
 
     PlacementError when no cluster of such nodes would do, LackError when this one is too small.
     """
-    gpus = _gpus_per_node(config, nodes)
-    first, last = (config.cluster.nodes,) * 2 if config.cluster.nodes else (config.cluster.rollout_nodes + 1, max(1, len(nodes)))
+    gpus = _gpus_per_node(cluster, nodes)
+    first, last = (cluster.nodes,) * 2 if cluster.nodes else (cluster.rollout_nodes + 1, max(1, len(nodes)))
     refusals: list[PlacementError] = []
     lack: LackError | None = None
     for count in range(first, max(first, last) + 1):
         try:
-            seats = plan_seats(replace(machines_of(config), nodes=count, gpus_per_node=gpus), demand_of(config))
+            seats = plan_seats(replace(machines_of(cluster), nodes=count, gpus_per_node=gpus), demand)
         except PlacementError as error:
             refusals.append(error)
             continue
-        needed = bundles_of(config, seats)
+        needed = bundles_of(cluster, seats)
         if _fits(needed, nodes):
             return seats
         lack = lack or LackError(_lack_text(needed, nodes))
@@ -56,9 +56,9 @@ def plan_job(config: Config, nodes: Sequence[RayNode]) -> Seats:
     raise lack
 
 
-def bundles_of(config: Config, seats: Seats) -> list[Bundle]:
+def bundles_of(cluster: ClusterConfig, seats: Seats) -> list[Bundle]:
     """What the plan reserves on each of its nodes."""
-    threads = float(config.cluster.threads_per_rank or 1)
+    threads = float(cluster.threads_per_rank or 1)
     return [_bundle(seats, node, threads) for node in range(seats.machines.nodes)]
 
 
@@ -73,22 +73,21 @@ def busy_text(needed: Sequence[Bundle], total: Bundle, free: Bundle) -> str:
     return f"{what}: the job needs {wanted}, there are {counts}; others use the rest"
 
 
-def own_cpus(config: Config, cores: int) -> int:
+def own_cpus(cluster: ClusterConfig, demand: Demand, cores: int) -> int:
     """CPUs to declare for a Ray of our own on this machine: at least what the job needs there."""
-    demand = demand_of(config)
-    return max(cores, (demand.trainer_ranks + demand.num_engines) * (config.cluster.threads_per_rank or 1))
+    return max(cores, (demand.trainer_ranks + demand.num_engines) * (cluster.threads_per_rank or 1))
 
 
-def _gpus_per_node(config: Config, nodes: Sequence[RayNode]) -> int | None:
-    if config.cluster.gpus_per_node is not None or config.cluster.device == "cpu":
-        return config.cluster.gpus_per_node
+def _gpus_per_node(cluster: ClusterConfig, nodes: Sequence[RayNode]) -> int | None:
+    if cluster.gpus_per_node is not None or cluster.device == "cpu":
+        return cluster.gpus_per_node
     counts = {int(node.gpus): node.host for node in nodes if node.gpus}
     if len(counts) > 1:
         found = ", ".join(f"{count} on {host}" for count, host in sorted(counts.items()))
         raise PlacementError(
             f"cluster.gpus_per_node: the cluster's nodes have unequal GPUs ({found}); set the number to use of each"
         )
-    if not counts and config.cluster.device == "cuda":
+    if not counts and cluster.device == "cuda":
         raise LackError(f"has no GPU: cluster.device is cuda; there are {_nodes_text(nodes)}")
     return next(iter(counts), None)
 

@@ -8,24 +8,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import rlx
-from rlx.config.schema import Config
+from rlx.config.schema import ClusterConfig
 from rlx.processes.children import LAUNCH_ID
 from rlx.processes.environment import QUIET, hidden_gpus
 from rlx.processes.threads import thread_variables
 
 
-def child_environment(config: Config, launch_id: str, *, num_peers: int) -> dict[str, str]:
+def child_environment(cluster: ClusterConfig, launch_id: str, *, num_peers: int, all_here: bool) -> dict[str, str]:
     """This process's environment plus the mark of the launch, the thread counts of one of ``num_peers`` processes and where to
-    import rlx from; on CPUs, without GPUs."""
-    env = QUIET | dict(os.environ) | hidden_gpus(config.cluster.device)
-    env |= thread_variables(config.cluster.threads_per_rank, env, num_peers)
+    import rlx from; on CPUs, without GPUs. ``all_here``: whom a child speaks to is on this machine."""
+    env = QUIET | dict(os.environ) | hidden_gpus(cluster.device)
+    env |= thread_variables(cluster.threads_per_rank, env, num_peers)
     env = child_variables(env)
     env[LAUNCH_ID] = launch_id
     # SGLang sets these for itself; a group whose two sides differ forms, and its first broadcast fails.
     env.setdefault("NCCL_CUMEM_ENABLE", "0")
     env.setdefault("NCCL_NVLS_ENABLE", "0")
-    if not config.rollout.endpoints:
-        # All peers are here: do not depend on the host name resolving, and listen to nobody outside.
+    if all_here:
+        # Do not depend on the host name resolving, and listen to nobody outside.
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return env
 

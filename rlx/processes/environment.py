@@ -1,9 +1,11 @@
-"""The environment variables by which launchers tell a rank who it is (torchrun's names)."""
+"""The environment of a process: the variables by which launchers tell a rank who it is (torchrun's names), GPUs, encoding."""
 
 from __future__ import annotations
 
+import locale
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,14 @@ QUIET = {
         for notice in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated")
     )
 }
+
+
+def enter_utf8_mode(module: str) -> None:
+    """Begin this process again in Python's UTF-8 mode, as ``python -m module`` with its own arguments, where the locale has
+    another encoding. Processes that it starts inherit the mode."""
+    if not sys.flags.utf8_mode and locale.getencoding().lower().replace("-", "") != "utf8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", module, *sys.argv[1:]])
 
 
 def hidden_gpus(device: str) -> dict[str, str]:

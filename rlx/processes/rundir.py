@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from rlx.config.load import ConfigError
-from rlx.config.schema import Config
+from rlx.config.schema import RunConfig
 
 ENDPOINTS = "engines.json"
 _SHARED_S = 60.0
@@ -25,10 +25,11 @@ def log_path(run_dir: Path, role: str, rank: int, node: int = 0) -> Path:
     return run_dir / "logs" / (f"{role}-{rank}-node{node}.log" if node else f"{role}-{rank}.log")
 
 
-def check_run_dir(config: Config) -> None:
-    """Change nothing; ConfigError when the folder holds a run that this launch would write over or mix with."""
-    run_dir = Path(config.run.dir)
-    begins_anew = config.run.resume == "never" and not config.run.overwrite and not config.evaluation.only
+def check_run_dir(run: RunConfig, *, evaluates: bool) -> None:
+    """Change nothing; ConfigError when the folder holds a run that this launch, of an evaluation alone where it ``evaluates``,
+    would write over or mix with."""
+    run_dir = Path(run.dir)
+    begins_anew = run.resume == "never" and not run.overwrite and not evaluates
     if begins_anew and (run_dir / "metrics.jsonl").exists():
         raise ConfigError(
             [
@@ -58,13 +59,13 @@ def _nearest(place: Path) -> Path:
 
 
 @contextmanager
-def open_run_dir(config: Config) -> Iterator[Path]:
+def open_run_dir(run: RunConfig, *, evaluates: bool) -> Iterator[Path]:
     """Make the folder, keep other launchers out until the end, remove an old run where asked to.
 
     Yields its absolute path. ConfigError as ``check_run_dir``, or when another launcher is at work there.
     """
-    check_run_dir(config)
-    run_dir = Path(config.run.dir).resolve()
+    check_run_dir(run, evaluates=evaluates)
+    run_dir = Path(run.dir).resolve()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # A lock on an open file goes with its process, however that ends.
@@ -78,7 +79,7 @@ def open_run_dir(config: Config) -> Iterator[Path]:
             raise ConfigError(
                 [f"run.dir: another launcher is at work in {run_dir}; wait for it or take another run.dir"]
             ) from None
-        if config.run.overwrite:
+        if run.overwrite:
             for path in (*(run_dir / name for name in _OURS), *run_dir.glob("hf-step-*")):
                 _remove(path)
         for announced in (run_dir / ENDPOINTS, *run_dir.glob("engines-*.json"), run_dir / "engines"):

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Callable
 
 from rlx.arch.architecture import is_megatron_checkpoint
-from rlx.config.schema import Config
+from rlx.config.parts import EngineSettings
 from rlx.rollout.flags import flags
 from rlx.rollout.server_args import server_args
 from rlx.rollout.sglang.client import EngineError
@@ -22,20 +22,19 @@ _ONE_CHECK_S = 20.0
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
-def engine_command(config: Config, *, index: int, port: int, python: str, parent_pipe: int | None) -> list[str]:
+def engine_command(engines: EngineSettings, *, index: int, port: int, python: str, parent_pipe: int | None) -> list[str]:
     """The command line of embedded engine ``index``. ``port`` 0 lets the system choose (read it with ``parse_ready_port``);
     ``parent_pipe`` is a file descriptor at whose end of file the engine exits. ValueError names a wrong setting."""
-    rollout = config.rollout
+    rollout, cluster, precision = engines.rollout, engines.cluster, engines.precision
     if not 0 <= index < rollout.num_engines:
         raise ValueError(f"engine index {index} is not in 0..{rollout.num_engines - 1} (rollout.num_engines)")
-    precision = config.engine_precision
-    command = [python, "-m", "rlx.cli.serve", "--model", config.model.path, "--port", str(port), "--dtype", precision.name]
-    command += ["--rank", str(index), "--device", config.cluster.device, "--weight-timeout-s", str(config.sync.timeout_s)]
-    if config.cluster.threads_per_rank is not None:
-        command += ["--threads", str(config.cluster.threads_per_rank)]
+    command = [python, "-m", "rlx.cli.serve", "--model", engines.model_path, "--port", str(port), "--dtype", precision.name]
+    command += ["--rank", str(index), "--device", cluster.device, "--weight-timeout-s", str(engines.timeout_s)]
+    if cluster.threads_per_rank is not None:
+        command += ["--threads", str(cluster.threads_per_rank)]
     if precision.fp32_head:
         command.append("--enable-fp32-lm-head")
-    if is_megatron_checkpoint(config.model.path):
+    if is_megatron_checkpoint(engines.model_path):
         command.append("--await-weights")  # it cannot read them; the trainers publish theirs before the first request
     if parent_pipe is not None:
         command += ["--parent-pipe", str(parent_pipe)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from rlx.config.parts import EngineSettings
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, SyncConfig
 from rlx.engines.engine_plan import EngineSite, plan_engine
 from rlx.processes.child_environment import child_environment
@@ -76,8 +77,9 @@ class RunningEngine:
         folder.mkdir(parents=True, exist_ok=True)
         config = engine_config(kind, model, folder, tp=tp, **(server_args or {}))
         reading, self._writing = os.pipe()
-        env = child_environment(config, f"test-{os.getpid()}-{id(self)}", num_peers=1)
-        plan = plan_engine(config, EngineSite(index=0, run_dir=folder, parent_pipe=reading, env=env, keys=self.keys))
+        env = child_environment(config.cluster, f"test-{os.getpid()}-{id(self)}", num_peers=1, all_here=True)
+        site = EngineSite(index=0, run_dir=folder, parent_pipe=reading, env=env, keys=self.keys)
+        plan = plan_engine(EngineSettings.of(config), site)
         if checksums:
             shim = folder / "shim"
             shim.mkdir(exist_ok=True)

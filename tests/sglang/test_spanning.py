@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlx.config.parts import EngineSettings
 from rlx.config.schema import ClusterConfig
 from rlx.engines.fleet import Member, read_fleet, run_keys
 from rlx.engines.node import Node, NodeEngines, part_path
@@ -40,10 +41,10 @@ class SpanningEngine:
         cluster = ClusterConfig(device="cpu", threads_per_rank=1, nodes=3, rollout_nodes=2, gpus_per_node=1)
         config = replace(config, cluster=cluster, rollout=replace(config.rollout, max_restarts=1, start_timeout_s=600))
         self.keys = run_keys(self._run_dir)
+        settings = EngineSettings.of(config)
+        seats = seats_of(settings, config.parallel)
         self._nodes = [
-            NodeEngines(
-                config, self._run_dir, Node(number=number, address="127.0.0.1", num_engines=1), seats_of(config).parts_of(number)
-            )
+            NodeEngines(settings, self._run_dir, Node(number=number, address="127.0.0.1", num_engines=1), seats.parts_of(number))
             for number in (FOLLOWER, LEADER)
         ]
 

@@ -2,56 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from transformers import PreTrainedTokenizerBase
 
 from rlx.arch.architecture import Architecture, is_megatron_checkpoint
 from rlx.arch.families.registry import read_architecture
-from rlx.config.schema import Config
+from rlx.config.parts import EngineSettings, LoadedModel
 from rlx.models.hf.auto_classes import classifier_class
 from rlx.models.hf.files import HEAD
 from rlx.models.hf.whole import check_score, check_weights, tensors_left_out
 
 
-def model_problems(config: Config) -> Iterator[str]:
-    """What is wrong with the weights of each role."""
-    is_reward_model = config.finetune.objective == "rm"
-    model = config.model
-    # A head of scores or values stands in the place of the output layer.
-    roles = [("model.path", model.path, HEAD if is_reward_model else None)]
-    if config.has_reference and model.reference_path is not None:
-        roles.append(("model.reference_path", model.reference_path, None))
-    if config.trains_critic and model.critic_path is not None:
-        roles.append(("model.critic_path", model.critic_path, None if config.algorithm.name == "prime" else HEAD))
-    for key, folder, without in roles:
+def model_problems(models: Mapping[str, LoadedModel], engines: EngineSettings) -> Iterator[str]:
+    """What is wrong with the weights of each model, and with those of the policy for its engines or its export."""
+    policy = models["model.path"]
+    for key, model in models.items():
+        if model is not policy and model.folder == policy.folder:
+            continue
         try:
-            arch = read_architecture(folder)
-            check_weights(folder, arch, without=without)
-            if is_reward_model:
-                check_score(folder, arch)
+            arch = read_architecture(model.folder)
+            check_weights(model.folder, arch, without=HEAD if model.has_head else None)
+            if policy.has_head:
+                check_score(model.folder, arch)
         except ValueError as error:
             yield f"{key}: {error}"
-    if is_reward_model and classifier_class(read_architecture(model.path).model_type) is None:
-        model_type = read_architecture(model.path).model_type
+    if policy.has_head and classifier_class(read_architecture(policy.folder).model_type) is None:
+        model_type = read_architecture(policy.folder).model_type
         yield f"model.path: transformers has no sequence classification for {model_type!r} to export to"
-    loads = config.rollout.server_args.get("load_format", config.rollout.server_args.get("load-format"))
-    if config.starts_engines and config.rollout.engine == "sglang" and is_megatron_checkpoint(model.path) and loads != "dummy":
+    loads = engines.rollout.server_args.get("load_format", engines.rollout.server_args.get("load-format"))
+    is_sglang = engines.num_started and engines.rollout.engine == "sglang"
+    if is_sglang and is_megatron_checkpoint(policy.folder) and loads != "dummy":
         yield (
-            f"model.path: SGLang cannot read the converted checkpoint {model.path}; name the Hugging Face folder, or set"
+            f"model.path: SGLang cannot read the converted checkpoint {policy.folder}; name the Hugging Face folder, or set"
             " rollout.server_args.load_format=dummy, for its weights are replaced before the first request"
         )
 
 
-def weight_warnings(config: Config, arch: Architecture) -> Iterator[str]:
+def weight_warnings(folder: str, arch: Architecture) -> Iterator[str]:
     """Weights that config.json has no place for change nothing, here as in transformers: it may be another model's."""
     try:
-        left = tensors_left_out(config.model.path, arch)
+        left = tensors_left_out(folder, arch)
     except ValueError:
         return  # told as a problem
     if left:
         yield (
-            f"model.path: {config.model.path} holds {len(left)} tensors of layers that its config.json has no place for, the"
+            f"model.path: {folder} holds {len(left)} tensors of layers that its config.json has no place for, the"
             f" first is {left[0]}; they are left out"
         )
 

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from rlx.config.load import load_config
+from rlx.config.parts import EngineSettings
 from rlx.obs.log import log_failure, logger, start_log
 from rlx.placement.seats import EnginePart
 from rlx.processes.causes import Cause
@@ -153,7 +154,8 @@ class EngineActor:
         module = import_module("rlx.engines.node")
         config = load_config(str(self._job.run_dir / "config.yaml"), [])
         node = module.Node(number=self._index, address=self._host.address, num_engines=self._host.num_engines)
-        engines = module.NodeEngines(config, self._job.run_dir, node, {self._index: self._part}, incarnation=self._incarnation)
+        settings = EngineSettings.of(config)
+        engines = module.NodeEngines(settings, self._job.run_dir, node, {self._index: self._part}, incarnation=self._incarnation)
         try:
             while not self._stopping.wait(_LOOK_S):
                 cause: Cause | None = engines.tick()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlx.config.load import ConfigError
-from rlx.config.schema import Config
+from rlx.config.schema import ClusterConfig
 
 _ANSWER_S = 5.0
 
@@ -27,12 +27,12 @@ class RayAddress:
         return self.address == "local"
 
 
-def find_cluster(config: Config) -> RayAddress:
+def find_cluster(cluster: ClusterConfig) -> RayAddress:
     """``cluster.ray_address``, else RAY_ADDRESS, else the one that ``ray start`` made on this host, else one of our own.
 
     ConfigError when the one that was named does not answer: Ray itself would try for minutes.
     """
-    named = config.cluster.ray_address or os.environ.get("RAY_ADDRESS")
+    named = cluster.ray_address or os.environ.get("RAY_ADDRESS")
     if named not in (None, "auto", "local"):
         assert named is not None
         if not _answers(named):
@@ -44,12 +44,12 @@ def find_cluster(config: Config) -> RayAddress:
     return RayAddress(address="local", name="of this run's own")
 
 
-def prepare_environment(where: RayAddress, config: Config) -> None:
+def prepare_environment(where: RayAddress, failure_timeout_s: float) -> None:
     """Must come before Ray is imported."""
     # A job that was submitted brings a runtime environment; ours is to be merged with it.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     # A launcher that has lost the head node is to say so; Ray would end the process after 60 s.
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(int(config.run.failure_timeout_s) + 60))
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(int(failure_timeout_s) + 60))
     if where.is_own and "RAY_AUTH_MODE" not in os.environ:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 

@@ -19,7 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 import rlx
 from rlx.cluster.ray.address import RayAddress
-from rlx.config.schema import Config
+from rlx.config.schema import ClusterConfig
 from rlx.placement.ray_nodes import (
     LackError,
     RayNode,
@@ -28,7 +28,7 @@ from rlx.placement.ray_nodes import (
     own_cpus,
     plan_job,
 )
-from rlx.placement.seats import Seats
+from rlx.placement.seats import Demand, Seats
 from rlx.processes.children import JOB_ID, LAUNCH_ID
 from rlx.processes.environment import HANDED_ON, QUIET, hidden_gpus
 from rlx.processes.threads import VARIABLES, thread_variables
@@ -56,14 +56,16 @@ class Room:
 class RayCluster:
     """Joined at birth, left by ``leave``. ConnectionError when the cluster that was named does not answer."""
 
-    def __init__(self, config: Config, where: RayAddress, job_id: str, interrupted: Callable[[], bool]) -> None:
-        self._config, self._where, self._interrupted = config, where, interrupted
+    def __init__(
+        self, config: ClusterConfig, demand: Demand, where: RayAddress, job_id: str, interrupted: Callable[[], bool]
+    ) -> None:
+        self._config, self._demand, self._where, self._interrupted = config, demand, where, interrupted
         self._folder: Path | None = None
         shared: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         shared["runtime_env"] = {"env_vars": start_environment(job_id)}
         if where.is_own:
             self._folder = Path(tempfile.mkdtemp(prefix="rlx-ray-"))
-            own: dict[str, Any] = {"num_cpus": own_cpus(config, len(os.sched_getaffinity(0))), "include_dashboard": False}
+            own: dict[str, Any] = {"num_cpus": own_cpus(config, demand, len(os.sched_getaffinity(0))), "include_dashboard": False}
             try:
                 ray.init("local", object_store_memory=_STORE_BYTES, _temp_dir=str(self._folder), **own, **shared)
             except BaseException:
@@ -87,7 +89,7 @@ class RayCluster:
         LackError after ``cluster.ray_wait_s`` without the nodes or the room (at once in a cluster of our own, which nobody
         joins and nobody else uses), PlacementError when no such cluster would do.
         """
-        deadline = time.monotonic() + (0 if self._where.is_own else self._config.cluster.ray_wait_s)
+        deadline = time.monotonic() + (0 if self._where.is_own else self._config.ray_wait_s)
         seats = self._plan(deadline, say)
         needed = bundles_of(self._config, seats)
         strategy = "STRICT_SPREAD" if len(needed) > 1 else "STRICT_PACK"
@@ -123,12 +125,12 @@ class RayCluster:
         told = False
         while True:
             try:
-                return plan_job(self._config, living_nodes())
+                return plan_job(self._config, self._demand, living_nodes())
             except LackError as error:
                 if time.monotonic() >= deadline:
                     raise LackError(f"the Ray cluster {self._where.name} {error}") from error
                 if not told:
-                    say(f"waiting up to {self._config.cluster.ray_wait_s:g} s: the Ray cluster {self._where.name} {error}")
+                    say(f"waiting up to {self._config.ray_wait_s:g} s: the Ray cluster {self._where.name} {error}")
                     told = True
             if self._interrupted():
                 raise Interrupted
@@ -151,15 +153,15 @@ def start_environment(job_id: str) -> dict[str, str]:
     return QUIET | {JOB_ID: job_id, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-def actor_environment(config: Config, given: Mapping[str, str]) -> dict[str, str]:
+def actor_environment(cluster: ClusterConfig, given: Mapping[str, str]) -> dict[str, str]:
     """What the actors add to their environment: the launcher's settings of libraries, thread counts that somebody set, NCCL's
     defaults; on CPUs, that there are no GPUs."""
     env = {name: value for name, value in given.items() if name.startswith(_HANDED_ON) and not name.startswith(_KEPT)}
-    if config.cluster.threads_per_rank is not None:
-        env |= thread_variables(config.cluster.threads_per_rank, env, 1)
+    if cluster.threads_per_rank is not None:
+        env |= thread_variables(cluster.threads_per_rank, env, 1)
     # SGLang sets these for itself; a group whose two sides differ forms, and its first broadcast fails.
     defaults = {"TOKENIZERS_PARALLELISM": "false", "NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
-    return defaults | env | hidden_gpus(config.cluster.device)
+    return defaults | env | hidden_gpus(cluster.device)
 
 
 def _refusal(where: RayAddress, error: BaseException) -> str:

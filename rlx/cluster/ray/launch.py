@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlx.cluster.driver import DriverProcess
-from rlx.cluster.progress import Progress
+from rlx.cluster.launch import OpenRun
 from rlx.cluster.ray.actors import (
     EngineActor,
     Host,
@@ -43,21 +41,19 @@ from rlx.cluster.ray.watch import (
     HostWatch,
     RayEngines,
 )
-from rlx.config.load import ConfigError, dump_config
-from rlx.config.schema import Config
+from rlx.config.load import ConfigError
+from rlx.config.parts import EngineSettings
 from rlx.engines.engine_plan import attached_fleet
 from rlx.engines.fleet import write_fleet
 from rlx.obs.log import Phase
-from rlx.placement.from_config import check_spanning, demand_of
+from rlx.placement.from_config import check_spanning
 from rlx.placement.ray_nodes import LackError, bundles_of
-from rlx.placement.seats import PlacementError, Seats, picture
-from rlx.processes.causes import Cause, shown_log, where
+from rlx.placement.seats import Demand, PlacementError, Seats, picture
+from rlx.processes.causes import Cause
 from rlx.processes.children import LAUNCH_ID
 from rlx.processes.environment import RankEnvironment
-from rlx.processes.interrupts import Interrupts
 from rlx.processes.orphan_guard import Guard
-from rlx.processes.rundir import ENDPOINTS, log_path, open_run_dir
-from rlx.processes.stopping import REQUEUE_STATUS
+from rlx.processes.rundir import ENDPOINTS, log_path
 from rlx.processes.supervisor import (
     NoEngines,
     Outcome,
@@ -71,46 +67,16 @@ _STOP_S = 12.0
 _PROBE_S = 5.0
 
 
-def run_ray(config: Config, address: RayAddress) -> int:
-    """Run the whole job and report on stdout and stderr. Must be called in the main thread.
-
-    Returns 0 when the training is done, 75 when SIGUSR1 or SIGTERM asked to save and leave, 1 after a failure (its cause is in
-    the last lines of stderr), 128 + N after signal N. Raises ConfigError, with nothing left, for a plan that no such cluster
-    holds.
-    """
-    with open_run_dir(config) as run_dir, Interrupts(saves=not config.evaluation.only) as interrupts:
-        (run_dir / "config.yaml").write_text(dump_config(config))
-        progress = Progress(run_dir, total_steps=config.run.steps)
-        launch = RayLaunch(config, address, run_dir, progress, interrupts)
-        try:
-            outcome = launch.run()
-        finally:
-            left = launch.stop()
-            progress.close()
-        if left:
-            print(f"rlx: could not end processes: {'; '.join(left)}", file=sys.stderr)
-        if outcome.cause is not None:
-            text = _failure_text(outcome.cause, launch.host_of(outcome.cause), launch.log_of(outcome.cause))
-            print(text, file=sys.stderr, flush=True)
-            return 1
-        if outcome.interrupted:
-            print(f"rlx: {interrupts.name}: stopped; run folder: {run_dir}", file=sys.stderr, flush=True)
-            return interrupts.status
-        if outcome.left_early:
-            print(f"rlx: {interrupts.name} asked to save and leave; run.resume=auto goes on", flush=True)
-            return REQUEUE_STATUS
-        print(progress.summary(), flush=True)
-        return 0
-
-
 class RayLaunch:
-    """The actors of one run, from start to stop."""
+    """The actors of one run, from start to stop. ConfigError, with nothing left, for a plan that no such cluster holds."""
 
-    def __init__(self, config: Config, address: RayAddress, run_dir: Path, progress: Progress, interrupts: Interrupts) -> None:
-        self._config, self._address, self._run_dir = config, address, run_dir
-        self._progress, self._interrupts = progress, interrupts
-        env = actor_environment(config, os.environ)
-        self._job = Job(id=uuid.uuid4().hex, run_dir=run_dir, folder=os.getcwd(), env=env)
+    described = ""
+
+    def __init__(self, engines: EngineSettings, demand: Demand, address: RayAddress, run: OpenRun) -> None:
+        self._settings, self._demand, self._address, self._run_dir = engines, demand, address, run.run_dir
+        self._progress, self._interrupts, self._failure_timeout_s = run.progress, run.interrupts, run.failure_timeout_s
+        env = actor_environment(engines.cluster, os.environ)
+        self._job = Job(id=uuid.uuid4().hex, run_dir=run.run_dir, folder=os.getcwd(), env=env)
         self._open = ExitStack()
         self._cluster: RayCluster | None = None
         self._keepers: list[tuple[Host, Any]] = []
@@ -144,7 +110,7 @@ class RayLaunch:
             told: BaseException = error.cause if isinstance(error, RayTaskError) else error
             return Outcome(cause=self._own_cause(str(told) or type(told).__name__))
 
-    def stop(self) -> list[str]:
+    def stop(self) -> str:
         """End all actors, what they started, and the reservation; what could not be ended, in words."""
         engines = [] if self._engines is None else [child.handle for child in self._engines.children()]
         if not self._interrupts.is_urgent():
@@ -163,7 +129,7 @@ class RayLaunch:
             if numbers is None or numbers
         ]
         self._open.close()
-        return left
+        return "; ".join(left)
 
     def _children(self) -> list[ActorChild]:
         return [*self._trainers, *(() if self._engines is None else self._engines.children())]
@@ -171,25 +137,25 @@ class RayLaunch:
     def _run(self) -> Outcome:
         if self._address.is_own:
             self._guard_own_cluster()
-        self._cluster = RayCluster(self._config, self._address, self._job.id, self._is_unwanted)
+        self._cluster = RayCluster(self._settings.cluster, self._demand, self._address, self._job.id, self._is_unwanted)
         self._open.callback(self._cluster.leave)
         room = self._cluster.reserve(self._progress.say)
         self._open.callback(self._cluster.release, room)
-        check_spanning(self._config, room.seats)
+        check_spanning(self._settings, room.seats)
         hosts = self._keep_hosts(room)
         self._tell(room.seats, hosts)
         self._hosts = HostWatch(self._keepers)
-        if demand_of(self._config).num_engines:
+        if self._settings.num_started:
             self._start_engines(room, hosts)
         else:
-            write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._config.rollout))
+            write_fleet(self._run_dir / ENDPOINTS, attached_fleet(self._settings.rollout))
         self._start_trainers(room, hosts)
         engines = NoEngines() if self._engines is None else self._engines
         assert self._driver is not None
         supervisor = Supervisor(
             [self._driver.child, *self._trainers], engines, interrupted=self._interrupts.is_set, tick=self._tick
         )
-        return self._with_lost_host(supervisor.watch(leave_timeout_s=self._config.run.failure_timeout_s))
+        return self._with_lost_host(supervisor.watch(leave_timeout_s=self._failure_timeout_s))
 
     def _is_unwanted(self) -> bool:
         """Whether to end a run that has not begun: there is nothing to save yet."""
@@ -216,7 +182,7 @@ class RayLaunch:
         """A keeper on every node; all of them see the working folder and the run folder."""
         assert self._cluster is not None
         keepers = []
-        for node, bundle in enumerate(bundles_of(self._config, room.seats)):
+        for node, bundle in enumerate(bundles_of(self._settings.cluster, room.seats)):
             place = _in_bundle(room, node, num_cpus=0, num_gpus=bundle.get("GPU", 0))
             keepers.append(_actor(Keeper, place).remote(self._job))
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
@@ -245,7 +211,7 @@ class RayLaunch:
             return ActorChild(spec, handle, handle.serve.remote)
 
         nodes_of = [len(seat.nodes) for seat in seats]
-        self._engines = RayEngines(self._run_dir, nodes_of, self._config.rollout.max_restarts, make, self._progress.say)
+        self._engines = RayEngines(self._run_dir, nodes_of, self._settings.rollout.max_restarts, make, self._progress.say)
 
     def _start_trainers(self, room: Room, hosts: Sequence[Host]) -> None:
         assert self._cluster is not None
@@ -268,7 +234,7 @@ class RayLaunch:
 
     @property
     def _threads(self) -> int:
-        return self._config.cluster.threads_per_rank or 1
+        return self._settings.cluster.threads_per_rank or 1
 
     def _tick(self) -> None:
         assert self._hosts is not None
@@ -277,7 +243,7 @@ class RayLaunch:
         if self._engines is not None:
             self._engines.tick()
         self._hosts.tick()
-        limit_s = self._config.run.failure_timeout_s
+        limit_s = self._failure_timeout_s
         for host in self._hosts.silent(limit_s):
             for child in self._children():
                 if child.spec.host is host:
@@ -326,9 +292,3 @@ def _answers(calls: Sequence[Any], limit_s: float) -> list[Any]:
         except RayError:
             found.append(None)
     return found
-
-
-def _failure_text(cause: Cause, host: str | None, log: str) -> str:
-    on = "" if host is None else f" on {host}"
-    lines = [f"rlx: FAILED {cause.role} rank {cause.rank}{on} {where(cause.phase)}", f"rlx: cause: {cause.cause}"]
-    return "\n".join([*shown_log(cause, log), *lines, f"rlx: logs: {cause.log_path}"])

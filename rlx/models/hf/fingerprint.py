@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlx.config.schema import Config
-from rlx.data.tokenizer import tokenizer_fingerprint, tokenizer_of
+from transformers import PreTrainedTokenizerBase
+
+from rlx.config.parts import LoadedModel
+from rlx.data.tokenizer import tokenizer_fingerprint
 from rlx.models.hf.files import HfFiles
 
 # Where a model came from and who wrote the file, not what it is.
@@ -41,17 +43,11 @@ def model_fingerprint(folder: str) -> dict[str, str]:
     }
 
 
-def origin_of(config: Config) -> dict[str, Any]:
+def origin_of(models: Mapping[str, LoadedModel], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a run's models and tokenizer are: for each key the folder and what is in it, to be known again when it goes on."""
-    model = config.model
-    folders = {"model.path": model.path}
-    if config.trains_critic:
-        folders["model.critic_path"] = model.critic_path or model.path
-    if config.has_reference:
-        folders["model.reference_path"] = model.reference_path or model.path
-    prints = {folder: model_fingerprint(folder) for folder in set(folders.values())}
-    found: dict[str, Any] = {key: {"folder": folder, **prints[folder]} for key, folder in folders.items()}
-    return found | {"tokenizer": tokenizer_fingerprint(tokenizer_of(config))}
+    prints = {folder: model_fingerprint(folder) for folder in {model.folder for model in models.values()}}
+    found: dict[str, Any] = {key: {"folder": model.folder, **prints[model.folder]} for key, model in models.items()}
+    return found | {"tokenizer": tokenizer_fingerprint(tokenizer)}
 
 
 def _of_files(paths: list[Path]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlx.config.schema import Config
+from rlx.config.parts import EngineSettings
 from rlx.config.sharing import MEM_FRACTION_STATIC
 from rlx.rollout.flags import flags
 from rlx.rollout.keys import EngineKeys
@@ -68,16 +68,14 @@ class SGLangSite:
     span: Span | None = None
 
 
-def sglang_command(config: Config, site: SGLangSite) -> list[str]:
+def sglang_command(engines: EngineSettings, site: SGLangSite) -> list[str]:
     """The command line. ``rollout.server_args`` win over the defaults; ValueError for those that rlx sets itself."""
-    rollout = config.rollout
-    given = server_args(rollout)
-    precision = config.engine_precision
+    given, precision = server_args(engines.rollout), engines.precision
     fixed: dict[str, object] = {
-        "model_path": config.model.path,
+        "model_path": engines.model_path,
         "host": site.host,
         "port": site.port,
-        "tp_size": rollout.tp,
+        "tp_size": engines.rollout.tp,
         "dtype": precision.torch_name,
         "device": site.device,
         "config": site.key_file,
@@ -85,15 +83,15 @@ def sglang_command(config: Config, site: SGLangSite) -> list[str]:
     if site.span is not None:
         fixed |= {"nnodes": site.span.num_nodes, "node_rank": site.span.rank, "dist_init_addr": site.span.address}
     # Engines that shared a seed would give the same draws to the same prompt.
-    defaults = {**_DEFAULTS, "random_seed": (config.run.seed * 1009 + site.index) % 2**31}
+    defaults = {**_DEFAULTS, "random_seed": (engines.seed * 1009 + site.index) % 2**31}
     if precision.name != "fp32":
         defaults["enable_fp32_lm_head"] = precision.fp32_head
     if site.device == "cpu":
         defaults |= _CPU_DEFAULTS
-    if config.transport == "stream":
+    if engines.transport == "stream":
         loaders = given.pop("custom_weight_loader", None) or []
         defaults["custom_weight_loader"] = [*([loaders] if isinstance(loaders, str) else loaders), RECEIVER]
-    if config.cluster.colocated and site.device == "cuda":
+    if engines.cluster.colocated and site.device == "cuda":
         defaults |= {"mem_fraction_static": MEM_FRACTION_STATIC, "enable_memory_saver": site.releases}
     return [site.python, "-m", "sglang.launch_server", *flags(fixed | defaults | given)]
 

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import rlx.cluster.local as local
+from rlx.cluster.launch import run_job
+from rlx.config.parts import EngineSettings
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig
 from rlx.engines.manager import EnginePlan
 
@@ -39,7 +41,7 @@ def main() -> int:
             argv=[sys.executable, CHILD, "engine", str(site.parent_pipe), engine], env=site.env
         ),
     )
-    return local.run_local(config, programs)
+    return run_job(config, lambda run: local.LocalLaunch(EngineSettings.of(config), run, programs))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlx.config.parts import EngineSettings
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
 from rlx.engines.engine_plan import EngineSite, check_placement, plan_engine
 from rlx.parallel import cpu_backend
@@ -49,6 +50,10 @@ def config_of(device: str, ranks: int = 1, **rollout: object) -> Config:
     )
 
 
+def settings_of(device: str, ranks: int = 1, **rollout: object) -> EngineSettings:
+    return EngineSettings.of(config_of(device, ranks, **rollout))
+
+
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     """This process seems to see two GPUs; the devices that were claimed."""
@@ -63,9 +68,13 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 @pytest.mark.parametrize("device", SEEN)
 @pytest.mark.usefixtures("two_gpus")
 def test_children_of_every_launcher_see_what_was_chosen(device: str) -> None:
-    assert child_environment(config_of(device), "id", num_peers=1)["CUDA_VISIBLE_DEVICES"] == SEEN[device]
+    assert (
+        child_environment(ClusterConfig(device=device), "id", num_peers=1, all_here=True)["CUDA_VISIBLE_DEVICES"] == SEEN[device]
+    )
     cluster = pytest.importorskip("rlx.cluster.ray.cluster", reason="ray is not installed")
-    assert cluster.actor_environment(config_of(device), {}).get("CUDA_VISIBLE_DEVICES") == ("" if device == "cpu" else None)
+    assert cluster.actor_environment(ClusterConfig(device=device), {}).get("CUDA_VISIBLE_DEVICES") == (
+        "" if device == "cpu" else None
+    )
 
 
 @pytest.mark.parametrize("engine", ["embedded", "sglang"])
@@ -73,9 +82,9 @@ def test_children_of_every_launcher_see_what_was_chosen(device: str) -> None:
 @pytest.mark.usefixtures("two_gpus")
 def test_an_engine_gets_the_gpus_of_the_plan_only_where_gpus_were_chosen(tmp_path: Path, device: str, engine: str) -> None:
     config = config_of(device, engine=engine)
-    env = child_environment(config, "id", num_peers=1)
+    env = child_environment(config.cluster, "id", num_peers=1, all_here=True)
     site = EngineSite(index=0, run_dir=tmp_path, parent_pipe=0, env=env, keys=EngineKeys(), gpus=("1",))
-    assert plan_engine(config, site).env["CUDA_VISIBLE_DEVICES"] == ("" if device == "cpu" else "1")
+    assert plan_engine(EngineSettings.of(config), site).env["CUDA_VISIBLE_DEVICES"] == ("" if device == "cpu" else "1")
 
 
 def test_a_rank_takes_its_gpu_or_the_cpu(two_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,17 +105,17 @@ def test_a_rank_takes_its_gpu_or_the_cpu(two_gpus: list[torch.device], monkeypat
 def test_gpus_that_are_not_here_are_missed_before_anything_starts(
     two_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_placement(config_of("cuda", ranks=2))
-    check_placement(config_of("cpu", ranks=8))
+    check_placement(settings_of("cuda", ranks=2))
+    check_placement(settings_of("cpu", ranks=8))
     with pytest.raises(ValueError, match=r"cluster.num_trainer_ranks: 3 ranks need a GPU each, 2 are visible"):
-        check_placement(config_of("auto", ranks=3))
+        check_placement(settings_of("auto", ranks=3))
     with pytest.raises(ValueError, match=r"rollout.num_engines x rollout.tp: .* need 3 GPUs, 2 are visible"):
-        check_placement(config_of("cuda", ranks=2, engine="sglang"))
-    check_placement(config_of("cuda", ranks=2, engine="sglang", endpoints=["http://elsewhere"]))
+        check_placement(settings_of("cuda", ranks=2, engine="sglang"))
+    check_placement(settings_of("cuda", ranks=2, engine="sglang", endpoints=["http://elsewhere"]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     finetuning = config_of("cuda")
     with pytest.raises(ValueError, match=r"cluster.device: cuda, but no GPU is visible"):
-        check_placement(replace(finetuning, finetune=replace(finetuning.finetune, objective="sft")))
+        check_placement(EngineSettings.of(replace(finetuning, finetune=replace(finetuning.finetune, objective="sft"))))
 
 
 def test_importing_changes_nothing_and_installing_after_megatron_is_refused() -> None:

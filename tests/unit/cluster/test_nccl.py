@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlx.cluster import doctor
+from rlx.config.parts import EngineSettings
 from rlx.config.schema import ClusterConfig, Config
 from rlx.engines import installed, nccl
 from rlx.engines.engine_plan import EngineSite, plan_engine
@@ -78,7 +79,8 @@ def test_the_launcher_looks_before_a_group_of_nccl(
 
     def plan(config: Config) -> None:
         env = {"PYTHONPATH": ""}
-        plan_engine(config, EngineSite(index=0, run_dir=tmp_path, parent_pipe=0, env=env, keys=EngineKeys(), gpus=("1",)))
+        site = EngineSite(index=0, run_dir=tmp_path, parent_pipe=0, env=env, keys=EngineKeys(), gpus=("1",))
+        plan_engine(EngineSettings.of(config), site)
 
     if device == "cpu" or transport in ("disk", "shm"):
         plan(config)

@@ -24,12 +24,14 @@ from rlx.cluster.preflight import preflight, resumption_problems
 from rlx.cluster.resumption import nothing_left
 from rlx.config.convert import to_tree
 from rlx.config.load import ConfigError, dump_config
+from rlx.config.parts import loaded_models
 from rlx.config.schema import AlgorithmConfig, Config, DataConfig, FinetuneConfig, ModelConfig, RewardConfig, RunConfig
 from rlx.data.examples import ExampleSource
 from rlx.data.prompts import PromptSource
 from rlx.data.tokenizer import tokenizer_of
 from rlx.driver.checkpoint import write_checkpoint
 from rlx.models.hf.fingerprint import model_fingerprint, origin_of
+from tests.parts import reader_of
 
 DAY = "2025-01-31"
 
@@ -76,11 +78,13 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Config:
         finetune=FinetuneConfig(objective="sft" if request.param == "sft" else "none"),
         run=RunConfig(dir=str(tmp_path / "run"), resume="auto"),
     )
-    state: dict[str, Any] = {"step": 2, "seed": 0, "config": to_tree(config), "origin": origin_of(config)}
+    tokenizer = tokenizer_of(config.model, config.data)
+    origin = origin_of(loaded_models(config), tokenizer)
+    state: dict[str, Any] = {"step": 2, "seed": 0, "config": to_tree(config), "origin": origin}
     if config.is_finetuning:
-        state["examples"] = ExampleSource(config.examples_path, config, tokenizer_of(config)).state()
+        state["examples"] = ExampleSource(config.examples_path, reader_of(config, tokenizer), 0).state()
     else:
-        state["prompts"] = PromptSource(config.data, tokenizer_of(config), 0).state()
+        state["prompts"] = PromptSource(config.data, tokenizer, 0).state()
     write_checkpoint(tmp_path / "run" / "checkpoints", 2, state, save_policy, keep=1)
     (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
     return config
@@ -126,6 +130,10 @@ def at_steps(config: Config, steps: int, **keys: Any) -> Config:
     return replace(config, run=replace(config.run, steps=steps, **keys))
 
 
+def left_of(config: Config) -> str | None:
+    return nothing_left(config.run, config.checkpoints, evaluates=config.evaluation.only)
+
+
 def test_a_run_that_has_gone_further_is_refused(saved: Config) -> None:
     past = at_steps(saved, 1)
     words = f"run.steps: 1, but the run that {saved.run.dir} holds is at step 2 already (step-00000002); raise run.steps"
@@ -136,17 +144,17 @@ def test_a_run_that_has_gone_further_is_refused(saved: Config) -> None:
 
 def test_a_run_at_its_end_starts_nothing_unless_its_model_is_to_be_written(saved: Config, tmp_path: Path) -> None:
     done = at_steps(saved, 2)
-    assert nothing_left(done) is None  # there is no export
-    assert "is at step 2 = run.steps; raise run.steps to go on" in (nothing_left(at_steps(saved, 2, export_hf=False)) or "")
-    assert nothing_left(at_steps(saved, 3, export_hf=False)) is None
-    assert nothing_left(at_steps(saved, 2, export_hf=False, resume="never")) is None
+    assert left_of(done) is None  # there is no export
+    assert "is at step 2 = run.steps; raise run.steps to go on" in (left_of(at_steps(saved, 2, export_hf=False)) or "")
+    assert left_of(at_steps(saved, 3, export_hf=False)) is None
+    assert left_of(at_steps(saved, 2, export_hf=False, resume="never")) is None
     (tmp_path / "run" / "hf").mkdir()
-    assert nothing_left(done) is not None
+    assert left_of(done) is not None
     os.utime(tmp_path / "run" / "hf", (1, 1))
-    assert nothing_left(done) is None  # it is that of an earlier end
+    assert left_of(done) is None  # it is that of an earlier end
     only = replace(done, evaluation=replace(done.evaluation, only=True))
     os.utime(tmp_path / "run" / "hf")
-    assert nothing_left(only) is None
+    assert left_of(only) is None
 
 
 def test_the_command_says_that_nothing_is_left(saved: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Which run folders a launch accepts, and what it leaves of an old run."""
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,10 @@ def config_for(run_dir: Path, **run: object) -> Config:
     )
 
 
+def opened_dir(config: Config) -> AbstractContextManager[Path]:
+    return open_run_dir(config.run, evaluates=config.evaluation.only)
+
+
 def old_run(run_dir: Path) -> Path:
     for name in ("checkpoints/step-000003/model.bin", "hf/config.json", "logs/trainer-0.log", "metrics.jsonl", "notes.txt"):
         (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +38,7 @@ def test_old_run_is_refused_untouched(tmp_path: Path) -> None:
     before = sorted(run_dir.rglob("*"))
     with (
         pytest.raises(ConfigError, match=r"run\.dir: .*run\.resume=auto.*run\.overwrite=true"),
-        open_run_dir(config_for(run_dir)),
+        opened_dir(config_for(run_dir)),
     ):
         pass
     assert sorted(run_dir.rglob("*")) == before
@@ -42,7 +47,7 @@ def test_old_run_is_refused_untouched(tmp_path: Path) -> None:
 def test_resume_keeps_everything_but_stale_endpoints(tmp_path: Path) -> None:
     run_dir = old_run(tmp_path / "run")
     (run_dir / "engines.json").write_text('["http://127.0.0.1:1"]')
-    with open_run_dir(config_for(run_dir, resume="auto")) as opened:
+    with opened_dir(config_for(run_dir, resume="auto")) as opened:
         assert opened == run_dir
     assert (run_dir / "checkpoints/step-000003/model.bin").read_text() == "old" and (run_dir / "hf").is_dir()
     assert not (run_dir / "engines.json").exists()
@@ -74,7 +79,7 @@ def test_looking_at_a_place_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     run_dir = old_run(tmp_path / "run")
-    with open_run_dir(config_for(run_dir, overwrite=True)):
+    with opened_dir(config_for(run_dir, overwrite=True)):
         left = sorted(path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*"))
     assert left == [".lock", "logs", "notes.txt"]
 
@@ -86,15 +91,15 @@ def test_contradiction_and_file_in_the_way(tmp_path: Path) -> None:
     assert [line.partition(":")[0] for line in check(run)] == ["run.dir"]
     both = replace(run, run=RunConfig(dir=str(tmp_path / "run"), overwrite=True, resume="auto"))
     assert [line.partition(":")[0] for line in check(both)] == ["run.overwrite"]
-    with pytest.raises(ConfigError, match="cannot write"), open_run_dir(config_for(Path("/proc/nowhere/run"))):
+    with pytest.raises(ConfigError, match="cannot write"), opened_dir(config_for(Path("/proc/nowhere/run"))):
         pass
 
 
 def test_two_launchers_do_not_share_a_folder(tmp_path: Path) -> None:
     config = config_for(tmp_path / "run")
-    with open_run_dir(config), pytest.raises(ConfigError, match="another launcher is at work"), open_run_dir(config):
+    with opened_dir(config), pytest.raises(ConfigError, match="another launcher is at work"), opened_dir(config):
         pass
-    with open_run_dir(config):
+    with opened_dir(config):
         pass
 
 
@@ -104,8 +109,8 @@ def test_an_evaluation_has_a_folder_of_its_own_which_goes_with_the_run(tmp_path:
     only = replace(own, evaluation=EvaluationConfig(only=True))
     assert only.checkpoints == run_dir / "checkpoints" and own.checkpoints == run_dir / "eval" / "checkpoints"
     for _ in range(2):
-        with open_run_dir(config_for(run_dir, resume="auto")), open_run_dir(only) as opened:
+        with opened_dir(config_for(run_dir, resume="auto")), opened_dir(only) as opened:
             (opened / "metrics.jsonl").write_text('{"step": 0}\n')
     assert (run_dir / "metrics.jsonl").read_text() == "old"
-    with open_run_dir(config_for(run_dir, overwrite=True)):
+    with opened_dir(config_for(run_dir, overwrite=True)):
         assert not (run_dir / "eval").exists()

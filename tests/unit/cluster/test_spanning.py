@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 
 from rlx.cluster.torchrun import END_KEY
 from rlx.config.load import dump_config
+from rlx.config.parts import EngineSettings
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, SyncConfig
 from rlx.engines import spanning
 from rlx.engines.engine_plan import EngineSite, plan_engine
@@ -68,9 +69,12 @@ class Job:
 
     def start(self, *numbers: int) -> None:
         for number in numbers:
-            parts = seats_of(self.config).parts_of(number)
+            parts = seats_of(EngineSettings.of(self.config), self.config.parallel).parts_of(number)
             self.nodes[number] = NodeEngines(
-                self.config, self.run_dir, Node(number=number, address="127.0.0.1", num_engines=len(parts)), parts
+                EngineSettings.of(self.config),
+                self.run_dir,
+                Node(number=number, address="127.0.0.1", num_engines=len(parts)),
+                parts,
             )
 
     def step(self) -> list[Cause]:
@@ -276,7 +280,7 @@ def test_each_node_gives_its_own_ranks_all_its_cores_and_its_address(tmp_path: P
         keys=EngineKeys(),
         span=Span(rank=1, num_nodes=2, address="host:1"),
     )
-    plan = plan_engine(config, site)
+    plan = plan_engine(EngineSettings.of(config), site)
     env = plan.env
     assert plan.port is not None and plan.port <= 55535
     assert not {"SGLANG_GRPC_PORT", "SGLANG_RUST_SERVER", "SGLANG_PORT"} & env.keys()  # another kind of server, shared ports
@@ -296,6 +300,6 @@ def test_each_node_gives_its_own_ranks_all_its_cores_and_its_address(tmp_path: P
 def test_what_cannot_span_is_refused(tmp_path: Path, settings: dict[str, str], words: str) -> None:
     config = config_of(tmp_path, **settings)
     with pytest.raises(PlacementError, match=words):
-        check_spanning(config, seats_of(config))
+        check_spanning(EngineSettings.of(config), seats_of(EngineSettings.of(config), config.parallel))
     fits = config_of(tmp_path)
-    check_spanning(fits, seats_of(fits))
+    check_spanning(EngineSettings.of(fits), seats_of(EngineSettings.of(fits), fits.parallel))

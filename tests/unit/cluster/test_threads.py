@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rlx.config.parts import EngineSettings
 from rlx.processes import threads
 from rlx.processes.child_environment import child_environment
 from rlx.processes.threads import VARIABLES, thread_variables, usable_cores
@@ -54,26 +55,29 @@ def test_what_the_user_says_wins(nothing_said: pytest.MonkeyPatch) -> None:
 
 
 def test_the_local_launcher_and_a_nodes_engines_take_turns(tmp_path: Path, nothing_said: pytest.MonkeyPatch) -> None:
-    from rlx.cluster.local import Launch, Programs
+    from rlx.cluster.launch import OpenRun
+    from rlx.cluster.local import LocalLaunch
     from rlx.cluster.progress import Progress
     from rlx.processes.interrupts import Interrupts
 
     config = config_of("cpu", ranks=2, num_engines=4)
-    launch = Launch(config, tmp_path, Programs(), Progress(tmp_path, total_steps=1), Interrupts())
+    progress = Progress(tmp_path, total_steps=1)
+    run = OpenRun(run_dir=tmp_path, progress=progress, interrupts=Interrupts(), failure_timeout_s=60)
+    launch = LocalLaunch(EngineSettings.of(config), run)
     spawned: dict[str, str] = {}
     nothing_said.setattr(launch, "_spawn", lambda role, rank, argv, env: spawned.update(env))
     launch._parent_pipe = 0
     launch._spawn_worker("trainer", 0, 1)
     assert {spawned[name] for name in VARIABLES} == {"4"}
     assert {launch._env[name] for name in VARIABLES} == {"2"}
-    assert child_environment(config, "id", num_peers=4)["OMP_NUM_THREADS"] == "2"
+    assert child_environment(config.cluster, "id", num_peers=4, all_here=True)["OMP_NUM_THREADS"] == "2"
 
 
 @pytest.mark.usefixtures("nothing_said")
 def test_ray_hands_on_what_was_said_and_no_more() -> None:
     cluster = pytest.importorskip("rlx.cluster.ray.cluster", reason="ray is not installed")
-    assert not set(VARIABLES) & set(cluster.actor_environment(config_of("cpu"), {}))
-    assert cluster.actor_environment(config_of("cpu"), {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+    assert not set(VARIABLES) & set(cluster.actor_environment(config_of("cpu").cluster, {}))
+    assert cluster.actor_environment(config_of("cpu").cluster, {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
 
 
 def settled(*command: str, **said: str) -> list[dict[str, object]]:

@@ -101,7 +101,7 @@ def test_eval_is_a_job_of_its_own(run_yaml: Path, monkeypatch: pytest.MonkeyPatc
     """It needs evaluation sets and nothing to train on; other commands refuse such a configuration."""
     started: list[Config] = []
     monkeypatch.setattr("rlx.cli.train.preflight", lambda config: config)
-    monkeypatch.setattr("rlx.cli.train.run_local", lambda config: started.append(config) or 0)
+    monkeypatch.setattr("rlx.cli.train.run_job", lambda config, make: started.append(config) or 0)
     held_out = f"evaluation.data={run_yaml.parent / 'train.jsonl'}"
     assert main(["eval", str(run_yaml), held_out, "data.train=null", "rollout.top_p=0.9"]) == 0
     assert main(["eval", str(run_yaml), held_out, "data.train=null", "finetune.objective=dpo"]) == 0

@@ -124,9 +124,9 @@ def test_check_prints_the_phases_and_refuses_only_on_gpus_that_are_named(capsys:
 def test_levels_that_auto_stands_for() -> None:
     config = recipe()
     assert [offload_level(config, device) for device in ("cuda", "cpu")] == ["optimizer", "none"]
-    assert [release_level(config, device) for device in ("cuda", "cpu")] == ["all", "none"]
+    assert [release_level(config.cluster, config.rollout, device) for device in ("cuda", "cpu")] == ["all", "none"]
     apart = recipe("cluster.colocated=false")
-    assert offload_level(apart, "cuda") == release_level(apart, "cuda") == "none"
+    assert offload_level(apart, "cuda") == release_level(apart.cluster, apart.rollout, "cuda") == "none"
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 from rlx.config.schema import Config, DataConfig, FinetuneConfig, ModelConfig, RewardConfig
 from rlx.data.examples import ExampleSource, check_examples
-from rlx.data.prompts import PromptSource, check_prompts
+from rlx.data.prompts import PromptSource
 from rlx.data.rows import label_in, read_rows
 from rlx.data.tokenizer import encode_text, is_surely_longer
 from rlx.rewards.registry import label_use, make_verifier
 from rlx.types.rollout import LabelUse, Prompt
+from tests.parts import files_of, reader_of
 from tests.trajectories import request
 from tests.unit.data.bytewise import bytewise
 
@@ -65,7 +66,7 @@ def config_of(path: str, data: Mapping[str, Any] | None = None, **finetune: Any)
 
 def learnt(path: str, tokenizer: PreTrainedTokenizerFast, **finetune: Any) -> list[str]:
     """Each example's text, what is learnt of it between bars."""
-    source = ExampleSource(path, config_of(path, **finetune), tokenizer)
+    source = ExampleSource(path, reader_of(config_of(path, **finetune), tokenizer), 0)
     shown = []
     for example in source.first(99):
         for side in example:
@@ -129,7 +130,7 @@ def test_what_a_verifier_cannot_compare_is_refused_with_its_line(
     rows: list[dict[str, Any]] = [{"prompt": "a", "label": "1"}] * 71
     rows[index] = {"prompt": "a", "label": value}
     config = config_of(write(tmp_path / "p.jsonl", rows))
-    found = check_prompts(config, bytewise(), lambda source: LabelUse(is_needed=True, is_compared=True))
+    found = files_of(config, bytewise()).problems(lambda source: LabelUse(is_needed=True, is_compared=True))
     if label is None or isinstance(label, str):
         assert not found
     else:
@@ -137,7 +138,7 @@ def test_what_a_verifier_cannot_compare_is_refused_with_its_line(
             len(found) == 1
             and f"p.jsonl:{index + 1}: the label in 'label' (data.label_key) is {type(label).__name__}" in found[0]
         )
-    assert not check_prompts(config, bytewise(), lambda source: LabelUse(is_handed_on=True))
+    assert not files_of(config, bytewise()).problems(lambda source: LabelUse(is_handed_on=True))
 
 
 @pytest.mark.parametrize("name", ["exact", "numeric", "math", "judge"])
@@ -169,10 +170,10 @@ def test_keys_with_dots_reach_into_columns(tmp_path: Path, ending: str) -> None:
     rows = [{"data": {"prompt": "a", "response": "b", "chosen": "c", "rejected": "d"}, "x.y": "e"}]
     path = write(tmp_path / f"q.{ending}", rows)
     keys = {"prompt_key": "data.prompt"}
-    source = ExampleSource(path, config_of(path, keys, response_key="data.response"), bytewise())
+    source = ExampleSource(path, reader_of(config_of(path, keys, response_key="data.response"), bytewise()), 0)
     assert len(source.first(1)[0]) == 1
     dpo = config_of(path, keys, objective="dpo", chosen_key="data.chosen", rejected_key="data.rejected")
-    assert len(ExampleSource(path, dpo, bytewise()).first(1)[0]) == 2
+    assert len(ExampleSource(path, reader_of(dpo, bytewise()), 0).first(1)[0]) == 2
     assert prompts_of(path, bytewise(), prompt_key="x.y")[0].text == "e"  # a column of that very name
 
 
@@ -182,7 +183,7 @@ def test_no_label_anywhere_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     def checked(key: str, **use: bool) -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="rlx"):
-            return check_prompts(config_of(path, {"label_key": key}), bytewise(), lambda source: LabelUse(**use))
+            return files_of(config_of(path, {"label_key": key}), bytewise()).problems(lambda source: LabelUse(**use))
 
     assert checked("label", is_handed_on=True) == [] and "no row has a 'label' (data.label_key)" in caplog.text
     (problem,) = checked("anwser", is_handed_on=True)
@@ -364,12 +365,12 @@ def test_faults_name_file_and_line(tmp_path: Path, template: str | None, line: s
     for look in (
         [
             lambda: PromptSource(config.data, bytewise(template), seed=0),
-            lambda: check_prompts(config, bytewise(template), lambda source: LabelUse())[0],
+            lambda: files_of(config, bytewise(template)).problems(lambda source: LabelUse())[0],
         ]
         if objective == "none"
         else [
-            lambda: ExampleSource(str(path), config, bytewise(template)),
-            lambda: check_examples(str(path), config, bytewise(template)),
+            lambda: ExampleSource(str(path), reader_of(config, bytewise(template)), 0),
+            lambda: check_examples(str(path), reader_of(config, bytewise(template))),
         ]
     ):
         try:
@@ -413,7 +414,7 @@ def test_any_row_is_used_or_refused_with_its_place(
         if objective == "none":
             PromptSource(config.data, tokenizer, seed=0)
         else:
-            ExampleSource(str(path), config, tokenizer)
+            ExampleSource(str(path), reader_of(config, tokenizer), 0)
     except ValueError as error:
         assert "any.jsonl" in str(error)
 
@@ -460,7 +461,7 @@ def test_a_line_of_ten_megabytes_is_judged_by_its_length(tmp_path: Path, kind: s
         assert len(cut.token_ids) == 64 and cut.text.endswith("ab" if kind == "text" else "[assistant]")
         assert cut.text.startswith("<s>") == (kind == "text")
     if kind != "marked" or overlong == "drop":
-        examples = ExampleSource(path, config_of(path, max_tokens=64, overlong=overlong), tokenizer)
+        examples = ExampleSource(path, reader_of(config_of(path, max_tokens=64, overlong=overlong), tokenizer), 0)
         assert len(examples) == 1 and examples.drops == {"too_long": 1}
     assert time.monotonic() - began < 5
 

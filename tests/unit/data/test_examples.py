@@ -20,6 +20,7 @@ from rlx.data.chat_mask import MaskedTokens, continuation, masked_tokens
 from rlx.data.examples import Example, ExampleSource, check_examples, plan_examples, to_train_batch
 from rlx.data.order import EpochOrder
 from rlx.types.layout import ParallelDims
+from tests.parts import reader_of
 
 WORDS = ["a", "b", "c", "d", "<user>", "<assistant>", "<system>", "<end>", "~", "<unk>", "<think>"]
 # As ChatML, where a line break follows the end of every turn.
@@ -61,17 +62,17 @@ def source_of(
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = config_of(path, **{"objective": "sft", **finetune})
-    tokenizer = tokenizer_of(template)
+    reader = reader_of(config, tokenizer_of(template))
     source: ExampleSource | None = None
     try:
-        source = ExampleSource(str(path), config, tokenizer)
+        source = ExampleSource(str(path), reader, config.run.seed)
     finally:
         # The look before a run finds what the run would.
         if source is None:
             with pytest.raises(ValueError):
-                check_examples(str(path), config, tokenizer)
+                check_examples(str(path), reader)
         else:
-            check_examples(str(path), config, tokenizer)
+            check_examples(str(path), reader)
     return source
 
 

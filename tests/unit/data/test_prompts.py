@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
+from rlx.config.schema import DataConfig
 from rlx.config.sources import SourceConfig
 from rlx.data.prompts import PromptSource
 from rlx.data.questions import read_questions, rendered_fingerprint
@@ -239,13 +239,8 @@ def test_verifiers_see_special_tokens_but_not_those_that_end_an_answer(tmp_path:
     )
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.convert_tokens_to_ids("<turn>")]}))
-    config = Config(
-        model=ModelConfig(path=str(tmp_path)),
-        data=DataConfig(),
-        rollout=RolloutConfig(stop_token_ids=[tokenizer.convert_tokens_to_ids("<stop>")]),
-        reward=RewardConfig(skip_special_tokens=skip),
-    )
-    decode = answer_decoder(config, tokenizer)
+    stop = tokenizer.convert_tokens_to_ids("<stop>")
+    decode = answer_decoder(tokenizer, str(tmp_path), [stop], skip_special_tokens=skip)
     for end in ("", "<eos>", "<turn>", "<stop>", "<eos><pad><pad>"):
         ids = tokenizer.encode(f"<think> a </think> <answer> b </answer> {end}", add_special_tokens=False)
         assert decode(ids).replace(" ", "") == seen, end

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from rlx.config.schema import Config, DataConfig, ModelConfig, RewardConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig
 from rlx.data.mixture import next_source, shares_of
-from rlx.data.prompts import PromptSource, check_prompts, evaluation_prompts
+from rlx.data.prompts import PromptSource, evaluation_prompts
 from rlx.types.rollout import LabelUse
+from tests.parts import files_of
 
 WORDS = ["<s>", "<unk>", "<system>", "<user>", "<assistant>", *"abcdefgh"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
@@ -176,9 +177,8 @@ def test_a_changed_mixture_does_not_resume(tmp_path: Path) -> None:
 
 def test_evaluation_prompts_come_in_file_order(tmp_path: Path) -> None:
     data = DataConfig(train=numbered(tmp_path / "p.jsonl", 6), curriculum_key="absent")
-    config = Config(model=ModelConfig(path="m"), data=data, reward=RewardConfig(name="exact"))
     one = EvaluationSetConfig(path=str(data.train), max_prompts=3)
-    prompts, drops = evaluation_prompts("held_out", one, config, TOKENIZER)
+    prompts, drops = evaluation_prompts("held_out", one, data, TOKENIZER, 0)
     assert [prompt.label for prompt in prompts] == ["p0", "p1", "p2"] and not drops
     assert {prompt.source for prompt in prompts} == {"held_out"}
 
@@ -200,10 +200,9 @@ def test_tasks_of_reasoning_gym_are_made_from_their_seed() -> None:
 def test_training_and_evaluation_share_no_question_of_a_task() -> None:
     pytest.importorskip("reasoning_gym")
     data = DataConfig(train="reasoning-gym:chain_sum")
-    config = Config(model=ModelConfig(path="m"), data=data, reward=RewardConfig(name="reasoning-gym"))
-    source = PromptSource(data, TOKENIZER, config.run.seed)
+    source = PromptSource(data, TOKENIZER, 0)
     one = EvaluationSetConfig(path="reasoning-gym:chain_sum", max_prompts=50)
-    held_out, _ = evaluation_prompts("", one, config, TOKENIZER)
+    held_out, _ = evaluation_prompts("", one, data, TOKENIZER, 0)
     shared = {prompt.text for prompt in held_out} & {prompt.text for prompt in source.next(len(source))}
     assert len(source) == 500 and len(shared) < 5  # small sums repeat by chance
 
@@ -226,7 +225,7 @@ def test_a_source_that_cannot_be_used_is_found_before_the_run(
     bad = SourceConfig(path=good if path == "FILE" else path, args=args)
     data = DataConfig(sources={"good": SourceConfig(path=good), "bad": bad})
     config = Config(model=ModelConfig(path="m"), data=data, reward=RewardConfig(name="exact"))
-    (problem,) = check_prompts(config, TOKENIZER, lambda source: NEEDS)
+    (problem,) = files_of(config, TOKENIZER).problems(lambda source: NEEDS)
     with pytest.raises(ValueError, match=message):
         raise ValueError(problem)
 
@@ -235,8 +234,8 @@ def test_a_source_without_labels_is_found_where_the_reward_compares_with_them(tm
     bare = write(tmp_path / "bare.jsonl", {"prompt": "a", "answer": 3}, {"prompt": "b", "answer": 4})
     data = DataConfig(sources={"good": SourceConfig(path=numbered(tmp_path / "p.jsonl", 3)), "bare": SourceConfig(path=bare)})
     config = Config(model=ModelConfig(path="m"), data=data, reward=RewardConfig(name="exact"))
-    (problem,) = check_prompts(config, TOKENIZER, lambda source: NEEDS)
+    (problem,) = files_of(config, TOKENIZER).problems(lambda source: NEEDS)
     assert problem.endswith("bare.jsonl: the reward compares with labels, but the rows have no 'label' (data.label_key)")
-    assert check_prompts(config, TOKENIZER, lambda source: LabelUse(is_needed=source == "good")) == []
+    assert files_of(config, TOKENIZER).problems(lambda source: LabelUse(is_needed=source == "good")) == []
     named = replace(data, sources={**data.sources, "bare": replace(data.sources["bare"], label_key="answer")})
-    assert check_prompts(replace(config, data=named), TOKENIZER, lambda source: NEEDS) == []
+    assert files_of(replace(config, data=named), TOKENIZER).problems(lambda source: NEEDS) == []

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from rlx.config.parts import EngineSettings
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
 from rlx.rollout.generate import HttpRolloutService
 from rlx.rollout.server import engine_command, parse_ready_port, wait_until_healthy
@@ -49,7 +50,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running_engine(config: Config, log: Path) -> Iterator[str]:
     """The engine's url; it ends when this process closes the pipe."""
     read_end, write_end = os.pipe()
-    command = engine_command(config, index=0, port=0, python=sys.executable, parent_pipe=read_end)
+    command = engine_command(EngineSettings.of(config), index=0, port=0, python=sys.executable, parent_pipe=read_end)
     with log.open("wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, pass_fds=[read_end], text=True)
     os.close(read_end)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rlx.config.parts import EngineSettings
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, SyncConfig
 from rlx.rollout.server import engine_command, parse_ready_port, wait_until_healthy
 from rlx.rollout.sglang.client import EngineError
@@ -30,26 +31,27 @@ def config_of(**rollout: object) -> Config:
 def test_command_of_an_embedded_engine() -> None:
     arguments = {"max_running": 4096, "await_weights": True, "enable_fp32_lm_head": False, "seed": None}
     config = config_of(num_engines=2, server_args=arguments)
-    got = engine_command(config, index=1, port=0, python="/v/python", parent_pipe=7)
+    got = engine_command(EngineSettings.of(config), index=1, port=0, python="/v/python", parent_pipe=7)
     want = "/v/python -m rlx.cli.serve --model /models/tiny --port 0 --dtype bf16"
     want += " --rank 1 --device cpu --weight-timeout-s 77.0 --threads 3 --parent-pipe 7"
     assert got == [*want.split(), "--max-running", "4096", "--await-weights"]
 
 
 def test_the_engine_may_have_a_dtype_of_its_own() -> None:
-    got = engine_command(config_of(dtype="fp32"), index=0, port=123, python="py", parent_pipe=None)
+    got = engine_command(EngineSettings.of(config_of(dtype="fp32")), index=0, port=123, python="py", parent_pipe=None)
     assert got[got.index("--dtype") + 1] == "fp32" and got[got.index("--port") + 1] == "123" and "--parent-pipe" not in got
-    got = engine_command(config_of(), index=0, port=1, python="py", parent_pipe=None)
+    got = engine_command(EngineSettings.of(config_of()), index=0, port=1, python="py", parent_pipe=None)
     assert got[got.index("--dtype") + 1] == "bf16"
 
 
 def sglang_words(config: Config) -> list[str]:
     site = SGLangSite(index=0, device="cpu", host="127.0.0.1", port=1, key_file=Path("keys"), python="py")
-    return sglang_command(config, site)
+    return sglang_command(EngineSettings.of(config), site)
 
 
 @pytest.mark.parametrize(
-    "command", [sglang_words, lambda config: engine_command(config, index=0, port=1, python="py", parent_pipe=None)]
+    "command",
+    [sglang_words, lambda config: engine_command(EngineSettings.of(config), index=0, port=1, python="py", parent_pipe=None)],
 )
 def test_engines_in_bf16_keep_logits_in_fp32_as_the_trainers_do(command: Callable[[Config], list[str]]) -> None:
     config = config_of()
@@ -67,12 +69,12 @@ def test_a_server_argument_wins_over_the_fp32_head() -> None:
 @pytest.mark.parametrize("name", ["port", "parent_pipe", "parent-pipe", "model", "dtype"])
 def test_arguments_of_our_own_cannot_be_overridden(name: str) -> None:
     with pytest.raises(ValueError, match=rf"rollout\.server_args\.{name.replace('-', '_')}"):
-        engine_command(config_of(server_args={name: 1}), index=0, port=0, python="py", parent_pipe=None)
+        engine_command(EngineSettings.of(config_of(server_args={name: 1})), index=0, port=0, python="py", parent_pipe=None)
 
 
 def test_an_index_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.\.2"):
-        engine_command(config_of(num_engines=3), index=3, port=0, python="py", parent_pipe=None)
+        engine_command(EngineSettings.of(config_of(num_engines=3)), index=3, port=0, python="py", parent_pipe=None)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rlx.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig
+from rlx.config.schema import DataConfig, EvaluationConfig
 from rlx.config.sources import EvaluationSetConfig
-from rlx.driver.evaluate import Evaluation, at_k, pass_chance, summarise
+from rlx.driver.evaluate import Evaluation, at_k, evaluation_sets, pass_chance, summarise
 from rlx.obs.log import logger
 from rlx.types.rollout import Prompt, Reward, RolloutGroup, SamplingSpec
 from tests.trajectories import answered, conversation
@@ -68,10 +68,10 @@ def test_evaluation_says_what_could_not_be_judged(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("rlx.driver.evaluate.evaluation_prompts", lambda *arguments: (prompts, {}))
     monkeypatch.setattr(logger, "propagate", True)
     sets = {"held": EvaluationSetConfig(path="held.jsonl", samples_per_prompt=2, temperature=1.0)}
-    config = Config(model=ModelConfig(path=""), data=DataConfig(), evaluation=EvaluationConfig(sets=sets))
     fakes: Any = Fakes()
     with caplog.at_level("INFO", logger="rlx"):
-        metrics = Evaluation(config, fakes, fakes, SamplingSpec(max_new_tokens=4), fakes).measure(3)
+        found = evaluation_sets(EvaluationConfig(sets=sets), DataConfig(), fakes, SamplingSpec(max_new_tokens=4))
+        metrics = Evaluation(found, fakes, fakes, pass_reward=1.0).measure(3)
     what = "the verifier failed on 3 of 6 answers, which count as wrong; the first: OSError: no network"
     assert f"NOTICE warning: evaluation/held: {what}" in [record.getMessage() for record in caplog.records]
     assert metrics["eval/held/pass@1"] == 0.5

@@ -17,6 +17,7 @@ from rlx.driver.finetune import Batches, FinetuneTrainer
 from rlx.types.layout import BatchPlan, ParallelDims
 from rlx.types.rollout import UpdateStats
 from rlx.types.train_batch import Rows, TrainBatch
+from tests.parts import reader_of
 
 
 class FakeModel:
@@ -66,8 +67,9 @@ def make_trainer(
         evaluation=EvaluationConfig(every=2),
         run=RunConfig(seed=seed, steps=5),
     )
-    source, model = ExampleSource(str(path), config, tokenizer), FakeModel()
-    return FinetuneTrainer(config, Batches(config, ParallelDims(world_size=1), model), source), model
+    source, model = ExampleSource(str(path), reader_of(config, tokenizer), seed), FakeModel()
+    batches = Batches(model, ParallelDims(world_size=1), max_tokens=8192, has_reference=config.has_reference)
+    return FinetuneTrainer(batches, source, examples_per_step, seed), model
 
 
 def test_a_step_reads_scores_and_updates_and_a_validation_learns_nothing(tmp_path: Path) -> None:

@@ -26,10 +26,9 @@ from rlx.config.sources import SourceConfig
 from rlx.driver.batcher import Batcher, BatchRules
 from rlx.driver.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
 from rlx.driver.groups import GroupStream
-from rlx.driver.keeping import evaluate_alone
 from rlx.driver.ppo import Learner, PPOTrainer
 from rlx.driver.roles import Roles
-from rlx.driver.run import run
+from rlx.driver.run import evaluate_alone, run
 from rlx.obs.log import logger
 from rlx.obs.metrics import read_metrics
 from rlx.types.layout import BatchPlan, ParallelDims
