@@ -67,7 +67,8 @@ def test_resume_gives_the_same_numbers(demo: Path, whole: Path, tmp_path: Path) 
     done = rlx("eval", *demo_overrides(demo, run_dir, 6), *evaluation, "run.resume=auto", "data.train=null")
     assert numbers(run_dir / "eval") == [{"step": 6, **evaluated}]
     assert f"cut_off_share  {evaluated['eval/cut_off_share']:.4f}" in done.stdout
-    assert rlx("export", str(run_dir)).stdout.splitlines()[-1] == str(run_dir / "hf-step-6")
+    exported = rlx("export", str(run_dir))
+    assert exported.stdout.splitlines()[-1] == str(run_dir / "hf-step-6") and "Warning" not in exported.stderr
     found, expected = load_file(run_dir / "hf-step-6" / "model.safetensors"), load_file(whole / "hf" / "model.safetensors")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert {path.name for path in (run_dir / "hf-step-6").iterdir()} == {path.name for path in (whole / "hf").iterdir()}
