@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rlx.arch.architecture import Architecture
-from rlx.arch.families.experts import layers_of
+from rlx.arch.families.experts import TOWER_ROWS, layers_of
 from rlx.arch.families.registry import weight_table
 from rlx.arch.layout import layout_problems as model_problems
 from rlx.arch.weights import (
@@ -120,9 +120,9 @@ def parameters(arch: Architecture) -> list[Parameter]:
                     row=row,
                     hf_names=tuple(hf_name.format(layer=layer, expert=expert) for hf_name in row.hf_names),
                     hf_shapes=row.hf_shapes(arch),
-                    layer=layer if "{layer}" in name else None,
+                    layer=layer if "{layer}" in name and not name.startswith(TOWER_ROWS) else None,
                     expert=expert,
-                    is_first_stage=name.startswith("embedding."),
+                    is_first_stage=name.startswith(("embedding.", TOWER_ROWS)),
                 )
             )
     # Whatever comes before the layers first, then layer by layer: near to how the source files are ordered.

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from rlx.arch.fields import ConfigJson, is_number, refuse, require
 from rlx.arch.latent import Latent
 from rlx.arch.longrope import LongRope
+from rlx.arch.vision import Vision
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -66,6 +67,9 @@ class Architecture:
     post_norms          attention and MLP outputs are normed before they join the residual stream
     embedding_scale     what embeddings are multiplied by, rounded to the model's dtype first
     latent              multi-head latent attention, rotary embedding included; None for heads of ``head_dim``
+    rotary_axes         for each frequency of the rotary embedding the position that turns it: 0 time, 1 height, 2 width; empty
+                        where a token has one position
+    vision              the tower that images go through; None for a model of text
     experts             mixture of experts; None where all layers are dense. ``ffn_hidden_size`` is that of dense layers
     """
 
@@ -98,13 +102,16 @@ class Architecture:
     embedding_scale: float = 1.0
     experts: Experts | None = None
     latent: Latent | None = None
+    rotary_axes: tuple[int, ...] = ()
+    vision: Vision | None = None
 
     @property
     def shape(self) -> tuple[object, ...]:
         """What weights and layouts depend on; equal for models that can play different roles in one run."""
         experts = None if self.experts is None else (self.experts.num_experts, self.experts.hidden_size, self.experts.layers)
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
-        return (self.model_type, self.vocab_size, self.num_layers, self.hidden_size, heads, self.ffn_hidden_size, experts)
+        sizes = (self.vocab_size, self.num_layers, self.hidden_size, heads, self.ffn_hidden_size)
+        return (self.model_type, *sizes, experts, self.vision)
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
         """ValueError for a token id that has no row in the embedding."""
@@ -179,7 +186,8 @@ def rope_parameters(config: ConfigJson) -> dict[str, Any]:
     if kind in _FROM_A_SHORTER_CONTEXT and found.get("original_max_position_embeddings") is None:
         found["original_max_position_embeddings"] = config["max_position_embeddings"]
     for name, value in found.items():
-        if name != "rope_type" and not isinstance(value, list) and value is not None and not is_number(value):
+        is_list = isinstance(value, list) and name not in _ROPE_DIVISORS  # factors, one a frequency
+        if name != "rope_type" and not is_list and value is not None and not is_number(value):
             raise ValueError(f"config.json has {name}={value!r} in its rope parameters; expected a number")
         if name in _ROPE_DIVISORS and is_number(value) and value <= 0:
             raise ValueError(f"config.json has {name}={value!r} in its rope parameters; expected a number above 0")

@@ -14,9 +14,10 @@ from rlx.arch.weights import Row
 class Family:
     """``fields`` are those of config.json that the family reads, ``ignored`` the names of those that change nothing;
     ``architecture`` is made from all of ``fields``, defaults filled in; ``table`` gives an architecture's rows by Megatron
-    name."""
+    name. ``spelling`` brings a config.json into the form that ``fields`` describe, where there is another."""
 
     fields: Fields
     architecture: Callable[[ConfigJson], Architecture]
     table: Callable[[Architecture], Mapping[str, Row]]
     ignored: frozenset[str] = frozenset()
+    spelling: Callable[[ConfigJson], ConfigJson] = dict

@@ -61,13 +61,19 @@ def text(default: str | None, *, null: bool = False) -> Field:
     return Field(default=default, kind="a text", fits=_is_a(str), null=null or default is None)
 
 
-def listed(kind: type) -> Field:
-    """A list of values of ``kind``, or null."""
+def listed(kind: type, default: list[Any] | None = None) -> Field:
+    """A list of values of ``kind``; without a default, null may be written too."""
 
     def fits(value: Any) -> bool:
         return isinstance(value, list) and all(type(item) is kind for item in value)
 
-    return Field(default=None, kind=f"a list, each item of type {kind.__name__}", fits=fits, null=True)
+    words = f"a list, each item of type {kind.__name__}"
+    return Field(default=default, kind=words, fits=fits, null=default is None)
+
+
+def nested() -> Field:
+    """An object, or null."""
+    return Field(default=None, kind="an object", fits=_is_a(dict), null=True)
 
 
 def _is_a(kind: type) -> Callable[[Any], bool]:
@@ -79,7 +85,6 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_OBJECT = Field(default=None, kind="an object", fits=_is_a(dict), null=True)
 # What every decoder of the Llama lineage reads, with the defaults of transformers' LlamaConfig.
 _DECODER: Fields = {
     "model_type": text(""),
@@ -96,8 +101,8 @@ _DECODER: Fields = {
     "tie_word_embeddings": flag(False),
     "attention_dropout": number(0.0, null=True),
     "rope_theta": positive(10_000.0),
-    "rope_scaling": _OBJECT,
-    "rope_parameters": _OBJECT,
+    "rope_scaling": nested(),
+    "rope_parameters": nested(),
     "partial_rotary_factor": number(1.0, null=True),
 }
 # Say nothing about log-probs: where the model came from, how to start training one, how to generate, how to store.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlx.arch.architecture import Architecture
-from rlx.arch.families.experts import DENSE_ROWS, layers_of
+from rlx.arch.families.experts import DENSE_ROWS, TOWER_ROWS, layers_of
 from rlx.arch.families.registry import weight_table
 
 _MLP, _EXPERT = "decoder.layers.{layer}.mlp.", "{expert}"
@@ -29,7 +29,7 @@ def expected_shapes(arch: Architecture) -> Mapping[str, tuple[int, ...]]:
 class Sizes:
     """Parameters of ``arch`` by where they live: ``embedding`` and ``output`` (the output layer, 0 where it is tied), and of one
     layer ``attention`` (with the norms), ``dense_mlp``, ``moe_mlp`` (all of an MoE layer's but its routed experts) and
-    ``experts`` (its routed experts)."""
+    ``experts`` (its routed experts). ``tower`` are those of the whole vision tower, 0 without one."""
 
     arch: Architecture
     embedding: int
@@ -38,6 +38,7 @@ class Sizes:
     dense_mlp: int
     moe_mlp: int
     experts: int
+    tower: int
 
     @property
     def num_moe_layers(self) -> int:
@@ -48,7 +49,7 @@ class Sizes:
         """All parameters."""
         layers, sparse = self.arch.num_layers, self.num_moe_layers
         body = layers * self.attention + (layers - sparse) * self.dense_mlp + sparse * (self.moe_mlp + self.experts)
-        return self.embedding + self.output + body + self.arch.hidden_size
+        return self.embedding + self.output + body + self.arch.hidden_size + self.tower
 
     @property
     def attention_width(self) -> int:
@@ -70,17 +71,20 @@ class Sizes:
 
 def sizes_of(arch: Architecture) -> Sizes:
     """Counted from the weight table."""
-    count = dict.fromkeys(("embedding", "output", "attention", "dense_mlp", "moe_mlp", "experts"), 0)
+    count = dict.fromkeys(("embedding", "output", "attention", "dense_mlp", "moe_mlp", "experts", "tower"), 0)
     for name, row in weight_table(arch).items():
-        if "{layer}" not in name and not name.startswith(("embedding.", "output_layer.")):
+        if "{layer}" not in name and not name.startswith(("embedding.", "output_layer.", TOWER_ROWS)):
             continue  # the last norm, which ``total`` adds
-        count[_place(name)] += sum(math.prod(shape) for shape in row.hf_shapes(arch))
+        blocks = len(layers_of(name, arch)) if name.startswith(TOWER_ROWS) else 1
+        count[_place(name)] += blocks * sum(math.prod(shape) for shape in row.hf_shapes(arch))
     if arch.experts is not None:
         count["experts"] *= arch.experts.num_experts
     return Sizes(arch=arch, **count)
 
 
 def _place(name: str) -> str:
+    if name.startswith(TOWER_ROWS):
+        return "tower"
     if name.startswith("embedding."):
         return "embedding"
     if name.startswith("output_layer."):

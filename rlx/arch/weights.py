@@ -38,7 +38,8 @@ class Run:
 
 
 class Row(Protocol):
-    """One line of a table. ``{layer}`` in names stands for the layer number, ``{expert}`` for the expert's."""
+    """One line of a table. ``{layer}`` in names stands for the number of the layer, or of the tower's block; ``{expert}`` for the
+    expert's."""
 
     @property
     def hf_names(self) -> tuple[str, ...]: ...

@@ -17,6 +17,7 @@ _MLP = "decoder.layers.{layer}.mlp."
 ROUTING_NAMES = words("router_aux_loss_coef output_router_logits aux_loss_alpha seq_aux router_z_loss_coef")
 # How the Qwen families say which layers have experts.
 SPARSE_STEPS: Fields = {"decoder_sparse_step": whole(1), "mlp_only_layers": listed(int), "norm_topk_prob": flag(False)}
+TOWER_ROWS = "vision."
 DENSE_ROWS = (_MLP + "linear_fc1.", _MLP + "linear_fc2.")
 
 
@@ -32,9 +33,13 @@ class ExpertNames:
 
 
 def layers_of(row: str, arch: Architecture) -> list[int]:
-    """The numbers of the layers that have the row of this Megatron name; a row outside the layers counts as layer 0."""
+    """The numbers of the layers (of a tower: its blocks) that have the row of this Megatron name; a row outside the layers counts
+    as layer 0."""
     if "{layer}" not in row:
         return [0]
+    if row.startswith(TOWER_ROWS):
+        assert arch.vision is not None
+        return list(range(arch.vision.depth))
     layers = range(arch.num_layers)
     if row.startswith(DENSE_ROWS):
         return [layer for layer in layers if not arch.has_experts(layer)]

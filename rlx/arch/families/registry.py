@@ -15,7 +15,9 @@ from rlx.arch.families import (
     mixtral,
     phi3,
     qwen2,
+    qwen2_5_vl,
     qwen2_moe,
+    qwen2_vl,
     qwen3,
     qwen3_moe,
 )
@@ -32,7 +34,9 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": mixtral.FAMILY,
     "phi3": phi3.FAMILY,
     "qwen2": qwen2.FAMILY,
+    "qwen2_5_vl": qwen2_5_vl.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,
+    "qwen2_vl": qwen2_vl.FAMILY,
     "qwen3": qwen3.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
 }
@@ -53,7 +57,7 @@ def architecture_of(config: ConfigJson) -> Architecture:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"config.json has model_type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[model_type]
-    arch = check_numbers(family.architecture(complete(config, family.fields, family.ignored)))
+    arch = check_numbers(family.architecture(complete(family.spelling(config), family.fields, family.ignored)))
     check_described(config, arch.vocab_size)
     return arch
 
