@@ -63,6 +63,7 @@ setup(
         "megatron-core==0.19.2",
         "numpy",
         "omegaconf>=2.3",
+        "pillow",
         "psutil",
         "pyarrow",
         "pyyaml",

@@ -85,6 +85,7 @@ LATE_IMPORTS = {
     "rlx/config/hub/located.py:data_path": "the same",
     "rlx/data/tasks.py:_reasoning_gym": "an extra, and it takes seconds to import; only when a source asks for it",
     "rlx/rewards/reasoning_gym.py:_load": "an extra, and it takes seconds to import; only when it is the verifier",
+    "rlx/models/vision.py:_module_of": "transformers' models take seconds to import; only where there is a tower",
     "rlx/obs/trackers.py:__init__": "wandb is an extra, and TensorBoard takes a second to import; both only when asked for",
     "rlx/parallel/cpu_backend.py:_answer_megatron": "must run after the torch patches above it: Megatron reads them on import",
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CHANNELS = 3
+LEARNING = ("train", "projector", "frozen")
+"""What of a tower can learn: all of it, what makes tokens of its patches, nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

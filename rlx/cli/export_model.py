@@ -22,7 +22,7 @@ def export(run_dir: str, checkpoint: str, out: str, device: torch.device) -> Non
     connect(init_method="env://", rank=0, world_size=1, device=device, timeout_s=_TIMEOUT_S)
     context = build_context(ParallelDims(world_size=1), device, seed=0, timeout_s=_TIMEOUT_S)
     # The layers that the run's GPUs had need not be here.
-    loader = ModelLoader.of(replace(config.model, layer_spec="auto"), config.data.chat_template, config.run.seed, context)
+    loader = ModelLoader.of(replace(config.model, layer_spec="auto"), config.data.chat_template, config.run, context)
     with phase("load model"):
         policy = loader.load(config.model.path, "score" if config.finetune.objective == "rm" else "token")
         policy.load(Path(checkpoint) / "policy")

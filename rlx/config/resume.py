@@ -57,6 +57,7 @@ _REFUSED: Mapping[str, str] = {
     "run.seed": "the order of the data and the draws of answers follow from it",
     "model.dtype": "the checkpoint holds weights and optimizer state of the other type",
     "model.layer_spec": "the checkpoint holds the tensors as the other layers keep them",
+    "model.vision": "the checkpoint holds the optimizer state of what learnt, and of nothing else",
     "data.sources": _ORDER,
     "data.shuffle": _ORDER,
     "data.curriculum_key": _ORDER,

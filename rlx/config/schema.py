@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rlx.arch.vision import LEARNING
 from rlx.config.algorithm import AlgorithmConfig as AlgorithmConfig
 from rlx.config.finetune import WITH_REFERENCE
 from rlx.config.finetune import FinetuneConfig as FinetuneConfig
@@ -89,6 +90,7 @@ class ModelConfig:
         0.0, "weight of the experts' load-balancing loss (sequence by sequence, summed over layers)", minimum=0
     )
     moe_z_loss_coefficient: float = option(0.0, "weight of the routers' z-loss (Zoph et al. 2022)", minimum=0)
+    vision: str = option("frozen", "what of a vision tower learns: all, its projector, nothing", choices=LEARNING)
 
     @property
     def precision(self) -> Precision:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -34,8 +35,9 @@ from rlx.models.layers import CoreAttention, RMSNorm, ValueHead
 from rlx.models.mla import attend_latently, latent_config
 from rlx.models.moe import expert_fields, route
 from rlx.models.pipeline import megatron_layout
-from rlx.models.rotary import PackRotary
+from rlx.models.rotary import GridRotary, PackRotary
 from rlx.models.variants import ACTIVATION_FUNCTIONS, adapt_layer, scale_embeddings
+from rlx.models.vision import add_tower
 from rlx.parallel.context import ParallelContext, stage_of_chunk
 from rlx.types.precision import FP32, Precision
 from rlx.types.weights import torch_dtype
@@ -46,7 +48,8 @@ HeadKind = Literal["token", "value", "score"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """How to compute, as opposed to what: see the configuration keys of the same names."""
+    """How to compute, as opposed to what: see the configuration keys of the same names. ``images`` is the folder that holds those
+    of the batches; None where there are none."""
 
     precision: Precision = FP32
     layer_spec: str = "auto"
@@ -54,6 +57,8 @@ class BuildOptions:
     seed: int = 0
     moe_aux_loss_coefficient: float = 0.0
     moe_z_loss_coefficient: float = 0.0
+    vision: str = "frozen"
+    images: Path | None = None
 
 
 def resolve_layer_spec(options: BuildOptions, device: torch.device) -> str:
@@ -117,8 +122,8 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         # With batched exchange, prev and next of a two-stage ring are one rank and its messages cross.
         overlap_p2p_comm=dims.vpp > 1,
         batch_p2p_comm=dims.vpp == 1,
-        # The fused kernel knows one set of frequencies for all sequences, and no interleaved pairs.
-        apply_rope_fusion=with_engine and arch.latent is None and not isinstance(arch.rope, LongRope),
+        # The fused kernel knows one set of frequencies for all sequences, one position a token, and no interleaved pairs.
+        apply_rope_fusion=with_engine and arch.latent is None and not isinstance(arch.rope, LongRope) and not arch.rotary_axes,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -212,7 +217,9 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
             pg_collection=context.groups,
             vp_stage=vp_stage,
         )
-        if isinstance(arch.rope, LongRope):
+        if arch.vision is not None:
+            model.rotary_pos_emb = GridRotary(frequencies, arch.rotary_axes, arch.vision.merge)
+        elif isinstance(arch.rope, LongRope):
             model.rotary_pos_emb = LongRotary(arch.rope, frequencies)
         elif arch.latent is None and config.apply_rope_fusion:  # latent attention has its own in each layer
             model.rotary_pos_emb.inv_freq = frequencies
@@ -220,6 +227,8 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
             model.rotary_pos_emb = PackRotary(frequencies)
         if has_embedding and arch.embedding_scale != 1.0:
             scale_embeddings(model.embedding, arch.embedding_scale, config.params_dtype)
+        if has_embedding and arch.vision is not None:
+            add_tower(model, arch, context, config.params_dtype, options.vision, options.images)
         if head != "token" and has_output:
             model.output_layer = ValueHead(config, context.groups, options.seed, has_bias=head == "value")
         chunks.append(model.to(context.device))

@@ -14,11 +14,13 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from rlx.arch.architecture import Architecture
 from rlx.arch.weights import padded_vocab_size
 from rlx.models.rotary import rotated_as_one
+from rlx.models.vision import embedded
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.packing import LocalBatch
 from rlx.parallel.vocab import LogitScaling, logprobs_and_entropy, vocab_shard
@@ -27,8 +29,15 @@ Processor = Callable[..., Tensor]
 
 
 def _run(chunk: nn.Module, batch: LocalBatch, processor: Processor | None) -> Tensor:
-    packed = rotated_as_one(chunk, batch.packed_seq_params)
-    output: Tensor = chunk(batch.tokens_1t, batch.positions_1t, None, packed_seq_params=packed, output_processor=processor)
+    (model,) = unwrap_model([chunk])
+    output: Tensor = chunk(
+        batch.tokens_1t,
+        batch.positions_1t,
+        None,
+        decoder_input=embedded(model, batch),
+        packed_seq_params=rotated_as_one(model, batch.packed_seq_params),
+        output_processor=processor,
+    )
     return output
 
 

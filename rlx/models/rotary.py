@@ -6,13 +6,14 @@ It also takes angles for every token of a pack, and that pack as a single sequen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
 import torch
-from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
+from rlx.data.images.grid import pack_positions
 from rlx.parallel.packing import PackedSequences
 
 
@@ -36,15 +37,31 @@ class PackRotary(nn.Module):
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
-def rotated_as_one(chunk: nn.Module, packed: PackedSequences) -> PackedSequences:
+class GridRotary(PackRotary):
+    """The same where a token has a position along time, height and width: ``axes`` says which of them turns each frequency."""
+
+    def __init__(self, inverse_frequencies: Tensor, axes: Sequence[int], merge: int) -> None:
+        super().__init__(inverse_frequencies)
+        self.axes, self.merge = torch.tensor(axes, device=inverse_frequencies.device), merge
+
+    def forward(self, packed: Any, **kwargs: Any) -> Tensor:
+        """Angles of every token of the pack, float32 [T, 1, 1, K]."""
+        if not packed.images:
+            return super().forward(packed)
+        positions_3T = torch.from_numpy(pack_positions(packed.cu_seqlens_q.tolist(), packed.images, self.merge))
+        angles = positions_3T.to(self.axes.device)[self.axes].T.float() * self.inverse_frequencies
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def rotated_as_one(model: nn.Module, packed: PackedSequences) -> PackedSequences:
     """``packed`` with the borders that ``PackRotary`` wants Megatron to rotate by: those of the whole pack.
 
     Attention keeps to ``cu_seqlens_q``. Under context parallelism nothing changes: a rank's part is cut out sequence by
     sequence.
     """
-    (model,) = unwrap_model([chunk])
     rotary = getattr(model, "rotary_pos_emb", None)  # latent attention has its own in each layer
-    if not isinstance(rotary, PackRotary) or model.config.context_parallel_size > 1:
+    config: Any = model.config
+    if not isinstance(rotary, PackRotary) or config.context_parallel_size > 1:
         return packed
     rotated = copy(packed)
     rotated.cu_seqlens_q_padded = rotated.cu_seqlens_kv_padded = packed.cu_seqlens_q[[0, -1]]

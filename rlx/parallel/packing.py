@@ -12,12 +12,13 @@ from torch import Tensor
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.context_parallel import local_index
 from rlx.types.batch import MicroBatch
+from rlx.types.rollout import ImageSpan
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packing parameters (whose borders count each sequence's padding to it), the true lengths, and what a
-    router's balancing losses need.
+    """Megatron's packing parameters (whose borders count each sequence's padding to it), the true lengths, the pack's images, and
+    what a router's balancing losses need.
 
     lengths_S    true lengths, int64 [S]
     segments_t   the number of each token's sequence, -1 in padding
@@ -27,6 +28,7 @@ class PackedSequences(PackedSeqParams):
     lengths_S: Tensor | None = None
     segments_t: Tensor | None = None
     weights_S: Tensor | None = None
+    images: tuple[ImageSpan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,6 +93,7 @@ def local_batch(pack: MicroBatch, context: ParallelContext, num_loss_tokens: flo
         lengths_S=lengths_S,
         segments_t=segments_t,
         weights_S=weights_S,
+        images=pack.images,
     )
     return LocalBatch(
         pack=pack,

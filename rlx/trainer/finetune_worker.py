@@ -30,7 +30,7 @@ class FinetuneWorker:
     def __init__(self, config: Config, context: ParallelContext) -> None:
         self.context = context
         self._objective = config.finetune
-        loader = ModelLoader.of(config.model, config.data.chat_template, config.run.seed, context)
+        loader = ModelLoader.of(config.model, config.data.chat_template, config.run, context)
         kind: HeadKind = "score" if self._scores else "token"
         learning = Learning(
             loss=finetune_loss(config.finetune, context.groups.cp),

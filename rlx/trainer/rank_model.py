@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
-from rlx.config.schema import ModelConfig, OptimizerConfig
+from rlx.config.schema import ModelConfig, OptimizerConfig, RunConfig
+from rlx.data.images.pixels import image_folder
 from rlx.models.build import BuildOptions, HeadKind, build_model, freeze
 from rlx.models.classifier import export_classifier, load_score
 from rlx.models.heads import token_head, value_head
@@ -163,16 +164,23 @@ class ModelLoader:
 
     @classmethod
     def of(
-        cls, model: ModelConfig, chat_template: str | None, seed: int, context: ParallelContext, temperature: float = 1.0
+        cls,
+        model: ModelConfig,
+        chat_template: str | None,
+        run: RunConfig,
+        context: ParallelContext,
+        temperature: float = 1.0,
     ) -> Self:
-        """As a configuration says. ``seed`` draws the start values of heads that no folder holds."""
+        """As a configuration says. The run's seed draws the start values of heads that no folder holds."""
         options = BuildOptions(
             precision=model.precision,
             layer_spec=model.layer_spec,
             recompute=model.recompute,
-            seed=seed,
+            seed=run.seed,
             moe_aux_loss_coefficient=model.moe_aux_loss_coefficient,
             moe_z_loss_coefficient=model.moe_z_loss_coefficient,
+            vision=model.vision,
+            images=image_folder(run.dir),
         )
         companions = Companions.of(model.path, model.tokenizer_path, chat_template)
         return cls(options, companions, context, temperature)

@@ -47,7 +47,7 @@ class Worker:
         self.algorithm = make_algorithm(config.algorithm)
         self._batch: RankBatch | None = None
         model, total_steps = config.model, config.run.steps * config.algorithm.epochs * config.algorithm.num_mini_batches
-        loader = ModelLoader.of(model, config.data.chat_template, config.run.seed, context, config.rollout.temperature)
+        loader = ModelLoader.of(model, config.data.chat_template, config.run, context, config.rollout.temperature)
         learning = Learning(
             loss=policy_loss(self.algorithm.policy_loss, context.groups.cp),
             aggregation=config.algorithm.loss_aggregation,

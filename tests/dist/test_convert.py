@@ -228,7 +228,7 @@ def test_there_and_back_is_bit_exact(bench: Bench, name: str) -> None:
 
 
 def test_every_family_there_and_back(bench: Bench) -> None:
-    assert set(MIXTURES) < bench.families.keys() and len(bench.families) >= len(MIXTURES) + 12
+    assert set(MIXTURES) < bench.families.keys() and len(bench.families) >= len(MIXTURES) + 15
     for name, source in bench.families.items():
         for way in ("there", "back"):
             assert bench.outcomes[f"{way} {name}"]["code"] == 0, (name, bench.outcomes[f"{way} {name}"]["err"][-2000:])
@@ -350,12 +350,20 @@ MIXTURE_LAYOUTS: dict[str, dict[str, Any]] = {
 
 def test_any_layout_loads_mixtures(bench: Bench) -> None:
     """Dense layers between those with experts, shared experts, latent attention, a bias of the router's scores."""
-    names = ("qwen3_moe", "qwen2_moe", "deepseek_v3")
+    assert_loaded(bench, ("qwen3_moe", "qwen2_moe", "deepseek_v3"), MIXTURE_LAYOUTS)
+
+
+def test_any_layout_loads_a_tower(bench: Bench) -> None:
+    layouts = {"tp2 sp": {"tp": 2, "sequence_parallel": True}, "pp2 vpp2": {"pp": 2, "vpp": 2}}
+    assert_loaded(bench, ("qwen2.5-vl-tied", "qwen2-vl"), layouts)
+
+
+def assert_loaded(bench: Bench, names: tuple[str, ...], layouts: dict[str, dict[str, Any]]) -> None:
     cases = {name: {"hf": str(bench.families[name]), "megatron": str(bench.there(name))} for name in names}
-    out = bench.folder / "loads of mixtures.pt"
-    run_ranks("tests.dist.programs.convert_loads", 2, {"cases": cases, "layouts": MIXTURE_LAYOUTS}, out)
+    out = bench.folder / f"loads of {names[0]}.pt"
+    run_ranks("tests.dist.programs.convert_loads", 2, {"cases": cases, "layouts": layouts}, out)
     results = torch.load(out, weights_only=True)
-    for layout in MIXTURE_LAYOUTS:
+    for layout in layouts:
         for case in cases:
             expected = {"ours": True, "stock": True, "critic": True, "missing": [], "unexpected": []}
             assert results[f"{case} {layout}"] == expected, (case, layout, results[f"{case} {layout}"])

@@ -26,6 +26,7 @@ from rlx.models.hf.row_tensors import export, load
 from rlx.parallel.context import ParallelContext
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_BLOCK = re.compile(r"^vision\.blocks\.(\d+)\.")
 # One module an expert, or (Transformer Engine) one module for all with numbered weights.
 _EXPERT = re.compile(
     r"(?<=mlp\.experts\.)(?:local_experts\.(?P<module>\d+)\.(?P<a>\w+)\.weight|(?P<b>\w+)\.weight(?P<weight>\d+))$"
@@ -40,8 +41,8 @@ SHARD_BYTES = 5 * 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Slot:
-    """One parameter of this rank and the row that fills it. ``layer`` and ``expert`` are numbers in the whole model;
-    ``expert`` is None outside experts."""
+    """One parameter of this rank and the row that fills it. ``layer`` (of a tower: the block) and ``expert`` are numbers in the
+    whole model; ``expert`` is None outside experts."""
 
     parameter: nn.Parameter
     row: Row
@@ -90,8 +91,11 @@ def _slots_of(chunk: nn.Module, arch: Architecture, context: ParallelContext) ->
 
 
 def _generic_name(chunk: nn.Module, name: str) -> tuple[str, int, int | None]:
-    """Name with ``{layer}`` and ``{expert}`` for the numbers, the layer's number in the whole model, and the expert's on
-    this rank."""
+    """Name with ``{layer}`` and ``{expert}`` for the numbers, the layer's (or block's) number in the whole model, and the
+    expert's on this rank."""
+    block = _BLOCK.search(name)
+    if block:
+        return _BLOCK.sub("vision.blocks.{layer}.", name), int(block[1]), None
     found = _LAYER.search(name)
     layer = -1
     if found:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from tests.dist import family_cases
+from tests.dist import family_cases, vision_cases
 from tests.dist.programs import moe_reference
 
 
 def main(root: Path) -> None:
-    for seed, (case, make) in enumerate(family_cases.CASES.items()):
+    for seed, (case, make) in enumerate((family_cases.CASES | vision_cases.CASES).items()):
         torch.manual_seed(seed)
         model = make()
         moe_reference.disturb(model)

@@ -183,7 +183,7 @@ def test_any_value_in_any_field_is_taken_or_refused_by_name(family: str, spellin
     changed += [(name, {**whole, at: {**whole[at], name: odd}}) for at in inner for name in whole[at] for odd in ODD]
     for name, config in changed:
         found = read(config)
-        named = ("mrope_section",) if name in ("rope_scaling", "rope_parameters", "text_config") else ()
+        named: tuple[str, ...] = ("mrope_section",) if name in ("rope_scaling", "rope_parameters", "text_config") else ()
         named += ("rope type",) if name in ("type", "rope_type") else ()
         named += ("hidden_size",) if name == "text_config" else ()
         assert not isinstance(found, str) or ("config.json" in found and any(word in found for word in (name, *named))), (

@@ -1,0 +1,1 @@
+"""Images: their files, their pixels, their places among tokens."""

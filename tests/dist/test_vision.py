@@ -1,0 +1,93 @@
+"""Vision-language families equal transformers in every layout: log-probs, gradients of text and tower, weights bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.launch import ROOT, run_ranks
+
+pytestmark = pytest.mark.timeout(600)
+
+CASES = ["qwen2.5-vl tied", "qwen2.5-vl one kv head", "qwen2-vl"]
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {}},
+    2: {
+        "dp2": {},
+        "tp2": {"tp": 2, "recompute": "selective"},
+        "tp2 sp": {"tp": 2, "sequence_parallel": True},
+        "pp2": {"pp": 2, "recompute": "full"},
+        "pp2 vpp2": {"pp": 2, "vpp": 2},
+        "cp2": {"cp": 2},
+    },
+    4: {
+        "tp2 pp2 sp": {"tp": 2, "pp": 2, "sequence_parallel": True},
+        "tp2 cp2 sp": {"tp": 2, "cp": 2, "sequence_parallel": True},
+    },
+}
+# What every run of the tests covers; the others are slow.
+ONE_HEAD = {"one", "tp2", "tp2 cp2 sp"}
+PLAIN = {"one", "tp2 sp", "pp2 vpp2"}
+QUICK = {
+    name: [CASES[0], *CASES[1:2] * (name in ONE_HEAD), *CASES[2:] * (name in PLAIN)]
+    for layouts in LAYOUTS.values()
+    for name in layouts
+}
+# Besides, under one layout each: an export, a checkpoint written, and it read; towers that learn less.
+BESIDES = {"exports": "tp2 pp2 sp", "saves": "tp2", "loads": "tp2 cp2 sp", "learns": "one"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints, their images, and what transformers computes from them."""
+    root = tmp_path_factory.mktemp("vision")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-m", "tests.dist.vision_cases", str(root)], env=env, cwd=ROOT, check=True, timeout=240)
+    return root
+
+
+@pytest.fixture(scope="module", params=["quick", pytest.param("all", marks=pytest.mark.slow)])
+def results(request: pytest.FixtureRequest, root: Path) -> dict[str, Any]:
+    """Layout, then case, to what was measured there."""
+    cases = QUICK if request.param == "quick" else dict.fromkeys(QUICK, CASES)
+    found: dict[str, Any] = {}
+    for world_size, layouts in LAYOUTS.items():
+        out = root / f"{request.param}{world_size}.json"
+        arguments = {"root": str(root), "layouts": layouts, "cases": cases, **BESIDES}
+        run_ranks("tests.dist.programs.vision", world_size, arguments, out, timeout_s=400)
+        found |= json.loads(out.read_text())
+    return found
+
+
+def over(results: dict[str, Any], what: str, limit: float) -> dict[str, Any]:
+    """The cases beyond ``limit``, with the value and the place."""
+    assert set(results) == set(QUICK) and all(set(cases) >= set(QUICK[name]) for name, cases in results.items())
+    measured = {f"{case} under {layout}": found for layout, cases in results.items() for case, found in cases.items()}
+    assert any(what in found for found in measured.values())
+    return {where: found[what] for where, found in measured.items() if what in found and not found[what][0] <= limit}
+
+
+def test_logprobs_equal_transformers(results: dict[str, Any]) -> None:
+    assert over(results, "logprobs", 2e-5) == {}
+
+
+def test_gradients_of_text_and_tower_equal_transformers(results: dict[str, Any]) -> None:
+    assert over(results, "gradients", 1e-4) == {}
+    assert over(results, "replicas", 0.0) == {}
+
+
+@pytest.mark.parametrize("learns", ["frozen", "projector"])
+def test_what_is_frozen_has_no_gradient_and_changes_none(results: dict[str, Any], learns: str) -> None:
+    assert over(results, learns, 1e-4) == {}
+
+
+@pytest.mark.parametrize("how", ["fp32", "bf16", "checkpoint"])
+def test_weights_come_back_bit_for_bit(results: dict[str, Any], how: str) -> None:
+    wrong = {f"{case} under {layout}": m[how] for layout, cases in results.items() for case, m in cases.items() if m.get(how)}
+    assert wrong == {} and any(how in found for cases in results.values() for found in cases.values())
