@@ -167,6 +167,14 @@ def parse_config_json(file: Path) -> ConfigJson:
     return content
 
 
+def has_tower(folder: str | Path) -> bool:
+    """Whether a folder's model sees images: its config.json describes a tower. False where there is nothing to read."""
+    try:
+        return bool(read_config_json(folder).get("vision_config"))
+    except ValueError:
+        return False
+
+
 def is_megatron_checkpoint(folder: str | Path) -> bool:
     """Whether a model folder holds a Megatron distributed checkpoint rather than Hugging Face weights."""
     return os.path.isfile(Path(folder) / "metadata.json")

@@ -53,6 +53,7 @@ class EngineSettings:
     seed: int
     num_started: int
     num_trainer_ranks: int
+    tower_learns: bool = False
 
     @classmethod
     def of(cls, config: Config) -> EngineSettings:
@@ -66,4 +67,5 @@ class EngineSettings:
             seed=config.run.seed,
             num_started=config.rollout.num_engines if config.starts_engines else 0,
             num_trainer_ranks=config.num_trainer_ranks,
+            tower_learns=config.model.vision != "frozen",
         )

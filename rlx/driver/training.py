@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.registry import make_algorithm
+from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
 from rlx.config.parts import loaded_models
 from rlx.config.schema import Config, RolloutConfig
+from rlx.data.images.pixels import image_folder
 from rlx.data.prompts import PromptSource
 from rlx.data.tokenizer import answer_decoder, tokenizer_of
 from rlx.driver.batcher import Batcher, BatchRules
@@ -31,6 +33,7 @@ from rlx.models.hf.fingerprint import origin_of
 from rlx.obs.log import logger, phase
 from rlx.rewards.pool.pools import make_reward_service
 from rlx.rollout.generate import HttpRolloutService
+from rlx.rollout.images import ImageStore
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
 from rlx.rollout.router import EngineCare
 from rlx.trainer.commands import MemoryMetrics
@@ -72,8 +75,8 @@ def drive(config: Config, lane: CommandLane, engines: Path, *, stop_asked: Calla
                 recorder = stack.enter_context(closing(RolloutRecorder(config.rollout.record)))
             limit_s, shares = config.rollout.start_timeout_s, config.cluster.colocated
             publisher = EnginePublisher(lane, engines, start_timeout_s=limit_s, shares_devices=shares)
-            vocab_size = read_architecture(config.model.path).vocab_size
-            rollout = _served(config.rollout, publisher, read_fleet(engines), vocab_size, recorder)
+            arch, images = read_architecture(config.model.path), image_folder(config.run.dir)
+            rollout = _served(config.rollout, publisher, read_fleet(engines), arch, images, recorder)
         stack.callback(rollout.close)
         skips, stops = config.reward.skip_special_tokens, config.rollout.stop_token_ids
         decode = answer_decoder(tokenizer, config.model.path, stops, skip_special_tokens=skips)
@@ -117,17 +120,24 @@ def drive(config: Config, lane: CommandLane, engines: Path, *, stop_asked: Calla
 
 
 def _served(
-    config: RolloutConfig, publisher: EnginePublisher, fleet: Fleet, vocab_size: int, recorder: RolloutRecorder | None
+    config: RolloutConfig,
+    publisher: EnginePublisher,
+    fleet: Fleet,
+    arch: Architecture,
+    images: Path,
+    recorder: RolloutRecorder | None,
 ) -> HttpRolloutService:
     """Rollouts from engines, which the publisher brings to new weights."""
     rollout = HttpRolloutService(
         [member.url for member in fleet.members],
         config,
-        vocab_size,
+        arch.vocab_size,
         recorder,
         api_key=fleet.keys.api_key,
         care=EngineCare(recover=publisher.publish_again, report_unwell=publisher.report_unwell),
     )
+    if arch.vision is not None:
+        rollout.show(ImageStore(folder=images, vision=arch.vision))
     publisher.adopt = rollout.use
     return rollout
 

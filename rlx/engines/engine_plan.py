@@ -23,6 +23,7 @@ from rlx.rollout.sglang.server import (
     ROOM_ABOVE_PORT,
     SGLangSite,
     Span,
+    image_environment,
     sglang_command,
     sglang_environment,
     write_key_file,
@@ -113,6 +114,7 @@ def _plan_sglang(engines: EngineSettings, site: EngineSite) -> EnginePlan:
         modules=modules,
         devices=site.gpus or (_gpus_of(engines, site.index) if device == "cuda" else ()),
     )
+    env |= image_environment(engines)
     return EnginePlan(argv=sglang_command(engines, server), env=env, port=port, host=site.host, span=site.span)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlx.types.rollout import FinishReason, Segment, Trajectory, sampled
+from rlx.types.rollout import FinishReason, ImageSpan, Segment, Trajectory, sampled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +16,7 @@ class Completion:
     finish_reason: FinishReason
     weight_versions: tuple[int, ...]
 
-    def after(self, prompt: Segment) -> Trajectory:
-        """The trajectory of a single turn."""
+    def after(self, prompt: Segment, images: tuple[ImageSpan, ...] = ()) -> Trajectory:
+        """The trajectory of a single turn. ``images`` stand in the prompt."""
         segments = sampled(self.token_ids, self.rollout_logprobs, self.weight_versions)
-        return Trajectory(segments=(prompt, *segments), finish_reason=self.finish_reason)
+        return Trajectory(segments=(prompt, *segments), finish_reason=self.finish_reason, images=images)

@@ -19,6 +19,7 @@ import aiohttp
 
 from rlx.config.schema import RolloutConfig
 from rlx.rollout.completion import Completion
+from rlx.rollout.images import ImageStore, PlacedImages, check_places
 from rlx.rollout.record import RolloutRecorder
 from rlx.rollout.router import EngineCare, EngineRouter
 from rlx.rollout.sglang.client import (
@@ -43,10 +44,16 @@ def sample_seed(seed: int, prompt_id: int, index: int) -> int:
     return int.from_bytes(digest, "little") & 0x7FFFFFFF
 
 
-def validate_prompts(prompts: Sequence[Prompt], vocab_size: int) -> None:
-    """Raise ValueError, naming the prompt_id, for an empty prompt or ids outside [0, vocab_size)."""
+def validate_prompts(prompts: Sequence[Prompt], vocab_size: int, images: ImageStore | None = None) -> None:
+    """Raise ValueError, naming the prompt_id, for an empty prompt, ids outside [0, vocab_size), or images that do not stand on
+    placeholders (or that the model does not see)."""
     for prompt in prompts:
-        check_token_ids(prompt.token_ids, vocab_size, f"prompt {prompt.prompt_id}: token_ids")
+        what = f"prompt {prompt.prompt_id}"
+        check_token_ids(prompt.token_ids, vocab_size, f"{what}: token_ids")
+        if prompt.images and images is None:
+            raise ValueError(f"{what} has images, and the model does not see any")
+        if images is not None:
+            check_places(prompt.token_ids, prompt.images, images.vision, what)
 
 
 def validate_sampling(sampling: SamplingSpec) -> None:
@@ -108,6 +115,7 @@ class HttpRolloutService:
         self._make = EngineMaker(tuple(endpoints), config, vocab_size, api_key, care)
         self._vocab_size = vocab_size
         self._recorder = recorder
+        self._images: ImageStore | None = None
         self._serving: tuple[tuple[str, ...], int] | None = None
         self._counted: dict[str, int] = {}
         self._loop: _LoopThread | None = None
@@ -117,6 +125,10 @@ class HttpRolloutService:
         """Say which step the following ``generate`` calls belong to (the recorder wants to know)."""
         if self._recorder is not None:
             self._recorder.begin_step(step)
+
+    def show(self, images: ImageStore) -> None:
+        """Take the images of prompts from here; before the first ``generate``."""
+        self._images = images
 
     def use(self, urls: Sequence[str], version: int) -> None:
         """Ask these engines from now on, all of which serve ``version`` (any thread)."""
@@ -130,7 +142,7 @@ class HttpRolloutService:
         Raises ValueError at once for bad prompts or settings; EngineError (the first failure, the rest is cancelled)
         while iterating; RuntimeError when the service is closed.
         """
-        validate_prompts(prompts, self._vocab_size)
+        validate_prompts(prompts, self._vocab_size, self._images)
         validate_sampling(sampling)
         if self._closed:
             raise RuntimeError("generate was called on a closed rollout service")
@@ -155,7 +167,7 @@ class HttpRolloutService:
             raise RuntimeError("generate was iterated on a closed rollout service")
         if self._loop is None:
             make = self._make if self._serving is None else replace(self._make, endpoints=self._serving[0])
-            self._loop = _LoopThread(make, self.stats)
+            self._loop = _LoopThread(make, self.stats, self._images)
             if self._serving is not None:
                 self._loop.use(*self._serving)
         run = self._loop.start(prompts, sampling)
@@ -221,8 +233,9 @@ class _Run:
 class _LoopThread:
     """The thread, its loop, its one HTTP session. Ends only by ``close``, which the owner calls."""
 
-    def __init__(self, make: EngineMaker, stats: RolloutStats) -> None:
+    def __init__(self, make: EngineMaker, stats: RolloutStats, images: ImageStore | None) -> None:
         self._make = make
+        self._images = images
         self._stats = stats
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
@@ -301,12 +314,13 @@ class _LoopThread:
         tasks = [asyncio.create_task(self._sample(prompt, sampling, index)) for index in range(sampling.num_samples)]
         await _all_or_first_failure(tasks)
         asked = given(prompt.token_ids)  # one for all samples
-        run.put(RolloutGroup(prompt=prompt, trajectories=tuple(task.result().after(asked) for task in tasks)))
+        run.put(RolloutGroup(prompt=prompt, trajectories=tuple(task.result().after(asked, prompt.images) for task in tasks)))
 
     async def _sample(self, prompt: Prompt, sampling: SamplingSpec, index: int) -> Completion:
         seed = sample_seed(sampling.seed, prompt.prompt_id, index)
+        shown = PlacedImages(store=self._images, spans=prompt.images) if self._images is not None and prompt.images else None
         async with self._in_flight:  # first come, first served: early prompts finish first
-            return await self._router.generate(prompt.token_ids, replace(sampling, num_samples=1), seed)
+            return await self._router.generate(prompt.token_ids, replace(sampling, num_samples=1), seed, shown)
 
 
 async def _all_or_first_failure[T](tasks: Sequence[asyncio.Task[T]]) -> None:

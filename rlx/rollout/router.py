@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from rlx.obs.log import logger
 from rlx.rollout.completion import Completion
+from rlx.rollout.images import PlacedImages
+from rlx.rollout.sglang.answers import EngineError
 from rlx.rollout.sglang.client import (
     EngineClient,
-    EngineError,
     RetryPolicy,
     RolloutStats,
     check_token_ids,
@@ -91,14 +92,16 @@ class EngineRouter:
         for slot in self._slots:
             slot.aside, slot.failures = False, 0
 
-    async def generate(self, token_ids: Sequence[int], sampling: SamplingSpec, seed: int) -> Completion:
+    async def generate(
+        self, token_ids: Sequence[int], sampling: SamplingSpec, seed: int, images: PlacedImages | None = None
+    ) -> Completion:
         """One whole answer, from whichever engines. ValueError for bad ids; EngineError or NoEngineError at the end
         of retries. An engine that ran into the time limit is not asked again for this sequence."""
         check_token_ids(token_ids, self._slots[0].client.vocab_size)
         avoid: set[_Slot] = set()
 
         async def part(ids: Sequence[int], spec: SamplingSpec) -> Completion:
-            return await self._retry.run(lambda: self._attempt(ids, spec, seed, avoid), self._stats)
+            return await self._retry.run(lambda: self._attempt(ids, spec, seed, images, avoid), self._stats)
 
         return await complete(token_ids, sampling, part, self._stats)
 
@@ -110,13 +113,15 @@ class EngineRouter:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _attempt(self, ids: Sequence[int], spec: SamplingSpec, seed: int, avoid: set[_Slot]) -> Completion:
+    async def _attempt(
+        self, ids: Sequence[int], spec: SamplingSpec, seed: int, images: PlacedImages | None, avoid: set[_Slot]
+    ) -> Completion:
         slot = await self._pick(avoid)
         cost = len(ids) + spec.max_new_tokens
         slot.tokens += cost
         slot.requests += 1
         try:
-            answer = await slot.client.attempt(ids, spec, seed)
+            answer = await slot.client.attempt(ids, spec, seed, images)
         except EngineError as error:
             if error.retryable or error.timed_out:
                 self._note_failure(slot, error)

@@ -13,7 +13,7 @@ from rlx.arch.architecture import is_megatron_checkpoint
 from rlx.config.parts import EngineSettings
 from rlx.rollout.flags import flags
 from rlx.rollout.server_args import server_args
-from rlx.rollout.sglang.client import EngineError
+from rlx.rollout.sglang.answers import EngineError
 
 _READY = re.compile(r"^rlx-serve ready port=(\d{1,5})\s*$")
 _POLL_S = 0.1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import math
 import random
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,24 +18,14 @@ from dataclasses import dataclass, replace
 import aiohttp
 
 from rlx.rollout.completion import Completion
+from rlx.rollout.images import PlacedImages
+from rlx.rollout.sglang.answers import Asked, EngineError, excerpt, parse_completion, parse_scores
+from rlx.rollout.sglang.image_request import KNOWS_FORM, NO_SUCH_FILE, PROBE
 from rlx.types.rollout import FinishReason, SamplingSpec
 
-# A sampled token's log-prob is at most 0; this much above it is rounding in low precision, more is a broken engine.
-_LOGPROB_SLACK = 1e-2
 _CONNECT_TIMEOUT_S = 10.0
 _HEALTH_TIMEOUT_S = 10.0
 _MAX_ABORTS_WITHOUT_TOKENS = 20
-
-
-class EngineError(RuntimeError):
-    """An engine failed or answered wrongly. ``retryable``: asking again may help; ``timed_out``: it hit the time limit."""
-
-    def __init__(self, url: str, problem: str, *, retryable: bool = True, timed_out: bool = False) -> None:
-        super().__init__(f"{url}: {problem}")
-        self.url = url
-        self.problem = problem
-        self.retryable = retryable
-        self.timed_out = timed_out
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,10 +113,13 @@ class EngineClient:
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
+        self._takes_images = self._sends_bytes = False
         # Fixed width: SGLang aborts by prefix, so that "a-1" would also hit "a-10".
         self._rids = (f"rlx-{uuid.uuid4().hex}-{count:012d}" for count in itertools.count())
 
-    async def generate(self, token_ids: Sequence[int], sampling: SamplingSpec, seed: int) -> Completion:
+    async def generate(
+        self, token_ids: Sequence[int], sampling: SamplingSpec, seed: int, images: PlacedImages | None = None
+    ) -> Completion:
         """One whole answer to ``token_ids`` under ``seed``: retried on failures, resubmitted after aborts.
 
         Raises ValueError for ids out of range, EngineError when the engine stays wrong.
@@ -135,11 +127,13 @@ class EngineClient:
         check_token_ids(token_ids, self.vocab_size)
 
         async def part(ids: Sequence[int], spec: SamplingSpec) -> Completion:
-            return await self.retry.run(lambda: self.attempt(ids, spec, seed), self.stats)
+            return await self.retry.run(lambda: self.attempt(ids, spec, seed, images), self.stats)
 
         return await complete(token_ids, sampling, part, self.stats)
 
-    async def attempt(self, token_ids: Sequence[int], sampling: SamplingSpec, seed: int) -> Completion:
+    async def attempt(
+        self, token_ids: Sequence[int], sampling: SamplingSpec, seed: int, images: PlacedImages | None = None
+    ) -> Completion:
         """One request, no retry, ids unchecked. ``finish_reason`` "abort" marks a partial answer (it may be empty)."""
         payload = {
             "input_ids": list(token_ids),
@@ -147,14 +141,15 @@ class EngineClient:
             "return_logprob": True,
             "rid": next(self._rids),
         }
-        answer = await self._post("/generate", payload)
-        completion = parse_completion(answer, self.url, self.vocab_size, sampling.max_new_tokens)
+        answer = await self._generate(payload, images)
+        completion = parse_completion(answer, self._asked(token_ids, images, sampling.max_new_tokens))
         self.stats.prompt_tokens += len(token_ids)
         self.stats.completion_tokens += len(completion.token_ids)
         return completion
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probs [L - 1] at temperature 1: entry i is that of token i + 1 given tokens 0..i. Errors as ``generate``."""
+    async def score(self, token_ids: Sequence[int], images: PlacedImages | None = None) -> list[float]:
+        """Log-probs [L - 1] at temperature 1: entry i is that of token i + 1 given tokens 0..i; those of placeholders mean
+        nothing. Errors as ``generate``."""
         check_token_ids(token_ids, self.vocab_size)
         spec = SamplingSpec(max_new_tokens=0)
         payload = {
@@ -165,7 +160,7 @@ class EngineClient:
         }
 
         async def attempt() -> list[float]:
-            return parse_scores(await self._post("/generate", payload), self.url, token_ids, self.vocab_size)
+            return parse_scores(await self._generate(payload, images), self._asked(token_ids, images, 0))
 
         return await self.retry.run(attempt, self.stats)
 
@@ -186,13 +181,55 @@ class EngineClient:
             await self._session.close()
             self._session = None
 
+    def _asked(self, token_ids: Sequence[int], images: PlacedImages | None, max_new_tokens: int) -> Asked:
+        places = frozenset() if images is None else images.places
+        return Asked(url=self.url, token_ids=token_ids, vocab_size=self.vocab_size, max_new_tokens=max_new_tokens, places=places)
+
+    async def _generate(self, payload: Mapping[str, object], images: PlacedImages | None) -> object:
+        """Ask, images by their paths; from the first time on that the engine does not find a file, by their bytes."""
+        if images is None:
+            return await self._post("/generate", payload)
+        if not self._takes_images:
+            await self._check_images()
+        if not self._sends_bytes:
+            try:
+                return await self._post("/generate", {**payload, "image_data": images.entries(as_data=False)})
+            except EngineError as error:
+                if NO_SUCH_FILE not in error.problem:
+                    raise
+            self._sends_bytes = True
+        entries = await asyncio.to_thread(images.entries, as_data=True)
+        return await self._post("/generate", {**payload, "image_data": entries})
+
+    async def _check_images(self) -> None:
+        """EngineError unless the engine takes images beside token ids as rlx sends them. Stock SGLang would read another prompt
+        and say nothing."""
+        probe = {"input_ids": [0], "image_data": [PROBE], "sampling_params": {"max_new_tokens": 1}}
+        try:
+            await self._post("/generate", probe)
+            said = "an answer"
+        except EngineError as error:
+            if KNOWS_FORM in error.problem:
+                self._takes_images = True
+                return
+            if error.status is None:
+                raise
+            said = error.problem
+        raise EngineError(
+            self.url,
+            "does not take images as rlx sends them. A server of your own needs the package RUN_DIR/engines/modules/rlx_images on"
+            " its PYTHONPATH, SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE=rlx_images and --disable-fast-image-processor. Asked whether"
+            f" it has them, it said: {said}",
+            retryable=False,
+        )
+
     async def _post(self, path: str, payload: Mapping[str, object]) -> object:
         self.stats.requests += 1
         body = await self._request("POST", path, json.dumps(payload).encode(), self._timeout_s)
         try:
             answer: object = json.loads(body)
         except ValueError as error:
-            raise EngineError(self.url, f"answer of {path} is not JSON ({error}): {_excerpt(body)}") from error
+            raise EngineError(self.url, f"answer of {path} is not JSON ({error}): {excerpt(body)}") from error
         return answer
 
     async def _request(self, method: str, path: str, body: bytes | None, timeout_s: float) -> bytes:
@@ -213,7 +250,8 @@ class EngineClient:
             raise EngineError(self.url, f"connection failed at {path}: {type(error).__name__}: {error}") from error
         if status != 200:
             retryable = status >= 500 or status == 429
-            raise EngineError(self.url, f"{path} answered HTTP {status}, expected 200: {_excerpt(text)}", retryable=retryable)
+            problem = f"{path} answered HTTP {status}, expected 200: {excerpt(text)}"
+            raise EngineError(self.url, problem, retryable=retryable, status=status)
         return text
 
 
@@ -270,118 +308,3 @@ async def complete(
     return Completion(
         token_ids=tuple(tokens), rollout_logprobs=tuple(logprobs), finish_reason=reason, weight_versions=tuple(versions)
     )
-
-
-def parse_completion(answer: object, url: str, vocab_size: int, max_new_tokens: int) -> Completion:
-    """Check a ``/generate`` answer and turn it into a Completion; EngineError names the field and what was expected."""
-    top = _mapping(answer, "answer", url)
-    meta = _mapping(top.get("meta_info"), "meta_info", url)
-    reason = _finish_reason(meta, url)
-    empty: list[object] | None = [] if reason == "abort" else None  # aborted while queued: SGLang leaves the lists out
-    ids = _list(top.get("output_ids", empty), "output_ids", url)
-    if not ids and reason != "abort":
-        raise EngineError(url, f"output_ids is empty, expected at least one token with finish reason {reason!r}")
-    if len(ids) > max_new_tokens:
-        raise EngineError(url, f"output_ids has {len(ids)} tokens, expected at most max_new_tokens = {max_new_tokens}")
-    for token in ids:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise EngineError(url, f"output_ids holds {token!r}, expected an int in 0..{vocab_size - 1}")
-    logprobs = _logprobs(meta.get("output_token_logprobs", [] if not ids else None), "output_token_logprobs", url, ids)
-    versions = _weight_versions(meta, url, len(ids))
-    return Completion(token_ids=tuple(ids), rollout_logprobs=logprobs, finish_reason=reason, weight_versions=versions)
-
-
-def parse_scores(answer: object, url: str, token_ids: Sequence[int], vocab_size: int) -> list[float]:
-    """Log-probs of tokens 1..L-1 out of a scoring answer; the entry of token 0 is null and dropped."""
-    meta = _mapping(_mapping(answer, "answer", url).get("meta_info"), "meta_info", url)
-    if _finish_reason(meta, url) == "abort":
-        raise EngineError(url, "meta_info.finish_reason is abort, expected a finished scoring request")
-    entries = _list(meta.get("input_token_logprobs"), "meta_info.input_token_logprobs", url)
-    if len(entries) != len(token_ids):
-        problem = f"meta_info.input_token_logprobs has {len(entries)} entries, expected one a token, {len(token_ids)}"
-        raise EngineError(url, problem)
-    # SGLang echoes the vocabulary's last id as 0 here, beside the right log-prob.
-    rows: list[object] = list(entries)
-    ids = [
-        0 if token == vocab_size - 1 and isinstance(row, list) and row[1:2] == [0] else token
-        for row, token in zip(rows, token_ids, strict=True)
-    ]
-    return list(_logprobs(entries[1:], "input_token_logprobs", url, ids[1:]))
-
-
-def _logprobs(value: object, name: str, url: str, ids: Sequence[int]) -> tuple[float, ...]:
-    """The numbers of [[logprob, id, text], ...], which must be finite and belong to ``ids``."""
-    name = f"meta_info.{name}"
-    entries = _list(value, name, url)
-    if len(entries) != len(ids):
-        raise EngineError(url, f"{name} has {len(entries)} entries, expected {len(ids)}, one a token")
-    found: list[float] = []
-    for index, (entry, token) in enumerate(zip(entries, ids, strict=True)):
-        if not isinstance(entry, list) or len(entry) < 2 or type(entry[1]) is not int or entry[1] != token:
-            raise EngineError(url, f"{name}[{index}] is {entry!r}, expected [logprob, {token}, ...]")
-        logprob = entry[0]
-        if type(logprob) not in (float, int) or not math.isfinite(logprob) or logprob > _LOGPROB_SLACK:
-            raise EngineError(url, f"{name}[{index}] has log-prob {logprob!r}, expected a finite number that is not positive")
-        found.append(float(logprob))
-    return tuple(found)
-
-
-def _finish_reason(meta: Mapping[str, object], url: str) -> FinishReason:
-    reason = _mapping(meta.get("finish_reason"), "meta_info.finish_reason", url)
-    kind = reason.get("type")
-    if kind == "stop":
-        return "stop"
-    if kind == "length":
-        return "length"
-    if kind != "abort":
-        raise EngineError(url, f"meta_info.finish_reason.type is {kind!r}, expected stop, length or abort")
-    status = reason.get("status_code")
-    if status is not None:  # an error in the shape of an abort, not a pause
-        client_fault = isinstance(status, int) and 400 <= status < 500
-        raise EngineError(url, f"request aborted with status {status}: {reason.get('message')}", retryable=not client_fault)
-    return "abort"
-
-
-def _weight_versions(meta: Mapping[str, object], url: str, num_tokens: int) -> tuple[int, ...]:
-    """The weights that wrote each token: today's SGLang lists the stretches of an answer, others name one version for all."""
-    if "weight_versions" not in meta:
-        return (_weight_version(meta, "weight_version", url),) * num_tokens if num_tokens else ()
-    name = "meta_info.weight_versions"
-    found: list[int] = []
-    for index, entry in enumerate(_list(meta["weight_versions"], name, url)):
-        span = _mapping(entry, f"{name}[{index}]", url)
-        start, end = span.get("start"), span.get("end")
-        if start != len(found) or type(end) is not int or not start <= end <= num_tokens:
-            expected = f"a stretch that begins at {len(found)} and ends by {num_tokens}"
-            raise EngineError(url, f"{name}[{index}] is {entry!r}, expected {expected}")
-        found += [_weight_version(span, "version", url)] * (end - start)
-    if len(found) != num_tokens:
-        raise EngineError(url, f"{name} tells of {len(found)} tokens, expected {num_tokens}")
-    return tuple(found)
-
-
-def _weight_version(owner: Mapping[str, object], name: str, url: str) -> int:
-    value = owner.get(name)
-    if value == "default":
-        return 0
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        return int(value)
-    raise EngineError(url, f'{name} is {value!r}, expected "default" or digits in a string')
-
-
-def _mapping(value: object, name: str, url: str) -> Mapping[str, object]:
-    if not isinstance(value, dict):
-        raise EngineError(url, f"{name} is {_excerpt(repr(value).encode())}, expected an object")
-    return value
-
-
-def _list(value: object, name: str, url: str) -> list[int]:
-    """``value`` as a list; its elements are checked by the caller."""
-    if not isinstance(value, list):
-        raise EngineError(url, f"{name} is {_excerpt(repr(value).encode())}, expected a list")
-    return value
-
-
-def _excerpt(body: bytes) -> str:
-    text = body[:300].decode(errors="replace").strip()
-    return f"{text} ..." if len(body) > 300 else text or "(empty)"

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlx.arch.architecture import has_tower
 from rlx.config.parts import EngineSettings
 from rlx.config.sharing import MEM_FRACTION_STATIC
 from rlx.rollout.flags import flags
@@ -41,6 +42,11 @@ _VLLM_STAND_IN = '''"""Stands in for vllm's kernels, which SGLang's CPU path imp
 def rotary_embedding(*arguments: object, **named: object) -> None:
     raise NotImplementedError("vllm's kernels are not installed")
 '''
+
+
+# The package of SGLang's extension point that takes images beside token ids, and its modules.
+IMAGES_PACKAGE = "rlx_images"
+_IMAGE_MODULES = ("image_processor.py", "image_request.py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +94,9 @@ def sglang_command(engines: EngineSettings, site: SGLangSite) -> list[str]:
         defaults["enable_fp32_lm_head"] = precision.fp32_head
     if site.device == "cpu":
         defaults |= _CPU_DEFAULTS
+    if has_tower(engines.model_path):
+        # Without it SGLang asks for a GPU to resize on, CPU or not; nothing is left to resize.
+        defaults["disable_fast_image_processor"] = True
     if engines.transport == "stream":
         loaders = given.pop("custom_weight_loader", None) or []
         defaults["custom_weight_loader"] = [*([loaders] if isinstance(loaders, str) else loaders), RECEIVER]
@@ -120,6 +129,16 @@ def sglang_environment(
     return env
 
 
+def image_environment(engines: EngineSettings) -> dict[str, str]:
+    """What the environment of a server says of images; nothing where the model has no tower."""
+    if not has_tower(engines.model_path):
+        return {}
+    found = {"SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": IMAGES_PACKAGE}
+    # SGLang keeps what a tower made of an image, through updates and flushes; only the receiver clears that.
+    keeps = engines.transport == "stream" or not engines.tower_learns
+    return found if keeps else found | {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
+
+
 def cuda_runtime_folders(python: str) -> list[str]:
     """Where the environment of ``python`` keeps the CUDA runtime. torch_memory_saver is preloaded into the server, needs
     that library and says not where; the loader ends a process whose preloaded library lacks one."""
@@ -132,15 +151,20 @@ def cuda_runtime_folders(python: str) -> list[str]:
 
 
 def write_modules(modules: Path, device: str) -> None:
-    """What servers import beside their own environment: rlx's receiver, and on CPUs a package ``vllm``."""
+    """What servers import beside their own environment: rlx's receiver and images, and on CPUs a package ``vllm``."""
     modules.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(__file__).with_name("receiver.py"), modules / f"{RECEIVER_MODULE}.py")
-    if device != "cpu":
-        return
-    package = modules / "vllm"
-    package.mkdir(parents=True, exist_ok=True)
-    (package / "__init__.py").write_text("")
-    (package / "_custom_ops.py").write_text(_VLLM_STAND_IN)
+    images = _package(modules / IMAGES_PACKAGE)
+    for name in _IMAGE_MODULES:
+        shutil.copyfile(Path(__file__).with_name(name), images / name)
+    if device == "cpu":
+        (_package(modules / "vllm") / "_custom_ops.py").write_text(_VLLM_STAND_IN)
+
+
+def _package(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "__init__.py").write_text("")
+    return folder
 
 
 def write_key_file(path: Path, keys: EngineKeys) -> None:

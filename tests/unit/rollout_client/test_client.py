@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from rlx.rollout.sglang.answers import Asked, EngineError, parse_completion
 from rlx.rollout.sglang.client import (
     EngineClient,
-    EngineError,
     RetryPolicy,
-    parse_completion,
 )
 from rlx.types.rollout import SamplingSpec
 from tests.unit.rollout_client.peer import VOCAB, Answer, Peer, answer_to, draw, expected
 
 URL = "http://engine:1"
+ASKED = Asked(url=URL, token_ids=(4, 9), vocab_size=VOCAB, max_new_tokens=5)
 
 
 @asynccontextmanager
@@ -226,9 +226,9 @@ def span(version: str, start: int, end: int) -> Answer:
 def test_each_token_has_the_version_that_wrote_it() -> None:
     """In the stretches that today's SGLang lists; where there are none, all have that of the answer."""
     answer = broken("meta_info.weight_versions", [span("default", 0, 2), span("8", 2, 2), span("11", 2, 5)])
-    assert parse_completion(answer, "http://e", VOCAB, 5).weight_versions == (0, 0, 11, 11, 11)
+    assert parse_completion(answer, ASKED).weight_versions == (0, 0, 11, 11, 11)
     answer = broken("meta_info.weight_version", "8")
-    assert parse_completion(answer, "http://e", VOCAB, 5).weight_versions == (8,) * 5
+    assert parse_completion(answer, ASKED).weight_versions == (8,) * 5
 
 
 def good_answer() -> Answer:
@@ -282,21 +282,23 @@ def broken(path: str, value: Any) -> Answer:
         ("meta_info.weight_versions", [span("3", 0, 6)], r"\[0\] .* ends by 5"),
         ("meta_info.weight_versions", [span("v3", 0, 5)], "version is 'v3'"),
         ("meta_info.weight_versions", [["3", 0, 5]], r"weight_versions\[0\] is .* expected an object"),
+        ("meta_info.prompt_tokens", 3, "prompt_tokens is 3, but 2 tokens were sent: it read another prompt"),
+        ("meta_info.prompt_tokens", ..., "prompt_tokens is None"),
         ("meta_info.finish_reason", None, "finish_reason is None"),
         ("meta_info.finish_reason.type", "bored", "expected stop, length or abort"),
     ],
 )
 def test_a_bad_answer_names_url_field_and_expectation(path: str, value: Any, message: str) -> None:
-    assert len(parse_completion(good_answer(), URL, VOCAB, 5).token_ids) == 5
+    assert len(parse_completion(good_answer(), ASKED).token_ids) == 5
     with pytest.raises(EngineError, match=message) as caught:
-        parse_completion(broken(path, value), URL, VOCAB, 5)
+        parse_completion(broken(path, value), ASKED)
     assert str(caught.value).startswith(URL)
 
 
 def test_an_error_dressed_as_abort_is_an_error() -> None:
     reason = {"type": "abort", "message": "input too long", "status_code": 400}
     with pytest.raises(EngineError, match="status 400: input too long") as caught:
-        parse_completion(broken("meta_info.finish_reason", reason), URL, VOCAB, 5)
+        parse_completion(broken("meta_info.finish_reason", reason), ASKED)
     assert not caught.value.retryable
 
 

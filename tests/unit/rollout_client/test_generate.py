@@ -20,7 +20,7 @@ from rlx.config.schema import RolloutConfig
 from rlx.rollout.generate import HttpRolloutService, sample_seed, validate_prompts
 from rlx.rollout.record import RolloutRecorder, RolloutReplay
 from rlx.rollout.router import EngineCare
-from rlx.rollout.sglang.client import EngineError
+from rlx.rollout.sglang.answers import EngineError
 from rlx.types.rollout import Prompt, RolloutGroup, SamplingSpec
 from tests.unit.rollout_client.peer import VOCAB, Answer, Peer, answer_to, expected
 

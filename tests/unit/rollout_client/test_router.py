@@ -11,9 +11,9 @@ import pytest
 from aiohttp import web
 
 from rlx.rollout.router import EngineRouter, NoEngineError
+from rlx.rollout.sglang.answers import EngineError
 from rlx.rollout.sglang.client import (
     EngineClient,
-    EngineError,
     RetryPolicy,
     RolloutStats,
     open_session,

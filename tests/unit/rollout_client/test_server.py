@@ -12,8 +12,8 @@ import pytest
 from rlx.config.parts import EngineSettings
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, SyncConfig
 from rlx.rollout.server import engine_command, parse_ready_port, wait_until_healthy
-from rlx.rollout.sglang.client import EngineError
-from rlx.rollout.sglang.server import SGLangSite, sglang_command
+from rlx.rollout.sglang.answers import EngineError
+from rlx.rollout.sglang.server import SGLangSite, image_environment, sglang_command
 from tests.unit.rollout_client.peer import Peer
 
 
@@ -122,3 +122,19 @@ def test_never_healthy(start_peer: Callable[..., Peer]) -> None:
     peer.close()
     with pytest.raises(EngineError, match="refused"):
         wait_until_healthy(peer.url, 0.3, lambda: True, lambda: "")
+
+
+def test_a_server_of_a_model_with_a_tower_takes_images_beside_ids(tmp_path: Path) -> None:
+    """What SGLang keeps of images is right as long as the receiver clears it, or the tower stays as it is."""
+    config = config_of(engine="sglang")
+    assert "--disable-fast-image-processor" not in sglang_words(config) and image_environment(EngineSettings.of(config)) == {}
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl", "vision_config": {"depth": 1}}')
+    config = replace(config, model=replace(config.model, path=str(tmp_path)))
+    assert "--disable-fast-image-processor" in sglang_words(config)
+    package = {"SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "rlx_images"}
+    assert image_environment(EngineSettings.of(config)) == package
+    disk = replace(config, sync=replace(config.sync, transport="disk"))
+    assert image_environment(EngineSettings.of(disk)) == package
+    learning = replace(disk, model=replace(disk.model, vision="train"))
+    assert image_environment(EngineSettings.of(learning)) == package | {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
+    assert image_environment(EngineSettings.of(replace(learning, sync=replace(config.sync, transport="stream")))) == package
