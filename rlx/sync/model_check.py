@@ -31,6 +31,7 @@ def check_model(control: EngineControl, expected: Mapping[str, tuple[int, ...]])
 
 def _config_json(folder: object) -> ConfigJson:
     try:
-        return read_config_json(str(folder))
+        config = read_config_json(str(folder))
+        return {**config, **(config.get("text_config") or {})}
     except ValueError:
         return {}  # it is on another machine

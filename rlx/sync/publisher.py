@@ -175,9 +175,10 @@ class Publisher:
 
     def _trainer_scores(self, what: str, canary: CanarySpec) -> list[list[float]]:
         """Of the canary's sequences; before engines on the same device take their memory back."""
-        sequences = canary_sequences(canary.vocab_size, canary.seed)
+        sequences = canary_sequences(canary.vocab_size, canary.seed, canary.images)
+        rows, images = [each.token_ids for each in sequences], [each.spans for each in sequences]
         found: list[list[float]] = []
-        self._crew.together(what, "canary", lambda: found.extend(canary.score_on_trainer(sequences)))
+        self._crew.together(what, "canary", lambda: found.extend(canary.score_on_trainer(rows, images)))
         return found
 
     def _connect(self, what: str) -> None:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from rlx.data.plan import part_of, plan_batch
 from rlx.trainer.batch import RankBatch
 from rlx.trainer.rank_model import RankModel
+from rlx.types.image_arrays import ImageArrays
 from rlx.types.layout import BatchPlan
+from rlx.types.rollout import ImageSpan
 from rlx.types.train_batch import TrainBatch
 
 
@@ -20,8 +22,11 @@ def add_ref_logprobs(batch: RankBatch, reference: RankModel) -> None:
         batch.columns = replace(batch.columns, ref_logprobs=ref_logprobs)
 
 
-def score_sequences(model: RankModel, sequences: Sequence[Sequence[int]], max_tokens: int) -> list[list[float]]:
-    """Log-probs of tokens 1..L-1 of each sequence (at least one token each), on every rank. Collective.
+def score_sequences(
+    model: RankModel, sequences: Sequence[Sequence[int]], max_tokens: int, images: Sequence[Sequence[ImageSpan]] = ()
+) -> list[list[float]]:
+    """Log-probs of tokens 1..L-1 of each sequence (at least one token each), on every rank. ``images`` of each, empty for none.
+    Collective.
 
     Every data-parallel replica scores all sequences, so that a replica that went astray cannot hide behind another.
     """
@@ -31,7 +36,7 @@ def score_sequences(model: RankModel, sequences: Sequence[Sequence[int]], max_to
     plan = plan_batch(lengths, lengths, dims=one_replica, num_mini_batches=1, max_tokens=max(max_tokens, *lengths))
     part = plan.mini_batches[0]
     everywhere = replace(part, micro_batches=part.micro_batches * context.dims.dp)
-    whole = TrainBatch.of_lengths(lengths, group_ids=range(len(lengths)))
+    whole = replace(TrainBatch.of_lengths(lengths, group_ids=range(len(lengths))), images=ImageArrays.of(images))
     for sample, tokens in zip(whole, sequences, strict=True):
         sample.token_ids[:] = tokens
         sample.loss_mask[:] = True

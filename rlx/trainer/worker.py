@@ -19,9 +19,11 @@ from rlx.algos.value_loss import FIT, explained_variance, fit
 from rlx.arch.sizes import expected_shapes
 from rlx.config.schema import Config, ModelConfig, OptimizerConfig
 from rlx.config.sharing import offload_level
+from rlx.data.images.pixels import image_folder
 from rlx.obs.log import notice, phase
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.memory import LEVELS, TrainerMemory, describe, usage
+from rlx.rollout.images import ImageStore
 from rlx.sync.errors import SyncFailure
 from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
@@ -33,7 +35,7 @@ from rlx.trainer.rank_model import Learning, Means, ModelLoader, RankModel, redu
 from rlx.trainer.scoring import add_ref_logprobs, score_sequences
 from rlx.trainer.weighting import add_importance, add_weights
 from rlx.types.precision import Precision
-from rlx.types.rollout import UpdateStats
+from rlx.types.rollout import ImageSpan, UpdateStats
 from rlx.types.train_batch import BatchPart
 from rlx.types.weights import WeightManifest
 
@@ -68,7 +70,7 @@ class Worker:
         self.memory = self._make_memory(LEVELS[offload_level(config, context.device.type)], shares)
         disk = sync_folder(config.run.dir, config.sync.dir, loader.companions) if config.transport == "disk" else None
         options = LinkOptions(sync=config.sync, transport=config.transport, folder=disk, shares=shares)
-        canary = self._canary(config.run.seed, config.engine_precision)
+        canary = self._canary(config.run.seed, config.engine_precision, image_folder(config.run.dir))
         self.engines = EngineLink(options, context, expected_shapes(self.policy.arch), canary, self.memory)
 
     # Building
@@ -95,13 +97,15 @@ class Worker:
         notice(f"memory of trainer rank {self.context.rank}: {describe(found.sizes())}{put_away}")
         return found
 
-    def _canary(self, seed: int, engines: Precision) -> CanarySpec:
+    def _canary(self, seed: int, engines: Precision, images: Path) -> CanarySpec:
+        vision = self.policy.arch.vision
         return CanarySpec(
             vocab_size=self.policy.arch.vocab_size,
             seed=seed,
             precision=engines,
             score_on_trainer=self.score_sequences,
             export=self._weights,
+            images=None if vision is None else ImageStore(folder=images, vision=vision),
         )
 
     @property
@@ -149,9 +153,9 @@ class Worker:
             self.batch.columns = replace(self.batch.columns, values=self.batch.whole(outputs))
         return {}
 
-    def score_sequences(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def score_sequences(self, sequences: Sequence[Sequence[int]], images: Sequence[Sequence[ImageSpan]]) -> list[list[float]]:
         """The policy's log-probs (temperature 1) of tokens 1..L-1 of each sequence, on every rank."""
-        return score_sequences(self._untempered, sequences, self._max_tokens)
+        return score_sequences(self._untempered, sequences, self._max_tokens, images)
 
     def _score_means(self) -> Means:
         columns, samples = self.batch.columns, self.batch.samples

@@ -93,7 +93,7 @@ def publisher_of(engine: RunningEngine, model: LlamaForCausalLM, way: tuple[str,
         vocab_size=SHAPE["vocab_size"],
         seed=1,
         precision=FP32,
-        score_on_trainer=lambda rows: [scores(model, row) for row in rows],
+        score_on_trainer=lambda rows, images: [scores(model, row) for row in rows],
     )
     config = SyncConfig(
         bucket_bytes=bucket_bytes, flatten_below_bytes=flatten_below, canary_first=1, canary_every=0, timeout_s=120

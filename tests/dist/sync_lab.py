@@ -202,7 +202,7 @@ def make_publisher(
         vocab_size=VOCAB,
         seed=5,
         precision=FP32,
-        score_on_trainer=lambda sequences: reference_scores(model, sequences),
+        score_on_trainer=lambda sequences, images: reference_scores(model, sequences),
         export=export,
     )
     target = PublisherTarget(

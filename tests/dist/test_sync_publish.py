@@ -103,8 +103,8 @@ def shifted(publisher: Publisher, shift: Callable[[int], float]) -> Publisher:
     spec = publisher._canary
     assert spec is not None
 
-    def score(sequences):
-        return [[score + shift(n) for n, score in enumerate(row)] for row in spec.score_on_trainer(sequences)]
+    def score(sequences, images):
+        return [[score + shift(n) for n, score in enumerate(row)] for row in spec.score_on_trainer(sequences, images)]
 
     publisher._canary = replace(spec, score_on_trainer=score)
     return publisher

@@ -26,7 +26,9 @@ def disk_publisher(engine: RunningEngine, model, path: Path, *, shift: float = 0
     """Its trainer scores ``shift`` nats higher than the weights do. With ``room`` the engine shares its device."""
     memory = EngineMemory((KEY_VALUES, WEIGHTS))
     sharing = None if room is None else Sharing(memory=memory, make_room=lambda: room.append("made"))
-    canary = canary_of(lambda rows: [[score + shift for score in scores(model, row)] for row in rows], lambda: weights(model))
+    canary = canary_of(
+        lambda rows, images: [[score + shift for score in scores(model, row)] for row in rows], lambda: weights(model)
+    )
     return make_publisher(engine, model, canary, transport="disk", sharing=sharing, folder=path / "sync")
 
 

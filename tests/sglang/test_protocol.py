@@ -33,7 +33,7 @@ TOLERANCE = 1e-5
 
 
 def publisher_of(engine: RunningEngine, model, transport: str = "stream", **settings) -> Publisher:
-    canary = canary_of(lambda rows: [scores(model, row) for row in rows])
+    canary = canary_of(lambda rows, images: [scores(model, row) for row in rows])
     return make_publisher(engine, model, canary, transport=transport, **({"flatten_below_bytes": 9_000} | settings))
 
 

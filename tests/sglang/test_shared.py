@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for the engine
 def shared_publisher(engine: RunningEngine, model, room: list[str], **settings) -> tuple[Publisher, EngineMemory]:
     memory = EngineMemory((KEY_VALUES, WEIGHTS))
     sharing = Sharing(memory=memory, make_room=lambda: room.append("made"))
-    canary = canary_of(lambda rows: [scores(model, row) for row in rows])
+    canary = canary_of(lambda rows, images: [scores(model, row) for row in rows])
     return make_publisher(engine, model, canary, transport="ipc", sharing=sharing, **settings), memory
 
 

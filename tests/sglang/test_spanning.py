@@ -100,7 +100,7 @@ def spanning(first_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 def publish(engine: SpanningEngine, seed: int, version: int) -> None:
     model = make("llama", seed)
-    publisher = make_publisher(engine, model, canary_of(lambda rows: [scores(model, row) for row in rows]))
+    publisher = make_publisher(engine, model, canary_of(lambda rows, images: [scores(model, row) for row in rows]))
     try:
         publisher.publish(version, weights(model))
     finally:

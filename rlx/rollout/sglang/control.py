@@ -12,7 +12,9 @@ from typing import Literal
 
 import httpx
 
+from rlx.rollout.images import PlacedImages
 from rlx.rollout.keys import EngineKeys
+from rlx.rollout.sglang.image_request import NO_SUCH_FILE
 from rlx.rollout.sglang.shared_tensors import RECEIVER
 from rlx.types.weights import TensorInfo
 
@@ -227,20 +229,30 @@ class EngineControl:
             raise EngineControlError(self.url, "POST /weights_checker", f"no checksums in {str(answer)[:200]}")
         return [rank["checksums"] for rank in ranks]
 
-    def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probabilities (temperature 1) of tokens 1..L-1 given the ones before: L - 1 values.
+    def score(self, token_ids: Sequence[int], images: PlacedImages | None = None) -> list[float]:
+        """Log-probabilities (temperature 1) of tokens 1..L-1 given the ones before: L - 1 values, of which those of placeholders
+        mean nothing.
 
         The ids must lie inside the vocabulary: SGLang ends itself on others. Waits while the engine is paused.
         """
         sampling = {"max_new_tokens": 0, "temperature": 1.0, "top_p": 1.0, "top_k": -1}
         body = {"input_ids": list(token_ids), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
-        answer = self._json("POST", "/generate", body)
+        answer = self._json("POST", "/generate", body) if images is None else self._score_images(body, images)
         meta = answer.get("meta_info")
         rows = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
         # SGLang echoes the vocabulary's last id as 0 here, beside the right log-prob.
         if not isinstance(rows, list) or not _are_echoes([row[1] for row in rows], token_ids):
             raise EngineControlError(self.url, "POST /generate", f"scored other tokens than the {len(token_ids)} sent: {rows}")
         return [float(row[0]) for row in rows[1:]]
+
+    def _score_images(self, body: Json, images: PlacedImages) -> Json:
+        """By the images' paths; by their bytes where the engine does not see the files."""
+        try:
+            return self._json("POST", "/generate", {**body, "image_data": images.entries(as_data=False)})
+        except EngineControlError as error:
+            if NO_SUCH_FILE not in str(error):
+                raise
+        return self._json("POST", "/generate", {**body, "image_data": images.entries(as_data=True)})
 
     def _target(self) -> Json:
         """The model alone: an engine with a draft model would load that one as well, and hand it to the receiver."""

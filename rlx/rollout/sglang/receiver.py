@@ -32,6 +32,8 @@ from torch.distributed import distributed_c10d as c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ANSWER_BYTES = 1024
+# In the name of every tensor of a tower. A frozen one comes once, and what it made of images stays right.
+_TOWER = "visual."
 
 
 class Model(Protocol):
@@ -148,6 +150,14 @@ def load(model: Model, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
         print(f"rlx: weight group {name} broke: {error}", file=sys.stderr, flush=True)
 
 
+def forget_images() -> None:
+    """Drop what the tower made of images: SGLang keeps it by the images' content, through updates and flushes."""
+    for module in ("sglang.srt.managers.mm_schedule", "sglang.srt.managers.mm_utils"):  # it has moved from the one to the other
+        cache = getattr(sys.modules.get(module), "embedding_cache", None)
+        if cache is not None:
+            cache.clear()
+
+
 def answers(group: dist.ProcessGroup, device: torch.device, problem: str = "") -> list[str]:
     """What each rank of the group says at the end of a request, in rank order; empty: all went well. Collective."""
     said = problem.encode(errors="replace")[: ANSWER_BYTES - 1]
@@ -171,6 +181,8 @@ def _take(model: Model, group: dist.ProcessGroup, name: str, request: dict[str, 
         if len(todo) != request["stream"]:
             return f"{request['stream']} buckets were announced, {len(todo)} are known of the group {name}"
         _tell_once(name, todo)
+    if any(_TOWER in entry.name for bucket in todo for entry in bucket.entries):
+        forget_images()
     problem = ""
     addresses: tuple[int, ...] | None = None
     for bucket, received in zip(todo, _received(group, todo, _device(model, group)), strict=True):

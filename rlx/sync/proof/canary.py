@@ -1,7 +1,8 @@
 """The proof of a sync: engine and trainer must score the same fixed token sequences alike.
 
 An engine may say "success" with wrong weights inside. Log-probabilities depend on nearly every one of them, so a few
-short random sequences show a tensor that is corrupt, swapped or old. Where the engine can hand out its tensors,
+short random sequences show a tensor that is corrupt, swapped or old. A model with a tower scores sequences with images too, and
+these must pass by themselves. Where the engine can hand out its tensors,
 ``rlx.sync.proof.tensor_compare`` then names the ones that differ.
 """
 
@@ -15,11 +16,17 @@ from statistics import median
 
 from torch import Tensor
 
+from rlx.data.images.grid import num_image_tokens
+from rlx.rollout.images import ImageStore, PlacedImages
+from rlx.sync.proof.noise import write_noise
 from rlx.sync.proof.tensor_compare import Findings
 from rlx.types.precision import Precision
+from rlx.types.rollout import ImageSpan
 
 NUM_SEQUENCES = 6
 MIN_TOKENS, MAX_TOKENS = 5, 24
+# Of the sequences with images: sides in merged patches, which windows of any family's cut, odd and even.
+IMAGE_SIDES = (((5, 6),), ((3, 2), (1, 7)))
 # Times the tolerance: how far off an engine may be whose tensors are proved equal, and one of which only the scores are known.
 WIDE, NARROW = 10.0, 3.0
 
@@ -28,17 +35,36 @@ WIDE, NARROW = 10.0, 3.0
 class CanarySpec:
     """What the trainer brings to the canary.
 
-    score_on_trainer  log-probs (temperature 1) of tokens 1..L-1 of each sequence, under the published weights;
-                      called on every rank at once, its result is read on the lead
+    score_on_trainer  log-probs (temperature 1) of tokens 1..L-1 of each sequence with its images (none at all for a model of
+                      text), under the published weights; called on every rank at once, its result is read on the lead
     export            the weights again, like ``publish``'s own iterator (collective); None: no search for the culprit
     precision         the engines'
+    images            where the trainers look for images; None: the model sees none
     """
 
     vocab_size: int
     seed: int
     precision: Precision
-    score_on_trainer: Callable[[Sequence[Sequence[int]]], list[list[float]]]
+    score_on_trainer: Callable[[Sequence[Sequence[int]], Sequence[Sequence[ImageSpan]]], list[list[float]]]
     export: Callable[[], Iterator[tuple[str, Tensor]]] | None = None
+    images: ImageStore | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanarySequence:
+    """A fixed prompt. ``images`` None: text."""
+
+    token_ids: list[int]
+    images: PlacedImages | None = None
+
+    @property
+    def spans(self) -> tuple[ImageSpan, ...]:
+        return () if self.images is None else self.images.spans
+
+    def text_scores(self, scores: Sequence[float]) -> list[float]:
+        """Of log-probs of tokens 1..L-1 those of text: an engine has none of placeholders."""
+        places = frozenset() if self.images is None else self.images.places
+        return [score for place, score in enumerate(scores, start=1) if place not in places]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,17 +96,36 @@ def is_due(sync_number: int, canary_first: int, canary_every: int) -> bool:
     return canary_every > 0 and (sync_number - canary_first) % canary_every == 0
 
 
-def canary_sequences(vocab_size: int, seed: int) -> list[list[int]]:
-    """The fixed prompts: ``NUM_SEQUENCES`` of ``MIN_TOKENS`` to ``MAX_TOKENS`` tokens, the shortest and longest included."""
+def canary_sequences(vocab_size: int, seed: int, images: ImageStore | None = None) -> list[CanarySequence]:
+    """The fixed prompts: ``NUM_SEQUENCES`` of ``MIN_TOKENS`` to ``MAX_TOKENS`` tokens, the shortest and longest included; with a
+    tower some more that hold pictures of noise, which are written where ``images`` says."""
     draw = random.Random(seed)
     lengths = [MIN_TOKENS, MAX_TOKENS, *(draw.randint(MIN_TOKENS, MAX_TOKENS) for _ in range(NUM_SEQUENCES - 2))]
-    return [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]
+    texts = [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]
+    found = [CanarySequence(token_ids=tokens) for tokens in texts]
+    if images is None:
+        return found
+    vision = images.vision
+    for sides in IMAGE_SIDES:
+        ids, spans = [draw.randrange(vocab_size) for _ in range(MIN_TOKENS)], []
+        for number, (down, across) in enumerate(sides):
+            key = write_noise(images, down, across, seed + number)
+            grid = (1, down * vision.merge, across * vision.merge)
+            spans.append(ImageSpan(key=key, start=len(ids) + 1, grid=grid))
+            ids += [vision.start_token, *[vision.image_token] * num_image_tokens(grid, vision.merge), vision.end_token]
+            ids += [draw.randrange(vocab_size) for _ in range(MAX_TOKENS // 2)]
+        found.append(CanarySequence(token_ids=ids, images=PlacedImages(store=images, spans=tuple(spans))))
+    return found
 
 
 def compare(
-    engine_logprobs: Sequence[Sequence[float]], trainer_logprobs: Sequence[Sequence[float]], tolerance: float
+    engine_logprobs: Sequence[Sequence[float]],
+    trainer_logprobs: Sequence[Sequence[float]],
+    tolerance: float,
+    num_texts: int | None = None,
 ) -> CanaryResult:
-    """Compare scores of the same sequences; passes when the mean |difference| is at most ``tolerance`` (NaN never is).
+    """Compare scores of the same sequences; passes when the mean |difference| is at most ``tolerance`` (NaN never is). After the
+    first ``num_texts`` (None: all) come sequences with images: their mean counts by itself, and the larger one is told.
 
     Raises ValueError when the two do not have the same lengths.
     """
@@ -93,14 +138,16 @@ def compare(
         for position, (theirs, ours) in enumerate(zip(engine_row, trainer_row, strict=True))
     }
     worst = max(differences, key=lambda place: math.inf if math.isnan(differences[place]) else differences[place])
-    mean = sum(differences.values()) / len(differences)
+    border = len(lengths[0]) if num_texts is None else num_texts
+    kinds = [[d for (sequence, _), d in differences.items() if (sequence < border) is is_text] for is_text in (True, False)]
+    means = [sum(kind) / len(kind) for kind in kinds if kind]
     return CanaryResult(
-        mean_difference=mean,
-        median_difference=median(differences.values()),
+        mean_difference=math.nan if any(map(math.isnan, means)) else max(means),
+        median_difference=max(median(kind) for kind in kinds if kind),
         max_difference=differences[worst],
         worst_sequence=worst[0],
         worst_position=worst[1],
-        passed=mean <= tolerance,
+        passed=all(mean <= tolerance for mean in means),
     )
 
 

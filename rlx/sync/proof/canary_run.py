@@ -33,11 +33,13 @@ class CanaryProof:
     ) -> None:
         self._crew, self._canary, self._sharing, self._proved = crew, canary, sharing, proved
         self._tolerance = canary.precision.canary_tolerance if tolerance is None else tolerance
-        self._sequences = canary_sequences(canary.vocab_size, canary.seed)
+        self._sequences = canary_sequences(canary.vocab_size, canary.seed, canary.images)
+        self._num_texts = sum(sequence.images is None for sequence in self._sequences)
         self._results: dict[str, CanaryResult] = {}
 
     def run(self, what: str, wanted: Sequence[Sequence[float]]) -> CanaryReport:
-        """Compare all engines' scores with ``wanted`` (read on the lead). Raises CanaryError on every rank."""
+        """Compare all engines' scores with the trainer's (read on the lead). Raises CanaryError on every rank."""
+        wanted = [sequence.text_scores(row) for sequence, row in zip(self._sequences, wanted, strict=True)] if wanted else wanted
         [first] = [part for part in self._crew.together(what, "canary", lambda: self._score_all(wanted)) if part is not None]
         difference, indices = first
         proved = [self._proved.get(engine.url) for engine in self._crew.engines]
@@ -57,14 +59,17 @@ class CanaryProof:
         if not self._crew.place.is_lead:
             return None
         scores = self._crew.lead_calls(self._score)
-        self._results = {url: compare(rows, wanted, self._tolerance) for url, rows in scores.items()}
+        self._results = {url: self._compare(rows, wanted) for url, rows in scores.items()}
         failing = [index for index, engine in enumerate(self._crew.engines) if not self._results[engine.url].passed]
         if failing:
             self._crew.lead_asks(self._stop)
         return max(result.mean_difference for result in self._results.values()), failing
 
     def _score(self, control: EngineControl) -> list[list[float]]:
-        return [control.score(tokens) for tokens in self._sequences]
+        return [sequence.text_scores(control.score(sequence.token_ids, sequence.images)) for sequence in self._sequences]
+
+    def _compare(self, scores: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> CanaryResult:
+        return compare(scores, wanted, self._tolerance, self._num_texts)
 
     def _stop(self, engine: Engine) -> None:
         engine.control.stop()
@@ -107,7 +112,7 @@ class CanaryProof:
             second = None
             if not found.culprits:
                 engine.control.resume()
-                second = compare(self._score(engine.control), wanted, self._tolerance)
+                second = self._compare(self._score(engine.control), wanted)
             fault, reason = judge(first, second, found, self._tolerance)
             text = f"engine {engine.url} scores unlike the trainer: {first.words}. {reason}"
             (faults if fault else doubts).append(text)

@@ -74,7 +74,7 @@ def main(shape: str, model_dir: Path, url: str, ways: list[str]) -> None:
         vocab_size=arch.vocab_size,
         seed=0,
         precision=BF16,
-        score_on_trainer=lambda rows: score_sequences(model, rows, 8192),
+        score_on_trainer=lambda rows, images: score_sequences(model, rows, 8192, images),
         export=lambda: stage_weights(chunks, arch, context),
     )
     version = 0

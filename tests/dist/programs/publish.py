@@ -62,7 +62,7 @@ def publish(case: dict[str, Any], context: ParallelContext) -> None:
         vocab_size=arch.vocab_size,
         seed=3,
         precision=FP32,
-        score_on_trainer=lambda rows: score_sequences(model, rows, 256),
+        score_on_trainer=lambda rows, images: score_sequences(model, rows, 256, images),
         export=weights,
     )
     place = PublisherPlace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,3 +191,27 @@ def test_the_file_stands_alone() -> None:
     source = Path(receiver.__file__).read_text()
     modules = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
     assert modules <= {*sys.stdlib_module_names, "torch"}
+
+
+@pytest.mark.parametrize("module", ["mm_schedule", "mm_utils"])
+def test_what_a_tower_made_of_images_is_forgotten_wherever_sglang_keeps_it(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    kept = {"image": "features"}
+    name = f"sglang.srt.managers.{module}"
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(embedding_cache=kept))  # type: ignore[arg-type]
+    receiver.forget_images()
+    assert not kept
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(embedding_cache=None))  # type: ignore[arg-type]
+    receiver.forget_images()
+
+
+@pytest.mark.parametrize(("tensor", "forgets"), [("visual.merger.mlp.0.weight", True), ("model.norm.weight", False)])
+def test_images_are_forgotten_where_a_tower_comes(monkeypatch: pytest.MonkeyPatch, tensor: str, forgets: bool) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(receiver, "forget_images", lambda: calls.append(1))
+    monkeypatch.setattr(receiver, "_received", lambda group, buckets, device: [torch.zeros(24, dtype=torch.uint8)] * len(buckets))
+    monkeypatch.setattr(receiver, "_device", lambda model, group: torch.device("cpu"))
+    monkeypatch.setattr(receiver, "_buckets", {})
+    model = Model(lambda model, name, tensor: model.norm.data.copy_(tensor))
+    for request in ({"bucket": [[tensor, "float32", [HIDDEN]]]}, {"stream": 1}):
+        assert receiver._take(model, None, "group", request) == ""  # type: ignore[arg-type]
+    assert len(calls) == (2 if forgets else 0)

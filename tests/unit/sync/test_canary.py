@@ -4,19 +4,74 @@ from __future__ import annotations
 
 import math
 import random
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
+from rlx.arch.vision import Vision
+from rlx.data.images.pixels import image_file, pixels
+from rlx.rollout.images import ImageStore, check_places
 from rlx.sync.proof.canary import MAX_TOKENS, MIN_TOKENS, canary_sequences, compare, is_due, judge
 from rlx.sync.proof.tensor_compare import Findings, merge
+
+IMAGE = 60
+VISION = Vision(
+    depth=1,
+    hidden_size=4,
+    num_heads=1,
+    mlp_size=4,
+    activation="silu",
+    patch=14,
+    temporal=2,
+    merge=2,
+    image_token=IMAGE,
+    video_token=61,
+    start_token=62,
+    end_token=63,
+)
 
 
 def test_sequences_are_fixed_and_inside_the_vocabulary():
     vocab_size = random.randrange(11, 5000)
     first = canary_sequences(vocab_size, 3)
     assert first == canary_sequences(vocab_size, 3) != canary_sequences(vocab_size, 4)
-    assert {len(row) for row in first} >= {MIN_TOKENS, MAX_TOKENS}
-    assert all(MIN_TOKENS <= len(row) <= MAX_TOKENS and min(row) >= 0 and max(row) < vocab_size for row in first)
+    rows = [sequence.token_ids for sequence in first]
+    assert {len(row) for row in rows} >= {MIN_TOKENS, MAX_TOKENS}
+    assert all(MIN_TOKENS <= len(row) <= MAX_TOKENS and min(row) >= 0 and max(row) < vocab_size for row in rows)
+
+
+def test_with_a_tower_come_sequences_with_pictures_that_any_rank_writes_alike(tmp_path: Path) -> None:
+    stores = [ImageStore(folder=tmp_path / name, vision=VISION) for name in ("one", "other")]
+    found = canary_sequences(50, 3, stores[0])
+    assert found[:-2] == canary_sequences(50, 3)
+    assert [len(sequence.spans) for sequence in found[-2:]] == [1, 2]
+    assert [each.spans for each in canary_sequences(50, 3, stores[1])] == [each.spans for each in found]
+    for sequence in found[-2:]:
+        check_places(sequence.token_ids, sequence.spans, VISION, "canary")
+        for store in stores:
+            for span in sequence.spans:
+                rows = pixels(store.folder, span, VISION)
+                assert (
+                    len(rows) == span.grid[1] * span.grid[2]
+                    and sha256(image_file(store.folder, span.key).read_bytes()).hexdigest() == span.key
+                )
+        placeholders = sum(token == VISION.image_token for token in sequence.token_ids)
+        scores = [float(place) for place in range(1, len(sequence.token_ids))]
+        left = sequence.text_scores(scores)
+        assert len(left) == len(scores) - placeholders
+        assert all(sequence.token_ids[int(place)] != VISION.image_token for place in left)
+
+
+def test_sequences_with_images_pass_by_themselves() -> None:
+    """A tower that went astray is not lost among texts that are right."""
+    trainer = [[-1.0] * 20, [-2.0] * 5]
+    engine = [[-1.0] * 20, [-2.0, -2.0, -2.2, -2.2, -2.2]]
+    assert compare(engine, trainer, 0.05).passed
+    result = compare(engine, trainer, 0.05, num_texts=1)
+    assert not result.passed and result.mean_difference == pytest.approx(0.12) and result.median_difference == pytest.approx(0.2)
+    assert not compare([[-1.1] * 20, [-2.0] * 5], trainer, 0.05, num_texts=1).passed
+    assert math.isnan(compare([[-1.0] * 20, [math.nan] * 5], trainer, 0.05, num_texts=1).mean_difference)
 
 
 def test_compare_measures_mean_max_and_place():
