@@ -72,10 +72,14 @@ class RunningEngine:
         tp: int = 1,
         checksums: bool = False,
         server_args: Mapping[str, object] | None = None,
+        transport: str = "auto",
+        without: str | None = None,
     ) -> None:
+        """``transport`` is what it is started for, ``without`` a variable that its environment lacks."""
         self.kind, self.model, self.tp, self.keys = kind, model, tp, new_keys()
         folder.mkdir(parents=True, exist_ok=True)
         config = engine_config(kind, model, folder, tp=tp, **(server_args or {}))
+        config = replace(config, sync=replace(config.sync, transport=transport), model=replace(config.model, vision="train"))
         reading, self._writing = os.pipe()
         env = child_environment(config.cluster, f"test-{os.getpid()}-{id(self)}", num_peers=1, all_here=True)
         site = EngineSite(index=0, run_dir=folder, parent_pipe=reading, env=env, keys=self.keys)
@@ -85,6 +89,7 @@ class RunningEngine:
             shim.mkdir(exist_ok=True)
             (shim / "sitecustomize.py").write_text(CHECKSUM_SHIM)
             plan = replace(plan, env={**plan.env, "PYTHONPATH": f"{shim}:{plan.env['PYTHONPATH']}"})
+        plan = replace(plan, env={name: value for name, value in plan.env.items() if name != without})
         self.plan = plan
         spec = ChildSpec(role="engine", rank=0, argv=plan.argv, env=plan.env, log_path=folder / "engine.log", pass_fds=(reading,))
         self.child = Child(spec)

@@ -164,7 +164,7 @@ class Api:
                 "is_generation": info.generates,
                 "preferred_sampling_params": None,
                 "weight_version": self._engine.weight_version,
-                "has_image_understanding": False,
+                "has_image_understanding": info.vision is not None,
                 "has_audio_understanding": False,
                 "model_type": info.model_type,
                 "architectures": list(info.architectures),

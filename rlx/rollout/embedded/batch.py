@@ -79,9 +79,11 @@ class DecodeBatch:
 
     def _admit_chunk(self, chunk: list[Sequence], scoring: bool) -> list[Sequence]:
         # The samples of one prompt share its forward pass.
-        unique: dict[tuple[int, ...], int] = {}
-        rows = np.array([unique.setdefault(tuple(sequence.tokens()), len(unique)) for sequence in chunk], dtype=np.int64)
-        logits, key_values = self._model.prefill([list(tokens) for tokens in unique], scoring)
+        shown = [sequence.shown() for sequence in chunk]
+        unique = {prompt.name: prompt for prompt in shown}
+        places = {name: place for place, name in enumerate(unique)}
+        rows = np.array([places[prompt.name] for prompt in shown], dtype=np.int64)
+        logits, key_values = self._model.prefill(list(unique.values()), scoring)
         if scoring:
             _score_prompts(chunk, rows, logits)
             logits = logits[:, -1]

@@ -19,10 +19,12 @@ from transformers.cache_utils import DynamicCache
 
 @dataclass(slots=True, eq=False)
 class KeyValues:
-    """``cache`` holds [B, H, S, D] keys and values of each layer; row b is real in its last ``lengths[b]`` columns."""
+    """``cache`` holds [B, H, S, D] keys and values of each layer; row b is real in its last ``lengths[b]`` columns, and its next
+    token stands at the position ``lengths[b] + shifts[b]`` (images take up other numbers of tokens and positions)."""
 
     cache: DynamicCache
     lengths: npt.NDArray[np.int64]
+    shifts: npt.NDArray[np.int64]
 
     @property
     def width(self) -> int:
@@ -34,7 +36,7 @@ class KeyValues:
 
     def select(self, rows: npt.NDArray[np.int64]) -> None:
         """Keep these rows in this order (a row may come several times) and drop columns that no row uses any more."""
-        self.lengths = self.lengths[rows]
+        self.lengths, self.shifts = self.lengths[rows], self.shifts[rows]
         unused = self.width - int(self.lengths.max())
         for layer in _layers(self.cache):
             index = torch.from_numpy(rows).to(layer.keys.device)
@@ -48,6 +50,7 @@ class KeyValues:
             mine.keys = torch.cat([_widen(mine.keys, width), _widen(theirs.keys, width)])
             mine.values = torch.cat([_widen(mine.values, width), _widen(theirs.values, width)])
         self.lengths = np.concatenate([self.lengths, other.lengths])
+        self.shifts = np.concatenate([self.shifts, other.shifts])
 
 
 def new_cache() -> DynamicCache:

@@ -5,6 +5,7 @@ Knows nothing of requests, scheduling or HTTP. Shapes: B rows, S columns, V voca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -23,6 +25,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from rlx.arch.architecture import has_tower
+from rlx.arch.families.registry import read_architecture
+from rlx.arch.vision import Vision
+from rlx.rollout.embedded.images import Shown, Sight
 from rlx.rollout.embedded.keyvalues import KeyValues, attention_mask, new_cache
 from rlx.types.precision import Precision
 from rlx.types.weights import torch_dtype
@@ -34,7 +40,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What answers about the model need, without the model. ``generates`` False: it gives scores, not tokens."""
+    """What answers about the model need, without the model. ``generates`` False: it gives scores, not tokens. ``vision`` None: it
+    sees no images."""
 
     path: str
     model_type: str
@@ -45,6 +52,7 @@ class ModelInfo:
     dtype: str
     device: str
     generates: bool = True
+    vision: Vision | None = None
 
     def at(self, path: str) -> ModelInfo:
         """The same model, loaded from another folder."""
@@ -60,7 +68,10 @@ class LanguageModel:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         generates = not any(name.endswith(_CLASSIFIER) for name in config.architectures or ())
-        auto: Any = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
+        vision = read_architecture(folder).vision if generates and has_tower(folder) else None
+        auto: Any = AutoModelForSequenceClassification
+        if generates:
+            auto = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
         model: Any
         dtype = torch_dtype(precision.torch_name)
         if without_weights:
@@ -71,6 +82,7 @@ class LanguageModel:
         if not generates and self._head is None:
             raise ValueError(f"{folder}: {type(model).__name__} has no layer `score`, which reward models end in")
         self.module: torch.nn.Module = model.to(device).eval().requires_grad_(False)
+        self._sight = None if vision is None else Sight(model, vision)
         self.device = torch.device(device)
         self.tokenizer: PreTrainedTokenizerBase | None = _load_tokenizer(folder)
         text_config = config.get_text_config(decoder=True)
@@ -84,6 +96,7 @@ class LanguageModel:
             dtype=precision.name,
             device=str(self.device),
             generates=generates,
+            vision=vision,
         )
 
     def keep_logits_in_fp32(self) -> None:
@@ -101,12 +114,17 @@ class LanguageModel:
 
         layer.forward = forward
 
-    def prefill(self, prompts: list[list[int]], all_logits: bool) -> tuple[Tensor, KeyValues]:
+    def prefill(self, prompts: list[Shown], all_logits: bool) -> tuple[Tensor, KeyValues]:
         """Run whole prompts. Returns their key/values and logits: [B, S, V] left-padded, or [B, V] of the last token."""
-        tokens, positions, lengths = _left_padded(prompts)
-        key_values = KeyValues(new_cache(), lengths)
+        tokens, positions, lengths = _left_padded([prompt.tokens for prompt in prompts])
         mask = attention_mask(lengths, tokens.shape[1], self.device)
-        logits = self._forward(tokens, positions, mask, key_values, all_logits)
+        given: dict[str, Tensor] = {"input_ids": torch.from_numpy(tokens).to(self.device)}
+        if self._sight is not None:
+            positions = self._sight.positions(prompts, tokens.shape[1])
+            given = {"inputs_embeds": self._sight.embeddings(given["input_ids"], prompts)}
+        last = positions[..., -1] if positions.ndim == 2 else positions[..., -1].max(axis=0)
+        key_values = KeyValues(new_cache(), lengths, shifts=last + 1 - lengths)
+        logits = self._forward(given, positions, mask, key_values, all_logits)
         return (logits if all_logits else logits[:, -1]), key_values
 
     def scores(self, rows: list[list[int]]) -> list[list[float]]:
@@ -124,23 +142,24 @@ class LanguageModel:
 
     def decode(self, tokens: npt.NDArray[np.int64], key_values: KeyValues) -> Tensor:
         """Append one token [B] to every row; returns the logits [B, V] after it."""
-        positions = key_values.lengths[:, None]
+        positions = (key_values.lengths + key_values.shifts)[:, None]
         lengths = key_values.lengths + 1
         mask = attention_mask(lengths, key_values.width + 1, self.device)
-        logits = self._forward(tokens[:, None], positions, mask, key_values, False)
+        given = {"input_ids": torch.from_numpy(tokens[:, None]).to(self.device)}
+        logits = self._forward(given, positions, mask, key_values, False)
         key_values.lengths = lengths
         return logits[:, -1]
 
     def _forward(
         self,
-        tokens: npt.NDArray[np.int64],
+        given: Mapping[str, Tensor],
         positions: npt.NDArray[np.int64],
         mask: Tensor | None,
         key_values: KeyValues,
         all_logits: bool,
     ) -> Tensor:
         output = self.module(
-            input_ids=torch.from_numpy(tokens).to(self.device),
+            **given,
             position_ids=torch.from_numpy(positions).to(self.device),
             attention_mask=mask,
             past_key_values=key_values.cache,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rlx.rollout.embedded.fields import Fields
+from rlx.rollout.embedded.images import ImageReader, Picture
 from rlx.rollout.embedded.model import ModelInfo
 from rlx.rollout.embedded.sequence import SamplingParams, Sequence
 
@@ -41,7 +42,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 _NO_SAMPLING = SamplingParams(max_new_tokens=0, temperature=0.0, top_p=1.0, top_k=-1, stop_ids=frozenset(), seed=0)
 _REFUSED = (
-    *("stream", "input_embeds", "image_data", "audio_data", "video_data", "lora_path", "lora_id", "session_params"),
+    *("stream", "input_embeds", "audio_data", "video_data", "lora_path", "lora_id", "session_params"),
     *("return_hidden_states", "return_routed_experts", "top_logprobs_num", "token_ids_logprob", "custom_logit_processor"),
 )
 
@@ -61,6 +62,7 @@ class RequestParser:
         self._info = info
         self._tokenizer = tokenizer
         self._fresh_seed = fresh_seed
+        self._images = None if info.vision is None else ImageReader(info.vision)
 
     def parse(self, body: Mapping[str, object]) -> CheckedRequest:
         """Turn a body of ``/generate`` into sequences, prompt-major. ValueError says which field is wrong and what would be
@@ -74,9 +76,10 @@ class RequestParser:
         starts = _spread(body.get("logprob_start_len"), len(prompts), batched, "logprob_start_len")
         rids = _rids(body, len(prompts), batched)
         sequences: list[Sequence] = []
-        for prompt, sampling, wants, start, rid in zip(prompts, samplings, wants_logprobs, starts, rids, strict=True):
-            fields = Fields({"return_logprob": wants, "logprob_start_len": start, "rid": rid})
-            sequences += self._samples(prompt, {} if sampling is None else sampling, fields)
+        pictures = self._pictures(body.get("image_data"), prompts, batched)
+        for index, (prompt, sampling, wants) in enumerate(zip(prompts, samplings, wants_logprobs, strict=True)):
+            fields = Fields({"return_logprob": wants, "logprob_start_len": starts[index], "rid": rids[index]})
+            sequences += self._samples(prompt, {} if sampling is None else sampling, fields, pictures[index])
         return _checked(sequences, batched)
 
     def parse_scored(self, body: Mapping[str, object]) -> CheckedRequest:
@@ -84,6 +87,8 @@ class RequestParser:
         if self._info.generates:
             raise ValueError("this is a language model, which gives no scores; /classify asks a reward model")
         _check_supported(body)
+        if body.get("image_data"):
+            raise ValueError("image_data is not supported by reward models")
         rows, batched = self._prompts(body)
         sequences = []
         for row, rid in zip(rows, _rids(body, len(rows), batched), strict=True):
@@ -92,6 +97,15 @@ class RequestParser:
             given = Fields({"rid": rid}).text("rid", "")
             sequences.append(Sequence(rid=given or uuid.uuid4().hex, prompt=row, params=_NO_SAMPLING, return_logprob=False))
         return _checked(sequences, batched)
+
+    def _pictures(self, image_data: object, prompts: list[list[int]], batched: bool) -> list[tuple[Picture, ...]]:
+        """The images of each prompt: a list of them, or a list of lists for several prompts."""
+        if not image_data:
+            return [()] * len(prompts)
+        if self._images is None:
+            raise ValueError("image_data is not supported: the model sees no images")
+        each = _spread(image_data, len(prompts), batched, "image_data") if batched else [image_data]
+        return [self._images.read(images, prompt) for images, prompt in zip(each, prompts, strict=True)]
 
     def _prompts(self, body: Mapping[str, object]) -> tuple[list[list[int]], bool]:
         ids, text = body.get("input_ids"), body.get("text")
@@ -129,7 +143,7 @@ class RequestParser:
             wrong = low if low < 0 else high
             raise ValueError(f"input_ids holds {wrong}, outside the vocabulary of {self._info.vocab_size} tokens")
 
-    def _samples(self, prompt: list[int], sampling: object, fields: Fields) -> list[Sequence]:
+    def _samples(self, prompt: list[int], sampling: object, fields: Fields, pictures: tuple[Picture, ...]) -> list[Sequence]:
         if not isinstance(sampling, dict):
             raise ValueError(f"sampling_params is {str(sampling)[:100]!r}; wanted an object")
         _check_keys(sampling)
@@ -153,7 +167,14 @@ class RequestParser:
         # As in SGLang, a given id names one answer: with several samples each gets an id of its own.
         given = fields.text("rid", "") if count == 1 else ""
         return [
-            Sequence(rid=given or uuid.uuid4().hex, prompt=prompt, params=one, return_logprob=wants_logprob, logprob_start=start)
+            Sequence(
+                rid=given or uuid.uuid4().hex,
+                prompt=prompt,
+                params=one,
+                return_logprob=wants_logprob,
+                logprob_start=start,
+                pictures=pictures,
+            )
             for one in params
         ]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from rlx.rollout.embedded.images import Picture, Shown
+
 FinishReason = dict[str, object]
 
 
@@ -30,6 +32,7 @@ class Sequence:
     output_ids, output_logprobs   the tokens made so far, stop token included, and log_softmax(logits / temperature) of each
     logprob_start                 None, or the first prompt token to report in ``input_logprobs``
     input_logprobs                [len(prompt) - 1 - logprob_start] raw log-probs of the prompt's tokens after that one
+    pictures                      the images of the prompt
     weight_versions               (version, end) of each stretch of the output that one version of the weights wrote
     scores                        a reward model's, one a label
     """
@@ -39,6 +42,7 @@ class Sequence:
     params: SamplingParams
     return_logprob: bool
     logprob_start: int | None = None
+    pictures: tuple[Picture, ...] = ()
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[float] = field(default_factory=list)
     input_logprobs: list[float] | None = None
@@ -60,6 +64,10 @@ class Sequence:
     def tokens(self) -> list[int]:
         """Everything the model must have seen before the next token."""
         return self.prompt + self.output_ids if self.output_ids else self.prompt
+
+    def shown(self) -> Shown:
+        """The same with the images of the prompt."""
+        return Shown(self.tokens(), self.pictures)
 
     def add(self, token: int, logprob: float) -> None:
         """Take one more token and decide whether the answer ends with it. Length comes before stop, as in SGLang."""

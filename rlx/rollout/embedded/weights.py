@@ -1,6 +1,6 @@
 """New weights for the model: checked whole, received whole, and only then copied in, so that a failure changes nothing.
 
-Names are those on disk in Hugging Face folders, which for dense models are the names of ``state_dict()``.
+Names are those on disk in Hugging Face folders, which for dense models of text are the names of ``state_dict()``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from rlx.rollout.sglang.weight_group import (
 )
 from rlx.types.weights import TensorInfo
 
+_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "model."}
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 
@@ -192,7 +193,7 @@ class WeightStore:
 
     def _targets(self) -> Mapping[str, Tensor]:
         targets: Mapping[str, Tensor] = self._model.module.state_dict()
-        return targets
+        return {disk_name(name): tensor for name, tensor in targets.items()} if self._model.info.vision is not None else targets
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]], count: int) -> None:
         if len(shapes) != count:
@@ -209,6 +210,14 @@ class WeightStore:
         targets = self._targets()
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
+
+
+def disk_name(name: str) -> str:
+    """What the tensor of a model with a tower is called in its folder; transformers wraps both parts once more."""
+    for prefix, short in _PREFIXES.items():
+        if name.startswith(prefix):
+            return short + name.removeprefix(prefix)
+    return name
 
 
 def _info(name: object, dtype: object, shape: object) -> TensorInfo:

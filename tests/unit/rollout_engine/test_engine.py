@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlx.rollout.embedded.engine import Engine
+from rlx.rollout.embedded.images import Shown
 from rlx.rollout.embedded.model import LanguageModel
 from rlx.rollout.embedded.sequence import SamplingParams, Sequence
 from rlx.types.precision import BF16, FP32
@@ -82,7 +83,7 @@ def test_logits_of_a_bf16_model_can_be_kept_in_fp32(qwen2: PreTrainedModel, qwen
     model = LanguageModel(qwen2_folder, BF16, "cpu")
     model.keep_logits_in_fp32()
     [prompt] = random_prompts(qwen2, [19])
-    logits, key_values = model.prefill([prompt], all_logits=True)
+    logits, key_values = model.prefill([Shown(prompt)], all_logits=True)
     reference = type(qwen2).from_pretrained(qwen2_folder, dtype=torch.bfloat16)
     with torch.no_grad():
         body = reference.base_model(torch.tensor([prompt])).last_hidden_state
