@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 import torch
 
 from rlx.arch.architecture import Architecture
-from rlx.cli.score import dims_of
+from rlx.cli.score import Asked, dims_of
 from rlx.models.build import BuildOptions
 from rlx.models.hf.companions import Companions
 from rlx.parallel.context import build_context, connect, shut_down
@@ -23,14 +22,15 @@ _TIMEOUT_S = 600.0
 def score(
     args: argparse.Namespace,
     arch: Architecture,
-    sequences: Sequence[Sequence[int]],
+    asked: Asked,
     where: RankEnvironment,
     device: torch.device,
 ) -> list[list[float]] | None:
     """Join the world, build this rank's part, score. The rows, on rank 0; None elsewhere."""
     connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=_TIMEOUT_S)
     context = build_context(dims_of(args, arch), device, seed=0, timeout_s=_TIMEOUT_S)
-    model = ModelLoader(BuildOptions(precision=precision_of(args.dtype)), Companions.of(args.model), context).load(args.model)
-    rows = score_sequences(model, sequences, args.max_tokens)
+    options = BuildOptions(precision=precision_of(args.dtype), images=asked.files.__getitem__)
+    model = ModelLoader(options, Companions.of(args.model), context).load(args.model)
+    rows = score_sequences(model, asked.sequences, args.max_tokens, asked.images)
     shut_down()
     return rows if where.rank == 0 else None

@@ -9,18 +9,18 @@ import sys
 from importlib import import_module
 
 from rlx.arch.families.registry import read_architecture
-from rlx.cli.score import add_arguments, read_sequences
+from rlx.cli.score import add_arguments, read_asked
 from rlx.processes.device import take_device
 from rlx.processes.environment import rank_environment
 
 
 def main(args: argparse.Namespace) -> int:
     arch = read_architecture(args.model)
-    sequences = read_sequences(args.tokens, arch)
+    asked = read_asked(args.tokens, arch)
     where = rank_environment()
     device = take_device(args.device, where.local_rank)
     # It imports Megatron, which is to find the device settled.
-    rows = import_module("rlx.cli.score_model").score(args, arch, sequences, where, device)
+    rows = import_module("rlx.cli.score_model").score(args, arch, asked, where, device)
     if rows is not None:
         partial = args.out.with_name(args.out.name + ".partial")
         partial.write_text("".join(json.dumps({"logprobs": row}) + "\n" for row in rows))

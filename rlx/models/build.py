@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -37,7 +36,7 @@ from rlx.models.moe import expert_fields, route
 from rlx.models.pipeline import megatron_layout
 from rlx.models.rotary import GridRotary, PackRotary
 from rlx.models.variants import ACTIVATION_FUNCTIONS, adapt_layer, scale_embeddings
-from rlx.models.vision import add_tower
+from rlx.models.vision import Files, add_tower
 from rlx.parallel.context import ParallelContext, stage_of_chunk
 from rlx.types.precision import FP32, Precision
 from rlx.types.weights import torch_dtype
@@ -48,8 +47,8 @@ HeadKind = Literal["token", "value", "score"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """How to compute, as opposed to what: see the configuration keys of the same names. ``images`` is the folder that holds those
-    of the batches; None where there are none."""
+    """How to compute, as opposed to what: see the configuration keys of the same names. ``images`` gives the file of
+    an image by its key; None where there are none."""
 
     precision: Precision = FP32
     layer_spec: str = "auto"
@@ -58,7 +57,7 @@ class BuildOptions:
     moe_aux_loss_coefficient: float = 0.0
     moe_z_loss_coefficient: float = 0.0
     vision: str = "frozen"
-    images: Path | None = None
+    images: Files | None = None
 
 
 def resolve_layer_spec(options: BuildOptions, device: torch.device) -> str:

@@ -8,7 +8,7 @@ are placed by span, never by token id. Legend: T tokens of a pack, t of this ran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from rlx.parallel.context import ParallelContext
 from rlx.parallel.packing import LocalBatch
 from rlx.types.rollout import ImageSpan
 
+Files = Callable[[str], Path]
 _PROJECTOR = "merger."
 # transformers calls an attention whose name has "flash" in it once a block, with the borders of the windows.
 _ATTENTION = "flash_over_windows"
@@ -35,10 +36,11 @@ _ATTENTION = "flash_over_windows"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImageReader:
-    """Where a chunk with a tower finds its images, and which part of a pack's tokens it embeds."""
+    """Where a chunk with a tower finds its images, and which part of a pack's tokens it embeds. ``files`` gives the canonical
+    file of a key."""
 
     vision: Vision
-    folder: Path | None
+    files: Files | None
     device: torch.device
     has_gradient: bool
     parts: int
@@ -50,9 +52,9 @@ class ImageReader:
 
 
 def add_tower(
-    model: nn.Module, arch: Architecture, context: ParallelContext, dtype: torch.dtype, learns: str, folder: Path | None
+    model: nn.Module, arch: Architecture, context: ParallelContext, dtype: torch.dtype, learns: str, files: Files | None
 ) -> None:
-    """Put the tower of ``arch`` on a chunk, its weights unset; ``learns`` is one of ``LEARNING``, ``folder`` holds the images."""
+    """Put the tower of ``arch`` on a chunk, its weights unset; ``learns`` is one of ``LEARNING``."""
     vision, dims = arch.vision, context.dims
     assert vision is not None
     tower = _tower(arch, vision, context.device, dtype)
@@ -64,7 +66,7 @@ def add_tower(
     model.vision = tower
     model.image_reader = ImageReader(  # type: ignore[assignment]
         vision=vision,
-        folder=folder,
+        files=files,
         device=context.device,
         has_gradient=learns != "frozen",
         parts=dims.tp if dims.sequence_parallel else 1,
@@ -97,9 +99,9 @@ def embedded(model: nn.Module, batch: LocalBatch) -> Tensor | None:
 
 def _features(tower: Any, spans: Sequence[ImageSpan], reader: ImageReader) -> Tensor:
     """One row a placeholder, image by image."""
-    if reader.folder is None:
-        raise ValueError("there are images in the batch, but this model was given no folder of images")
-    patches = np.concatenate([pixels(reader.folder, span, reader.vision) for span in spans])
+    if reader.files is None:
+        raise ValueError("there are images in the batch, but this model was told of no files")
+    patches = np.concatenate([pixels(reader.files(span.key), span, reader.vision) for span in spans])
     grids = torch.tensor([span.grid for span in spans], device=reader.device)
     features: Tensor = tower(torch.from_numpy(patches).to(reader.device), grid_thw=grids).pooler_output
     return features

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import ModelConfig, OptimizerConfig, RunConfig
-from rlx.data.images.pixels import image_folder
+from rlx.data.images.pixels import image_file, image_folder
 from rlx.models.build import BuildOptions, HeadKind, build_model, freeze
 from rlx.models.classifier import export_classifier, load_score
 from rlx.models.heads import token_head, value_head
@@ -180,7 +181,7 @@ class ModelLoader:
             moe_aux_loss_coefficient=model.moe_aux_loss_coefficient,
             moe_z_loss_coefficient=model.moe_z_loss_coefficient,
             vision=model.vision,
-            images=image_folder(run.dir),
+            images=partial(image_file, image_folder(run.dir)),
         )
         companions = Companions.of(model.path, model.tokenizer_path, chat_template)
         return cls(options, companions, context, temperature)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rlx.arch.families.registry import read_architecture
+from rlx.cli.score import read_asked
+from rlx.data.images.pixels import image_file
 from tests.dist.launch import ROOT, run_ranks
+from tests.dist.vision_folders import folder_of, sequences
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -31,6 +38,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tp2 cp2 sp": {"tp": 2, "cp": 2, "sequence_parallel": True},
     },
 }
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 # What every run of the tests covers; the others are slow.
 ONE_HEAD = {"one", "tp2", "tp2 cp2 sp"}
 PLAIN = {"one", "tp2 sp", "pp2 vpp2"}
@@ -47,8 +55,8 @@ BESIDES = {"exports": "tp2 pp2 sp", "saves": "tp2", "loads": "tp2 cp2 sp", "lear
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoints, their images, and what transformers computes from them."""
     root = tmp_path_factory.mktemp("vision")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    subprocess.run([sys.executable, "-m", "tests.dist.vision_cases", str(root)], env=env, cwd=ROOT, check=True, timeout=240)
+    command = [sys.executable, "-m", "tests.dist.vision_cases", str(root)]
+    subprocess.run(command, env=os.environ | ENVIRONMENT, cwd=ROOT, check=True, timeout=240)
     return root
 
 
@@ -91,3 +99,62 @@ def test_what_is_frozen_has_no_gradient_and_changes_none(results: dict[str, Any]
 def test_weights_come_back_bit_for_bit(results: dict[str, Any], how: str) -> None:
     wrong = {f"{case} under {layout}": m[how] for layout, cases in results.items() for case, m in cases.items() if m.get(how)}
     assert wrong == {} and any(how in found for cases in results.values() for found in cases.values())
+
+
+@pytest.mark.slow
+def test_rlx_score_takes_images(root: Path) -> None:
+    """The first placeholders of a line are images, those that follow are text; files of any name."""
+    keys, case = json.loads((root / "keys.json").read_text()), CASES[1]
+    files = {name: shutil.copy(image_file(root / "images", key), root / f"{name}.image") for name, key in keys.items()}
+    rows = [
+        {"input_ids": sequence.token_ids}
+        | ({"images": [str(files[name]) for name, _ in sequence.images]} if sequence.images else {})
+        for sequence in sequences()
+    ]
+    asked, answered = root / "asked.jsonl", root / "answered.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "model": folder_of(root, case, "fp32"),
+        "tokens": asked,
+        "out": answered,
+        "tp": 2,
+        "device": "cpu",
+        "max-tokens": 160,
+    }
+    command = [sys.executable, "-m", "rlx.cli.main", "score", *(f"--{name}={value}" for name, value in options.items())]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = torch.load(root / "reference.pt", weights_only=True)[case]["logprobs"]
+    found = [json.loads(line)["logprobs"] for line in answered.read_text().splitlines()]
+    worst = max(float((torch.tensor(row) - want).abs().max()) for row, want in zip(found, expected, strict=True))
+    assert worst <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"images": "a.png"}, "images must be a list of paths"),
+        ({"images": ["none.png"]}, "none.png cannot be read"),
+        ({"images": ["wide", "wide", "wide"]}, "image 2 is 45 tokens, but input_ids have 1 of 262"),
+        ({"images": ["config.json"]}, "cannot be read"),
+    ],
+)
+def test_what_rlx_score_cannot_take_is_named_with_its_line(root: Path, change: dict[str, Any], words: str) -> None:
+    arch = read_architecture(folder_of(root, CASES[0], "fp32"))
+    keys = json.loads((root / "keys.json").read_text())
+    (root / "config.json").write_text("{}")
+    if isinstance(change["images"], list):
+        places = [image_file(root / "images", keys[name]) if name in keys else root / name for name in change["images"]]
+        change = {"images": [str(place) for place in places]}
+    asked = root / "wrong.jsonl"
+    asked.write_text(json.dumps({"input_ids": sequences()[0].token_ids} | change) + "\n")
+    with pytest.raises(ValueError, match=f"wrong.jsonl:1.*{words}"):
+        read_asked(asked, arch)
+
+
+def test_images_for_a_model_of_text_are_refused(root: Path) -> None:
+    arch = replace(read_architecture(folder_of(root, CASES[0], "fp32")), vision=None)
+    asked = root / "text.jsonl"
+    asked.write_text(json.dumps({"input_ids": [1, 2], "images": ["a.png"]}) + "\n")
+    with pytest.raises(ValueError, match=r"text.jsonl:1.*images for a model of text"):
+        read_asked(asked, arch)

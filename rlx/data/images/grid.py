@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from rlx.arch.vision import Vision
 from rlx.types.rollout import ImageSpan
 from rlx.types.train_batch import Ints
 
@@ -21,6 +22,23 @@ def num_image_tokens(grid: tuple[int, int, int], merge: int) -> int:
     """The placeholders of an image."""
     time, height, width = grid
     return time * (height // merge) * (width // merge)
+
+
+def place_images(
+    token_ids: Sequence[int], images: Sequence[tuple[str, tuple[int, int, int]]], vision: Vision
+) -> tuple[ImageSpan, ...]:
+    """The images, each a key and a grid, at the first placeholders of expanded ids; the placeholders after them are text.
+    ValueError where one of them has no run of its own length."""
+    spans, at = [], 0
+    for number, (key, grid) in enumerate(images, start=1):
+        count = num_image_tokens(grid, vision.merge)
+        start = next((i for i in range(at, len(token_ids)) if token_ids[i] == vision.image_token), len(token_ids))
+        at = start + count
+        run = sum(1 for token in token_ids[start:at] if token == vision.image_token)
+        if run < count:
+            raise ValueError(f"image {number} is {count} tokens, but input_ids have {run} of {vision.image_token} in its place")
+        spans.append(ImageSpan(key=key, start=start, grid=grid))
+    return tuple(spans)
 
 
 def positions(length: int, spans: Iterable[ImageSpan], merge: int) -> Ints:

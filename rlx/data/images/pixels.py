@@ -7,6 +7,7 @@ where ``key`` is the SHA-256 of the file's bytes.
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,18 +33,31 @@ def image_file(folder: Path, key: str) -> Path:
     return folder / key[:2] / f"{key}.png"
 
 
-def pixels(folder: Path, span: ImageSpan, vision: Vision) -> NDArray[np.float32]:
+def file_key(file: Path) -> str:
+    """The key of a file's content. ValueError where it cannot be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def image_grid(file: Path, vision: Vision) -> tuple[int, int, int]:
+    """The grid of a canonical image. ValueError says what is in the way of it being one."""
+    height, width, _ = _decoded(file).shape
+    side = vision.patch * vision.merge
+    if height % side or width % side:
+        raise ValueError(f"{file} has {width} x {height} pixels; both must be multiples of {side}")
+    return 1, height // vision.patch, width // vision.patch
+
+
+def pixels(file: Path, span: ImageSpan, vision: Vision) -> NDArray[np.float32]:
     """The image's patches, [patches, numbers of a patch], as transformers' image processor makes them of an image that needs no
     resizing: merged patches in rows, each one's patches in rows. ValueError names a file that is missing, broken or of another
     grid."""
-    file = image_file(folder, span.key)
-    levels = _decoded(file)
-    grid = (1, levels.shape[0] // vision.patch, levels.shape[1] // vision.patch)
-    side = vision.patch * vision.merge
-    if grid != span.grid or levels.shape[0] % side or levels.shape[1] % side:
-        size = f"{levels.shape[1]} x {levels.shape[0]} pixels"
-        raise ValueError(f"{file} has {size}, in patches of {vision.patch} the grid {grid}; its place is for {span.grid}")
-    normalised = _TABLE[np.arange(CHANNELS), levels]
+    grid = image_grid(file, vision)
+    if grid != span.grid:
+        raise ValueError(f"{file} has the grid {grid}; its place is for {span.grid}")
+    normalised = _TABLE[np.arange(CHANNELS), _decoded(file)]
     _, height, width = grid
     cut = normalised.reshape(
         height // vision.merge, vision.merge, vision.patch, width // vision.merge, vision.merge, vision.patch, CHANNELS

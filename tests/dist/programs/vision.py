@@ -4,6 +4,7 @@ and out."""
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rlx.arch.families.registry import read_architecture
 from rlx.config.schema import OptimizerConfig
+from rlx.data.images.pixels import image_file
 from rlx.data.plan import part_of
 from rlx.models.build import BuildOptions, build_model
 from rlx.models.heads import token_head
@@ -23,6 +25,7 @@ from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Divisors, forward_backward
 from rlx.trainer.batch import RankBatch
 from rlx.trainer.rank_model import RankModel
+from rlx.trainer.scoring import score_sequences
 from rlx.types.batch import LossOutput
 from rlx.types.rollout import ImageSpan
 from rlx.types.train_batch import TrainSample
@@ -42,13 +45,6 @@ def samples(keys: dict[str, str]) -> list[TrainSample]:
         mask = [position >= sequence.asked for position in range(len(ids))]
         found.append(train_sample(sample_id=index, group_id=index, token_ids=ids, loss_mask=mask, images=images))
     return found
-
-
-def scores(model: RankModel, batch: RankBatch) -> dict[int, Tensor]:
-    """Log-probs of every sequence, on every rank."""
-    outputs = model.score(batch.all_packs())
-    own = batch.whole((local, out[0]) for local, out in outputs) if model.context.is_last_stage else {}
-    return {index: row for part in model.context.gather_objects(dict(own)) for index, row in part.items()}
 
 
 def gradients(model: RankModel, batch: RankBatch) -> dict[str, Tensor]:
@@ -89,7 +85,7 @@ def replicas_differ(model: RankModel) -> float:
 
 def model_of(root: Path, folder: Path, context: ParallelContext, learns: str, recompute: str) -> RankModel:
     arch = read_architecture(folder)
-    options = BuildOptions(vision=learns, images=root / "images", recompute=recompute)
+    options = BuildOptions(vision=learns, images=partial(image_file, root / "images"), recompute=recompute)
     chunks = build_model(arch, context, options)
     load_hf(chunks, arch, folder, context)
     return RankModel(
@@ -121,8 +117,11 @@ def run_case(root: Path, case: str, expected: dict[str, Any], context: ParallelC
     plan = plan_of(list(whole), PACK_TOKENS, context)
     batch = RankBatch(part_of(whole, plan, context.dp_rank), context)
     model = model_of(root, folder, context, "train", how["recompute"])
-    rows = scores(model, batch)
-    worst = max((float((rows[index][:-1] - want).abs().max()), index) for index, want in enumerate(expected["logprobs"]))
+    rows = score_sequences(model, [s.token_ids.tolist() for s in whole], PACK_TOKENS, [s.images for s in whole])
+    worst = max(
+        (float((torch.tensor(row) - want).abs().max()), index)
+        for index, (row, want) in enumerate(zip(rows, expected["logprobs"], strict=True))
+    )
     found = {
         "logprobs": worst,
         "gradients": compare(gradients(model, batch), expected["grads"]),

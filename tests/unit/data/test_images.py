@@ -17,8 +17,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from rlx.arch.vision import Vision
-from rlx.data.images.grid import num_image_tokens, pack_positions, positions
-from rlx.data.images.pixels import image_file, image_folder, pixels
+from rlx.data.images.grid import num_image_tokens, pack_positions, place_images, positions
+from rlx.data.images.pixels import file_key, image_file, image_folder, pixels
 from rlx.types.rollout import ImageSpan
 
 
@@ -84,6 +84,18 @@ def test_positions_of_a_pack_are_those_of_its_sequences() -> None:
     assert np.array_equal(pack_positions(borders, placed, 2), np.concatenate(alone, axis=1))
 
 
+def test_the_first_placeholders_are_images() -> None:
+    images = [("ab" * 32, (1, 2, 4)), ("cd" * 32, (1, 2, 2))]
+    ids = [1, 7, 7, 7, 2, 7, 3]  # two images right behind each other, then a placeholder that is text
+    spans = place_images(ids, images, vision())
+    assert [(span.key, span.start) for span in spans] == [("ab" * 32, 1), ("cd" * 32, 3)]
+    assert place_images(ids, [], vision()) == ()
+    with pytest.raises(ValueError, match="image 2 is 2 tokens, but input_ids have 1 of 7"):
+        place_images(ids, [images[0], images[0]], vision())
+    with pytest.raises(ValueError, match="image 1 is 1 tokens, but input_ids have 0"):
+        place_images([1, 2], images[1:], vision())
+
+
 def stored(folder: Path, image: Image.Image, form: str = "PNG") -> str:
     buffer = io.BytesIO()
     image.save(buffer, form)
@@ -108,22 +120,25 @@ def test_patches_are_those_of_transformers_to_the_bit(tmp_path: Path, patch: int
         grid = (1, height * merge, width * merge)
         assert tuple(wanted["image_grid_thw"][0].tolist()) == grid
         span = ImageSpan(key=stored(folder, image), start=0, grid=grid)
-        found = pixels(folder, span, vision(patch=patch, merge=merge, temporal=temporal))
+        found = pixels(image_file(folder, span.key), span, vision(patch=patch, merge=merge, temporal=temporal))
         assert found.dtype == np.float32 and np.array_equal(found, wanted["pixel_values"])
 
 
 def test_what_is_no_canonical_image_is_named(tmp_path: Path) -> None:
     def asked(key: str, grid: tuple[int, int, int] = (1, 2, 4)) -> None:
-        pixels(tmp_path, ImageSpan(key=key, start=0, grid=grid), vision())
+        pixels(image_file(tmp_path, key), ImageSpan(key=key, start=0, grid=grid), vision())
 
     good = stored(tmp_path, noise(28, 56))
     asked(good)
-    with pytest.raises(ValueError, match=f"{good}.png has 56 x 28 pixels.*\\(1, 2, 4\\).*\\(1, 4, 2\\)"):
+    with pytest.raises(ValueError, match=f"{good}.png has the grid \\(1, 2, 4\\).*\\(1, 4, 2\\)"):
         asked(good, (1, 4, 2))
-    with pytest.raises(ValueError, match="42 x 42 pixels"):
+    with pytest.raises(ValueError, match="42 x 42 pixels; both must be multiples of 28"):
         asked(stored(tmp_path, noise(42, 42)), (1, 3, 3))
     with pytest.raises(ValueError, match=f"{'ab' * 32}.png cannot be read"):
         asked("ab" * 32)
+    assert file_key(image_file(tmp_path, good)) == good
+    with pytest.raises(ValueError, match="cannot be read"):
+        file_key(tmp_path / "none.png")
     with pytest.raises(ValueError, match="JPEG in RGB"):
         asked(stored(tmp_path, noise(28, 56), "JPEG"))
     with pytest.raises(ValueError, match="PNG in L"):
