@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlx.arch.architecture import Architecture
-from rlx.arch.families.experts import DENSE_ROWS, TOWER_ROWS, layers_of
+from rlx.arch.families.experts import DENSE_ROWS, PROJECTOR_ROWS, TOWER_ROWS, layers_of
 from rlx.arch.families.registry import weight_table
 
 _MLP, _EXPERT = "decoder.layers.{layer}.mlp.", "{expert}"
@@ -29,7 +29,8 @@ def expected_shapes(arch: Architecture) -> Mapping[str, tuple[int, ...]]:
 class Sizes:
     """Parameters of ``arch`` by where they live: ``embedding`` and ``output`` (the output layer, 0 where it is tied), and of one
     layer ``attention`` (with the norms), ``dense_mlp``, ``moe_mlp`` (all of an MoE layer's but its routed experts) and
-    ``experts`` (its routed experts). ``tower`` are those of the whole vision tower, 0 without one."""
+    ``experts`` (its routed experts). ``tower`` are those of the whole vision tower, 0 without one,
+    ``projector`` those of its part that makes tokens of patches."""
 
     arch: Architecture
     embedding: int
@@ -39,6 +40,7 @@ class Sizes:
     moe_mlp: int
     experts: int
     tower: int
+    projector: int
 
     @property
     def num_moe_layers(self) -> int:
@@ -50,6 +52,13 @@ class Sizes:
         layers, sparse = self.arch.num_layers, self.num_moe_layers
         body = layers * self.attention + (layers - sparse) * self.dense_mlp + sparse * (self.moe_mlp + self.experts)
         return self.embedding + self.output + body + self.arch.hidden_size + self.tower
+
+    def patch_cost(self, shares: int, *, learns: bool) -> float:
+        """How many tokens take as long as the tower's work on a patch, on a rank that has all of the tower and one of ``shares``
+        parts of the text model. The tower runs forward, and where it ``learns`` forward again and backward."""
+        passes = 4 if learns else 1
+        body = (self.total - self.tower - self.embedding) / shares
+        return passes * self.tower / (3 * body)
 
     @property
     def attention_width(self) -> int:
@@ -71,12 +80,14 @@ class Sizes:
 
 def sizes_of(arch: Architecture) -> Sizes:
     """Counted from the weight table."""
-    count = dict.fromkeys(("embedding", "output", "attention", "dense_mlp", "moe_mlp", "experts", "tower"), 0)
+    count = dict.fromkeys(("embedding", "output", "attention", "dense_mlp", "moe_mlp", "experts", "tower", "projector"), 0)
     for name, row in weight_table(arch).items():
         if "{layer}" not in name and not name.startswith(("embedding.", "output_layer.", TOWER_ROWS)):
             continue  # the last norm, which ``total`` adds
         blocks = len(layers_of(name, arch)) if name.startswith(TOWER_ROWS) else 1
-        count[_place(name)] += blocks * sum(math.prod(shape) for shape in row.hf_shapes(arch))
+        size = blocks * sum(math.prod(shape) for shape in row.hf_shapes(arch))
+        count[_place(name)] += size
+        count["projector"] += size if name.startswith(PROJECTOR_ROWS) else 0
     if arch.experts is not None:
         count["experts"] *= arch.experts.num_experts
     return Sizes(arch=arch, **count)

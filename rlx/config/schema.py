@@ -47,9 +47,7 @@ class ClusterConfig:
     gpus_per_node: int | None = option(None, "GPUs of each machine; none: not planned", minimum=1, maximum=MOST)
     nvlink_gpus: int | None = option(None, "GPUs of a machine that NVLink joins; none: all of them", minimum=1, maximum=MOST)
     gpu_memory_gib: float = option(80.0, "memory of each GPU, for the estimate of `rlx check`", minimum=1)
-    rollout_nodes: int = option(
-        0, "of the machines, those for engines only; 0: engines sit beside trainers", minimum=0, maximum=MOST
-    )
+    rollout_nodes: int = option(0, "machines for engines only; 0: engines sit beside trainers", minimum=0, maximum=MOST)
     colocated: bool = option(False, "engines sit on the trainer ranks' GPUs, and the two take turns; rollout.tp GPUs an engine")
     offload: str = option(
         "auto",
@@ -231,6 +229,7 @@ class BatchingConfig:
     """How samples are packed."""
 
     max_tokens_per_micro_batch: int = option(8192, "token budget of one packed forward pass on one rank's cp group", minimum=1)
+    max_patches_per_micro_batch: int | None = option(None, "patches of its different images; none: no limit", minimum=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rlx.types.image_arrays import ImageArrays
-from rlx.types.rollout import Reward, RolloutGroup, Trajectory
+from rlx.types.rollout import ImageSpan, Reward, RolloutGroup, Trajectory
 from rlx.types.train_batch import Ints, TrainBatch, TrainSample
 
 AnswerFilter = tuple[str, Callable[[Trajectory, Reward], bool]]
@@ -45,6 +45,11 @@ class RolloutBatch:
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def images(self) -> list[tuple[ImageSpan, ...]]:
+        """Those of each trajectory."""
+        return [trajectory.images for trajectory in self.trajectories]
 
     def rows(self, indices: Sequence[int]) -> TrainBatch:
         """These trajectories, in this order, as samples that are numbered by their places here."""

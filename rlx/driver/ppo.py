@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from rlx.algos.kl_controller import KLController
-from rlx.config.schema import AlgorithmConfig, BatchingConfig, RunConfig
-from rlx.data.plan import plan_batch
+from rlx.config.schema import AlgorithmConfig, RunConfig
+from rlx.data.plan import Budget, plan_batch
 from rlx.data.samples import RolloutBatch
 from rlx.driver.batcher import Batch, Batcher
 from rlx.driver.groups import GroupStream
@@ -31,14 +31,14 @@ class Learner:
     def __init__(
         self,
         algorithm: AlgorithmConfig,
-        batching: BatchingConfig,
+        budget: Budget,
         dims: ParallelDims,
         roles: Roles,
         controller: KLController,
         *,
         critic_first: bool = False,
     ) -> None:
-        self._algorithm, self._batching, self._dims = algorithm, batching, dims
+        self._algorithm, self._budget, self._dims = algorithm, budget, dims
         self._roles, self.controller, self._critic_first = roles, controller, critic_first
 
     def learn(self, samples: RolloutBatch, step: int, timer: StepTimer) -> dict[str, float]:
@@ -49,7 +49,8 @@ class Learner:
             samples.loss_tokens,
             dims=self._dims,
             num_mini_batches=self._algorithm.num_mini_batches,
-            max_tokens=self._batching.max_tokens_per_micro_batch,
+            max_tokens=self._budget.max_tokens,
+            images=self._budget.load_of(samples.images),
         )
         with phase("score", step), timer("score"):
             roles.policy.begin_training()

@@ -17,7 +17,7 @@ _MLP = "decoder.layers.{layer}.mlp."
 ROUTING_NAMES = words("router_aux_loss_coef output_router_logits aux_loss_alpha seq_aux router_z_loss_coef")
 # How the Qwen families say which layers have experts.
 SPARSE_STEPS: Fields = {"decoder_sparse_step": whole(1), "mlp_only_layers": listed(int), "norm_topk_prob": flag(False)}
-TOWER_ROWS = "vision."
+TOWER_ROWS, PROJECTOR_ROWS = "vision.", "vision.merger."
 DENSE_ROWS = (_MLP + "linear_fc1.", _MLP + "linear_fc2.")
 
 

@@ -119,3 +119,27 @@ def test_what_does_not_fit_is_refused_with_what_helps(capsys: pytest.CaptureFixt
         plan(paper("llama-3.1-70b", "rollout.tp=1"))
     with pytest.raises(ConfigError, match=r"12 trainer nodes or 64 ranks"):
         plan(paper("llama-3.1-70b", "cluster.num_trainer_ranks=96"))
+
+
+def test_a_tower_is_whole_on_the_fullest_stage_and_costs_gradients_where_it_learns() -> None:
+    """Two blocks of 8 with a gated MLP of 20 beside the text model; 100 patches at most."""
+    text = {"model_type": "qwen2_5_vl", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
+    tower = {"depth": 2, "hidden_size": 8, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": 16}
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    more = {"num_key_value_heads": 1, "intermediate_size": 24, "image_token_id": 7, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = sizes_of(architecture_of({**text, **more, **rope, "vision_config": tower}))
+    block = 4 * 64 + 4 * 8 + 3 * 160 + 2 * 20 + 8 + 2 * 8
+    assert sizes.projector == 8 + 32 * 33 + 16 * 33 and sizes.tower == 1176 * 8 + 2 * block + sizes.projector
+    found = {}
+    for learns in ("frozen", "projector", "train"):
+        changes = [*GRPO, "parallel.tp=2", "cluster.num_trainer_ranks=6", f"model.vision={learns}"]
+        config = paper("llama-3.1-8b", *changes, "batching.max_patches_per_micro_batch=100")
+        found[learns] = estimate(config, sizes)
+    plain = estimate(config, replace(sizes, tower=0, projector=0, arch=replace(sizes.arch, vision=None)))
+    learnt = {"frozen": 0, "projector": sizes.projector, "train": sizes.tower}
+    for learns, one in found.items():
+        assert one.weights == plain.weights + 2 * sizes.tower and one.other_models == one.weights
+        assert one.gradients == plain.gradients + 4 * learnt[learns]
+        assert one.optimizer == pytest.approx(plain.optimizer + 12 * learnt[learns] / 3, abs=1)
+        assert one.patches == 2 * 100 * (12 * 8 + 3 * 20 + (16 if learns == "train" else 0))
+    assert plain.patches == 0 and (found["frozen"].activations, found["frozen"].logits) == (plain.activations, plain.logits)

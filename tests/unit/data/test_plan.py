@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.parallel_state import RankGenerator
 
-from rlx.data.plan import plan_batch, round_up
+from rlx.data.plan import Budget, plan_batch, round_up
 from rlx.types.layout import BatchPlan, ParallelDims
+from rlx.types.rollout import ImageSpan
 
 
 @st.composite
@@ -126,3 +128,51 @@ def test_data_parallel_ranks_are_numbered_as_megatron_numbers_them(dims: Paralle
     for group in generator.get_ranks("dp"):
         assert [dims.dp_rank_of(rank) for rank in group] == list(range(dims.dp))
     assert ParallelDims(world_size=8, tp=2, pp=2).dp_rank_of(6) == 1
+
+
+def spans_of(names: Sequence[str], sides: Mapping[str, int]) -> tuple[ImageSpan, ...]:
+    return tuple(ImageSpan(key=name, start=0, grid=(1, sides[name], 2)) for name in names)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), layouts(), st.data())
+def test_images_have_a_budget_of_their_own_and_are_work(
+    batch: tuple[list[int], list[int], int, int], dims: ParallelDims, data: st.DataObject
+) -> None:
+    lengths, loss_tokens, num_mini_batches, max_tokens = batch
+    sides = {name: data.draw(st.integers(1, 20)) for name in "abcdef"}
+    names = [data.draw(st.lists(st.sampled_from("abcdef"), max_size=2, unique=True)) for _ in lengths]
+    images = [spans_of(of_one, sides) for of_one in names]
+    most = max((sum(2 * sides[name] for name in of_one) for of_one in names), default=1) + data.draw(st.integers(1, 30))
+    load = Budget(max_tokens=max_tokens, max_patches=most, patch_cost=0.5).load_of(images)
+    plan = plan_batch(lengths, loss_tokens, dims=dims, num_mini_batches=num_mini_batches, max_tokens=max_tokens, images=load)
+    found = Counter(index for mini in members(plan) for index in mini)
+    assert found == Counter(range(len(lengths)))
+    work = [
+        round_up(length, dims.sequence_multiple) + sum(sides[n] for n in of_one)
+        for length, of_one in zip(lengths, names, strict=True)
+    ]
+    for mini in plan.mini_batches:
+        for rank in mini.micro_batches:
+            for micro in rank:
+                different = {name for index in micro for name in names[index]}
+                assert sum(2 * sides[name] for name in different) <= most
+        totals = [sum(work[index] for micro in rank for index in micro) for rank in mini.micro_batches]
+        largest = max(work[index] for rank in mini.micro_batches for micro in rank for index in micro)
+        assert max(totals) - min(totals) <= largest
+
+
+def test_a_group_pays_once_for_the_image_that_it_shares() -> None:
+    budget = Budget(max_tokens=64, max_patches=30, patch_cost=0.1)
+    shared, different = [spans_of("a", {"a": 12})] * 4, [spans_of(name, {name: 12}) for name in "abcd"]
+    for images, num_packs in ((shared, 1), (different, 4)):
+        load = budget.load_of(images)
+        plan = plan_batch([8] * 4, [4] * 4, dims=ParallelDims(world_size=1), num_mini_batches=1, max_tokens=64, images=load)
+        assert plan.mini_batches[0].num_micro_batches == num_packs
+    assert budget.load_of([(), ()]) is None
+
+
+def test_images_that_never_fit_are_refused() -> None:
+    load = Budget(max_tokens=64, max_patches=23, patch_cost=0.1).load_of([spans_of("a", {"a": 12})])
+    with pytest.raises(ValueError, match=r"have 24 patches, more than batching.max_patches_per_micro_batch = 23"):
+        plan_batch([8], [4], dims=ParallelDims(world_size=1), num_mini_batches=1, max_tokens=64, images=load)

@@ -57,7 +57,7 @@ def test_pixels_are_those_of_transformers_and_of_the_trainers(tmp_path: Path, ro
     [read] = read_entries([text], ids, IMAGE, MERGE)
     found = pixels(content(read), read, PATCHES)
     assert found.dtype == torch.float32 and torch.equal(found, patches(image_file(tmp_path, span.key)))
-    np.testing.assert_array_equal(found.numpy(), trainer_pixels(tmp_path, span, vision_of(make())))
+    np.testing.assert_array_equal(found.numpy(), trainer_pixels(image_file(tmp_path, span.key), span, vision_of(make())))
     data = base64.b64encode(image_file(tmp_path, span.key).read_bytes()).decode()
     [sent] = read_entries([write_entry(span.key, span.start, span.grid, data=data)], ids, IMAGE, MERGE)
     assert content(sent) == content(read) and (sent.start, sent.end) == (2, 2 + rows * columns)

@@ -51,7 +51,7 @@ def test_with_a_tower_come_sequences_with_pictures_that_any_rank_writes_alike(tm
         check_places(sequence.token_ids, sequence.spans, VISION, "canary")
         for store in stores:
             for span in sequence.spans:
-                rows = pixels(store.folder, span, VISION)
+                rows = pixels(image_file(store.folder, span.key), span, VISION)
                 assert (
                     len(rows) == span.grid[1] * span.grid[2]
                     and sha256(image_file(store.folder, span.key).read_bytes()).hexdigest() == span.key

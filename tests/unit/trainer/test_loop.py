@@ -13,7 +13,6 @@ from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.registry import make_algorithm
 from rlx.config.schema import (
     AlgorithmConfig,
-    BatchingConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -23,6 +22,7 @@ from rlx.config.schema import (
     RunConfig,
 )
 from rlx.config.sources import SourceConfig
+from rlx.data.plan import Budget
 from rlx.driver.batcher import Batcher, BatchRules
 from rlx.driver.checkpoint import read_driver_state, whole_checkpoints, write_checkpoint
 from rlx.driver.groups import GroupStream
@@ -166,7 +166,6 @@ def make_config(**algorithm: Any) -> Config:
         data=DataConfig(train="none", prompts_per_step=3),
         reward=RewardConfig(name="exact"),
         algorithm=AlgorithmConfig(**algorithm),
-        batching=BatchingConfig(max_tokens_per_micro_batch=12),
     )
 
 
@@ -184,7 +183,7 @@ def make_trainer(calls: Calls, kl: float | None = None, config: Config | None = 
     prompts: Any = FakePrompts()
     stream = GroupStream(prompts, roles.rollout, roles.reward, sampling, greedy_baseline=rule.greedy_baseline)
     controller = make_kl_controller(config.algorithm)
-    learner = Learner(config.algorithm, config.batching, ParallelDims(world_size=2), roles, controller)
+    learner = Learner(config.algorithm, Budget(max_tokens=12), ParallelDims(world_size=2), roles, controller)
     rules = BatchRules(
         prompts_per_step=config.data.prompts_per_step,
         max_new_tokens=config.rollout.max_new_tokens,
