@@ -18,11 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from rlx.config.schema import DataConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig, task_name
 from rlx.data.chat import Chat, Message, for_template, read_messages, read_tools, render
+from rlx.data.image_rows import BadImageError, ImageReader, refuse_images
+from rlx.data.image_store import StoredImage
 from rlx.data.rows import Look, Row, column, columns_in, has_more, label_in, placed, read_rows, row_digest
 from rlx.data.tasks import read_task
 from rlx.data.tokenizer import encode_part, encode_text, is_surely_longer, most_bytes
 from rlx.obs.log import logger
-from rlx.types.rollout import LabelUse, Prompt
+from rlx.types.rollout import ImageSpan, LabelUse, Prompt
 
 Source = SourceConfig | EvaluationSetConfig
 
@@ -38,6 +40,7 @@ class Question:
     level: float
     extra: Mapping[str, object]
     digest: bytes
+    images: tuple[ImageSpan, ...] = ()
 
     def ask(self, prompt_id: int, source: str) -> Prompt:
         """The prompt ``prompt_id`` of a run."""
@@ -49,6 +52,7 @@ class Question:
             label=self.label,
             source=source,
             extra=self.extra,
+            images=self.images,
         )
 
 

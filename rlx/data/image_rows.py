@@ -1,0 +1,192 @@
+"""Images of a row: which it names, where its chat or text has them, and token ids with the places of each spelt out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from rlx.arch.vision import Vision
+from rlx.data.chat import Chat, Message
+from rlx.data.grid import num_image_tokens
+from rlx.data.image_store import ImageStore, StoredImage
+from rlx.data.rows import Row, column
+from rlx.types.rollout import ImageSpan
+
+MARK = "<image>"
+"""Stands for an image in the texts of rows that have images."""
+_OWN = ("image", "path", "bytes", "base64", "url", "image_url")
+
+
+class BadImageError(ValueError):
+    """An image of the row cannot be used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pictured[T]:
+    """A chat or a text with its images, in the order in which they stand there."""
+
+    written: T
+    images: tuple[StoredImage, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageReader:
+    """Reads the images of rows for a model with a tower. ``key`` is the column of images; ``drops_bad``: whether a row whose
+    image cannot be used is counted and left out."""
+
+    store: ImageStore
+    tokenizer: PreTrainedTokenizerBase
+    key: str | None
+    drops_bad: bool
+
+    @property
+    def vision(self) -> Vision:
+        return self.store.rules.vision
+
+    def read(self, prompt: str | Chat, row: Row, beside: Path) -> Pictured[str] | Pictured[Chat]:
+        """The row's text or chat with placeholders where its images stand.
+
+        Raises ValueError where placeholders and images are not as many, BadImageError for an image that cannot be used.
+        """
+        listed = _listed(row, self.key)
+        if isinstance(prompt, str):
+            text, sources = self._in_text(prompt, listed)
+            return Pictured(written=text, images=self._taken(sources, beside))
+        messages: list[Message] = []
+        left = iter(listed)
+        sources = []
+        for index, message in enumerate(prompt.messages):
+            parts = self._parts(message, bool(listed), f"message {index}")
+            if parts is None:
+                messages.append(message)
+                continue
+            written = []
+            for part in parts:
+                if part["type"] == "image":
+                    sources.append(_source_of(part, left, self.key, len(listed)))
+                    part = {"type": "image"}
+                written.append(part)
+            messages.append({**message, "content": written})
+        _refuse_rest(len(listed), sum(1 for _ in left), self.key)
+        chat = Chat(messages=messages, tools=prompt.tools) if sources else prompt
+        return Pictured(written=chat, images=self._taken(sources, beside))
+
+    def expand(self, token_ids: Sequence[int], images: Sequence[StoredImage]) -> tuple[list[int], tuple[ImageSpan, ...]]:
+        """Token ids with one placeholder an image as ids with as many as the image has merged patches, and where each stands.
+
+        Raises ValueError where they are not as many: a template that writes none for an image, or two.
+        """
+        placeholder = self.vision.image_token
+        at = [index for index, token in enumerate(token_ids) if token == placeholder]
+        if len(at) != len(images):
+            raise ValueError(f"the chat template writes {len(at)} placeholders for {len(images)} images (data.chat_template)")
+        expanded: list[int] = []
+        spans = []
+        done = 0
+        for index, image in zip(at, images, strict=True):
+            expanded += token_ids[done:index]
+            spans.append(image.at(len(expanded)))
+            expanded += [placeholder] * num_image_tokens(image.grid, self.vision.merge)
+            done = index + 1
+        return [*expanded, *token_ids[done:]], tuple(spans)
+
+    def _taken(self, sources: Sequence[object], beside: Path) -> tuple[StoredImage, ...]:
+        try:
+            return tuple(self.store.take(source, beside) for source in sources)
+        except ValueError as error:
+            raise BadImageError(str(error)) from None
+
+    def _parts(self, message: Message, has_images: bool, where: str) -> list[Mapping[str, object]] | None:
+        """The message's parts, marks in its texts made parts of their own; None where it has no image."""
+        content = message.get("content")
+        given = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+        parts: list[Mapping[str, object]] = []
+        for part in given:
+            kind = str(part["type"])
+            if kind in ("video", "video_url"):
+                raise ValueError(f"{where} has a part of type {kind!r}; videos are not supported")
+            if kind in ("image", "image_url", "input_image"):
+                parts.append({**part, "type": "image"})
+            elif kind == "text":
+                self._refuse_tokens(str(part["text"]), where)
+                parts += _split(str(part["text"])) if has_images else [part]
+            else:
+                parts.append(part)
+        return parts if any(part["type"] == "image" for part in parts) else None
+
+    def _in_text(self, text: str, listed: Sequence[object]) -> tuple[str, list[object]]:
+        """A text that no template writes: marks become the model's own tokens, which may stand there as well."""
+        start, placeholder, end = (self._token(token) for token in self._framed)
+        num_written = text.count(placeholder)
+        num = num_written + (text.count(MARK) if listed else 0)
+        if self._token(self.vision.video_token) in text:
+            raise ValueError(f"the text holds {self._token(self.vision.video_token)}; videos are not supported")
+        if num != len(listed):
+            raise ValueError(
+                f"the text has {num} places for images ({MARK} or {placeholder}), but {_names(self.key)} holds {len(listed)}"
+            )
+        return text.replace(MARK, f"{start}{placeholder}{end}") if listed else text, list(listed)
+
+    @property
+    def _framed(self) -> tuple[int, int, int]:
+        return self.vision.start_token, self.vision.image_token, self.vision.end_token
+
+    def _refuse_tokens(self, text: str, where: str) -> None:
+        for token in (self.vision.image_token, self.vision.video_token):
+            if self._token(token) in text:
+                raise ValueError(
+                    f"{where}: the text holds {self._token(token)}, which stands for an image in the model's own tokens; write"
+                    f' {MARK} or a part {{"type": "image"}}'
+                )
+
+    def _token(self, token_id: int) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(token_id))
+
+
+def refuse_images(row: Row, key: str | None) -> None:
+    """ValueError for a row with images beside a model that sees none."""
+    if key is not None and _listed(row, key):
+        raise ValueError(f"the row has images in {key!r} (data.images_key), but the model of model.path has no vision tower")
+
+
+def _listed(row: Row, key: str | None) -> list[object]:
+    found = None if key is None else column(row, key)
+    if found is None:
+        return []
+    return list(found) if isinstance(found, list | tuple) else [found]
+
+
+def _names(key: str | None) -> str:
+    return "no column of images (data.images_key)" if key is None else f"the column {key!r} (data.images_key)"
+
+
+def _split(text: str) -> Iterator[Mapping[str, object]]:
+    for index, piece in enumerate(text.split(MARK)):
+        if index:
+            yield {"type": "image"}
+        if piece:
+            yield {"type": "text", "text": piece}
+
+
+def _source_of(part: Mapping[str, object], left: Iterator[object], key: str | None, num_listed: int) -> object:
+    """The image of a part: its own, or the next of the column."""
+    own = next((part[name] for name in _OWN if part.get(name) is not None), None)
+    if own is not None:
+        return own
+    try:
+        return next(left)
+    except StopIteration:
+        raise ValueError(
+            f"the chat has more places for images ({MARK} or parts of type image) than the {num_listed} in {_names(key)}"
+        ) from None
+
+
+def _refuse_rest(num_listed: int, num_left: int, key: str | None) -> None:
+    if num_left:
+        raise ValueError(
+            f"{_names(key)} holds {num_listed} images, but the chat has places for {num_listed - num_left}: write {MARK} or a"
+            ' part {"type": "image"} where each stands'
+        )
