@@ -12,12 +12,14 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedTokenizerBase
 
 from rlx.cluster.checks.function_trial import trial_problems
 from rlx.config.load import ConfigError, load_config
 from rlx.config.schema import Config
+from rlx.data.images.reader import ImageReader, image_reader
 from rlx.data.prompts import PromptFiles
 from rlx.data.rows import read_rows
 from rlx.data.tokenizer import answer_decoder, encode_part, tokenizer_of
@@ -47,12 +49,14 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if config.is_finetuning:
         raise ConfigError([f"finetune.objective: {config.finetune.objective} has no reward to try"])
+    kept = TemporaryDirectory(prefix="rlx-images-")
     try:
         problems = list(trial_problems(("reward.name", name) for name in user_functions(config.reward)))
         if problems:
             raise ConfigError(problems)
         tokenizer = tokenizer_of(config.model, config.data)
-        groups = _answered(config, tokenizer, args)
+        images = image_reader(config.model.path, config.data, tokenizer, Path(kept.name))
+        groups = _answered(config, tokenizer, images, args)
         skips, stops = config.reward.skip_special_tokens, config.rollout.stop_token_ids
         decode = answer_decoder(tokenizer, config.model.path, stops, skip_special_tokens=skips)
         service = make_reward_service(config.reward, decode)
@@ -68,6 +72,7 @@ def main(args: argparse.Namespace) -> int:
         pass  # their lines are out
     finally:
         service.close()
+        kept.cleanup()
     print(f"rlx: {len(groups)} verdicts, {len(groups) - num_valid} invalid", file=sys.stderr)
     return int(num_valid < len(groups))
 
@@ -79,14 +84,17 @@ def _positive(text: str) -> int:
     return value
 
 
-def _answered(config: Config, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[RolloutGroup]:
+def _answered(
+    config: Config, tokenizer: PreTrainedTokenizerBase, images: ImageReader | None, args: argparse.Namespace
+) -> list[RolloutGroup]:
     answers = None if args.answers is None else list(_read_answers(args.answers))
     if answers == []:
         raise ValueError(f"--answers: {args.answers} holds no rows")
     if answers is not None and args.source is None and len(config.data.by_name) > 1:
         raise ValueError(f"--answers belong to one source: name it by --source ({', '.join(config.data.by_name)})")
     num = args.rows or (DEFAULT_ROWS if answers is None else len(answers))
-    files = PromptFiles(data=config.data, evaluation=config.evaluation, tokenizer=tokenizer, seed=config.run.seed)
+    seed = config.run.seed
+    files = PromptFiles(data=config.data, evaluation=config.evaluation, tokenizer=tokenizer, seed=seed, images=images)
     prompts = files.first(args.source, num)
     texts = [_label_text(prompt) for prompt in prompts] if answers is None else answers[:num]
     if len(texts) > len(prompts):

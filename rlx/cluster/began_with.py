@@ -13,6 +13,8 @@ from rlx.config.resume import BY_CONTENT
 from rlx.config.schema import DataConfig
 from rlx.config.sources import task_name
 from rlx.data.examples import ExampleReader, ExampleSource
+from rlx.data.images.pixels import image_folder
+from rlx.data.images.reader import image_reader
 from rlx.data.prompts import PromptSource
 from rlx.data.rows import read_rows
 from rlx.data.tokenizer import GIVE_BACK, check_template, template_digest, tokenizer_of
@@ -54,13 +56,14 @@ def _other_data(found: Resumption, tokenizer: PreTrainedTokenizerBase, num_rows:
         yield f"finetune.objective: {found.saved.folder} was saved by a run of another kind, it knows no {kind}; {GIVE_BACK}"
         return
     try:
+        images = image_reader(config.model.path, config.data, tokenizer, image_folder(config.run.dir))
         if not _all_within(config.data, num_rows):
             check_template(state, template_digest(tokenizer))
         elif config.is_finetuning:
-            reader = ExampleReader(data=config.data, finetune=config.finetune, tokenizer=tokenizer)
+            reader = ExampleReader(data=config.data, finetune=config.finetune, tokenizer=tokenizer, images=images)
             ExampleSource(config.examples_path, reader, config.run.seed).load_state(state)
         else:
-            PromptSource(config.data, tokenizer, config.run.seed).load_state(state)
+            PromptSource(config.data, tokenizer, config.run.seed, images).load_state(state)
     except ValueError as error:
         keys = [str(change) for change in found.changes if change.effect == BY_CONTENT and not change.key.startswith("model.")]
         yield f"{error}{f' (changed: {", ".join(keys)})' if keys else ''}"

@@ -30,12 +30,16 @@ from rlx.config.load import ConfigError
 from rlx.config.parts import EngineSettings, loaded_models, written_folders
 from rlx.config.schema import Config
 from rlx.data.examples import ExampleReader, check_examples
+from rlx.data.images.reader import image_reader
 from rlx.data.prompts import PromptFiles
 from rlx.data.rows import Look
 from rlx.data.tokenizer import end_ids, tokenizer_of
 from rlx.processes.rundir import check_run_dir
 from rlx.rewards.base import check_prompt
 from rlx.rewards.registry import label_use, make_verifier, user_functions
+
+# A look at the first rows decodes so many images, and reads the heads of the others.
+NUM_DECODED = 64
 
 
 def preflight(config: Config) -> Config:
@@ -127,10 +131,12 @@ def inspect(config: Config, num_rows: int | None = None) -> Findings:
     if tokenizer is not None:
         found.problems += vocabulary_problems(tokenizer, arch)
         found.warnings += vocabulary_warnings(tokenizer, arch)
+        num_decoded = None if num_rows is None else NUM_DECODED
+        images = found.attempt(lambda: image_reader(config.model.path, config.data, tokenizer, None, num_decoded))
     found.attempt(lambda: end_ids(config.model.path))
     if config.is_finetuning:
         if tokenizer is not None:
-            reader = ExampleReader(data=config.data, finetune=config.finetune, tokenizer=tokenizer)
+            reader = ExampleReader(data=config.data, finetune=config.finetune, tokenizer=tokenizer, images=images)
             if not config.evaluation.only:
                 found.num_examples = found.attempt(lambda: check_examples(config.examples_path, reader, look), "data.train") or 0
             held_out = config.evaluation.data
@@ -148,7 +154,7 @@ def inspect(config: Config, num_rows: int | None = None) -> Findings:
     if tokenizer is not None:
         # Millions of prompts that no evaluation asks need not be read.
         data = replace(config.data, train=None, sources={}) if config.evaluation.only else config.data
-        files = PromptFiles(data=data, evaluation=config.evaluation, tokenizer=tokenizer, seed=config.run.seed)
+        files = PromptFiles(data=data, evaluation=config.evaluation, tokenizer=tokenizer, seed=config.run.seed, images=images)
         if verifier is not None:
             look = replace(look, check_prompt=partial(check_prompt, verifier))
         found.attempt(lambda: found.problems.extend(files.problems(partial(label_use, config.reward), look)))

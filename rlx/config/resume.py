@@ -68,6 +68,9 @@ _REFUSED: Mapping[str, str] = {
     "data.messages_key": _OTHER_TEXT,
     "data.tools_key": _OTHER_TEXT,
     "data.system_prompt": _OTHER_TEXT,
+    "data.images_key": _OTHER_TEXT,
+    "data.min_pixels": "the images would be of other sizes",
+    "data.max_pixels": "the images would be of other sizes",
     "data.sources.NAME.prompt_key": _OTHER_TEXT,
     "data.sources.NAME.messages_key": _OTHER_TEXT,
     "data.sources.NAME.tools_key": _OTHER_TEXT,
@@ -83,7 +86,7 @@ _REFUSED: Mapping[str, str] = {
 _BY_CONTENT = words(
     """
     model.path model.critic_path model.tokenizer_path data.train data.chat_template data.max_prompt_tokens data.overlong
-    data.sources.NAME.path data.sources.NAME.args finetune.max_tokens finetune.overlong
+    data.bad_images data.sources.NAME.path data.sources.NAME.args finetune.max_tokens finetune.overlong
     """
 )
 _IRRELEVANT = words(

@@ -6,7 +6,7 @@ Field help is the ``doc`` metadata; ``choices`` lists the allowed strings. ``rlx
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from rlx.config.algorithm import AlgorithmConfig as AlgorithmConfig
 from rlx.config.finetune import WITH_REFERENCE
 from rlx.config.finetune import FinetuneConfig as FinetuneConfig
 from rlx.config.options import option, required
-from rlx.config.sources import EvaluationSetConfig, SourceConfig
+from rlx.config.sources import EvaluationConfig as EvaluationConfig
+from rlx.config.sources import SourceConfig
 from rlx.types.layout import ParallelDims
 from rlx.types.precision import PRECISIONS, Precision, precision_of
 
@@ -137,6 +138,14 @@ class DataConfig:
     prompt_key: str = option("prompt", "column of a text prompt")
     messages_key: str = option("messages", "column of a chat (list of role/content); wins over prompt_key where present")
     tools_key: str | None = option("tools", "column of the tools (JSON schemas) that a chat's template writes; none: no column")
+    images_key: str | None = option(
+        "images", "column of images (paths beside the file, bytes, base64) for models with a vision tower; none: no column"
+    )
+    bad_images: str = option(
+        "error", "an image that cannot be used ends the run, or its row is counted and left out", choices=("error", "drop")
+    )
+    min_pixels: int | None = option(None, "smaller images are enlarged; none: what the model's image processor says", minimum=1)
+    max_pixels: int | None = option(None, "larger images are reduced; none: what the model's image processor says", minimum=1)
     label_key: str = option("label", "column of the ground truth; column.field reaches into one, as in the other keys")
     system_prompt: str | None = option(
         None, "system message of chats that have none; makes a text prompt a chat", may_be_empty=True
@@ -261,41 +270,6 @@ class CheckpointConfig:
     every: int = option(0, "steps between checkpoints; 0: only at the end", minimum=0)
     keep: int = option(2, "whole checkpoints kept", minimum=1)
     at_end: bool = option(True, "save after the last step")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationConfig:
-    """Evaluation on held-out prompts; the loss on held-out examples when fine-tuning."""
-
-    data: str | None = option(None, "prompts (or examples) to evaluate on, as data.train; none: only evaluation.sets, if any")
-    sets: Mapping[str, EvaluationSetConfig] = option({}, "further sets: NAME -> set (keys below), reported as eval/NAME/...")
-    every: int = option(0, "steps between evaluations; 0: only at the end", minimum=0)
-    at_start: bool = option(False, "also before the first step, reported as step 0")
-    only: bool = option(False, "evaluate and train nothing; `rlx eval` sets it")
-    max_prompts: int = option(256, "prompts (or examples) used", minimum=1)
-    samples_per_prompt: int = option(1, "answers to each; more than one: mean@k and pass@k", minimum=1)
-    temperature: float = option(0.0, "0 is greedy; several answers need more", minimum=0)
-    pass_reward: float = option(1.0, "an answer with at least this reward passes")
-
-    def is_due(self, step: int, last_step: int) -> bool:
-        """Whether it is time to evaluate after this step; 0 is before the first."""
-        if step == 0:
-            return self.at_start
-        return step == last_step or (self.every > 0 and step % self.every == 0)
-
-    @property
-    def by_name(self) -> Mapping[str, EvaluationSetConfig]:
-        """Every set, nothing left to a default of this section; the one of ``data`` is called ""."""
-        sets = {**({} if self.data is None else {"": EvaluationSetConfig(path=self.data)}), **self.sets}
-        return {
-            name: replace(
-                one,
-                max_prompts=self.max_prompts if one.max_prompts is None else one.max_prompts,
-                samples_per_prompt=self.samples_per_prompt if one.samples_per_prompt is None else one.samples_per_prompt,
-                temperature=self.temperature if one.temperature is None else one.temperature,
-            )
-            for name, one in sets.items()
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,11 @@
-"""Where prompts come from: the entries of ``data.sources`` and ``evaluation.sets``. ``docs/data.md`` explains them."""
+"""Where prompts come from: the entries of ``data.sources`` and the section ``evaluation``. ``docs/data.md`` explains them."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +70,38 @@ def files_of(path: str) -> list[Path]:
 def task_name(path: str) -> str | None:
     """TASK of ``reasoning-gym:TASK``, None for a file."""
     return path.removeprefix(TASK_PREFIX) if path.startswith(TASK_PREFIX) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation on held-out prompts; the loss on held-out examples when fine-tuning."""
+
+    data: str | None = option(None, "prompts (or examples) to evaluate on, as data.train; none: only evaluation.sets, if any")
+    sets: Mapping[str, EvaluationSetConfig] = option({}, "further sets: NAME -> set (keys below), reported as eval/NAME/...")
+    every: int = option(0, "steps between evaluations; 0: only at the end", minimum=0)
+    at_start: bool = option(False, "also before the first step, reported as step 0")
+    only: bool = option(False, "evaluate and train nothing; `rlx eval` sets it")
+    max_prompts: int = option(256, "prompts (or examples) used", minimum=1)
+    samples_per_prompt: int = option(1, "answers to each; more than one: mean@k and pass@k", minimum=1)
+    temperature: float = option(0.0, "0 is greedy; several answers need more", minimum=0)
+    pass_reward: float = option(1.0, "an answer with at least this reward passes")
+
+    def is_due(self, step: int, last_step: int) -> bool:
+        """Whether it is time to evaluate after this step; 0 is before the first."""
+        if step == 0:
+            return self.at_start
+        return step == last_step or (self.every > 0 and step % self.every == 0)
+
+    @property
+    def by_name(self) -> Mapping[str, EvaluationSetConfig]:
+        """Every set, nothing left to a default of this section; the one of ``data`` is called ""."""
+        sets = {**({} if self.data is None else {"": EvaluationSetConfig(path=self.data)}), **self.sets}
+        return {
+            name: replace(
+                one,
+                max_prompts=self.max_prompts if one.max_prompts is None else one.max_prompts,
+                samples_per_prompt=self.samples_per_prompt if one.samples_per_prompt is None else one.samples_per_prompt,
+                temperature=self.temperature if one.temperature is None else one.temperature,
+            )
+            for name, one in sets.items()
+        }

@@ -16,7 +16,10 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from rlx.data.chat import Chat, apply_template, for_template, render, template_of
+from rlx.data.images.intake import StoredImage
+from rlx.data.images.reader import ImageReader
 from rlx.data.tokenizer import Limit, encode_part, encode_text
+from rlx.types.rollout import ImageSpan
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -25,16 +28,26 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class MaskedTokens:
     """One sequence to learn from: ``loss_mask`` is 1 on the tokens to learn. Both have its length; it ends with a 1.
 
-    ``is_cut``: its text goes on far beyond the limit, and was not tokenised to its end.
+    ``images`` stand among its tokens. ``is_cut``: its text goes on far beyond the limit, and was not tokenised to its end.
     """
 
     token_ids: Sequence[int]
     loss_mask: Sequence[int]
+    images: tuple[ImageSpan, ...] = ()
     is_cut: bool = False
 
     def cut(self, num_tokens: int) -> MaskedTokens:
         """The first ``num_tokens``, less what comes after the last token to learn; nothing where there is none."""
         return masked_tokens(self.token_ids[:num_tokens], self.loss_mask[:num_tokens])
+
+    def with_images(self, reader: ImageReader, images: Sequence[StoredImage]) -> MaskedTokens:
+        """The same with every placeholder spelt out; nothing of an image is learnt."""
+        token_ids, spans = reader.expand(self.token_ids, images)
+        lengths = iter([reader.num_tokens(image) for image in images])
+        mask: list[int] = []
+        for token, learnt in zip(self.token_ids, self.loss_mask, strict=True):
+            mask += [0] * next(lengths) if token == reader.vision.image_token else [learnt]
+        return replace(masked_tokens(token_ids, mask), images=spans)
 
 
 def masked_tokens(token_ids: Sequence[int], loss_mask: Sequence[int], is_cut: bool = False) -> MaskedTokens:

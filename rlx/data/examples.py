@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,15 @@ from transformers import PreTrainedTokenizerBase
 from rlx.config.schema import DataConfig, FinetuneConfig
 from rlx.data.chat import Chat, Message, read_messages, says_something
 from rlx.data.chat_mask import MaskedTokens, encode_chat, encode_text_pair
+from rlx.data.images.intake import StoredImage
+from rlx.data.images.reader import BadImageError, ImageReader, beside, refuse_images
 from rlx.data.order import EpochOrder
 from rlx.data.plan import plan_batch, round_up
 from rlx.data.questions import tools_of
 from rlx.data.rows import EVERY_ROW, Look, Row, column, columns_in, has_more, placed, read_rows, row_digest
 from rlx.data.tokenizer import GIVE_BACK, Limit, check_template, template_digest
 from rlx.obs.log import logger
+from rlx.types.image_arrays import ImageArrays
 from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
 from rlx.types.train_batch import TrainBatch
 
@@ -47,18 +51,25 @@ class _UnusableError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExampleReader:
-    """How a row becomes an example: by its columns, the tokenizer and the limit of a sequence."""
+    """How a row becomes an example: by its columns, the tokenizer and the limit of a sequence; ``images`` reads those of rows."""
 
     data: DataConfig
     finetune: FinetuneConfig
     tokenizer: PreTrainedTokenizerBase
+    images: ImageReader | None = None
 
-    def read(self, row: Row) -> tuple[Example, bool]:
-        """The example and whether a sequence of it was cut."""
+    def rows(self, path: str) -> Iterator[tuple[str, Row]]:
+        """The rows of a file, each with its file and line."""
+        rows = read_rows(path)
+        return rows if self.images is None else self.images.ahead(rows, beside(path))
+
+    def read(self, row: Row, folder: Path) -> tuple[Example, bool]:
+        """The example and whether a sequence of it was cut; the relative paths of its images begin in ``folder``. A sequence
+        with images is never cut."""
         finetune = self.finetune
-        whole = tuple(self._encode(dialogue) for dialogue in self._dialogues(row))
+        whole = tuple(self._encode(dialogue, row, folder) for dialogue in self._dialogues(row))
         is_long = any(side.is_cut or len(side.token_ids) > finetune.max_tokens for side in whole)
-        if is_long and finetune.overlong == "drop":
+        if is_long and (finetune.overlong == "drop" or any(side.images for side in whole)):
             raise _UnusableError("too_long")
         example = tuple(side.cut(finetune.max_tokens) for side in whole) if is_long else whole
         if not all(side.token_ids for side in example):
@@ -75,12 +86,34 @@ class ExampleReader:
         advice = f"; finetune.max_tokens is {self.finetune.max_tokens}" if drops["too_long"] else ""
         return f"{path}: all {drops.total()} rows are dropped ({counted}){advice}"
 
-    def _encode(self, dialogue: _Dialogue) -> MaskedTokens:
+    def _encode(self, dialogue: _Dialogue, row: Row, folder: Path) -> MaskedTokens:
         finetune = self.finetune
-        limit = Limit(num_tokens=finetune.max_tokens, may_cut=finetune.overlong == "truncate")
+        pictures: tuple[StoredImage, ...] = ()
+        if self.images is None:
+            refuse_images(row, self.data.images_key)
+        else:
+            dialogue, pictures = self._pictured(dialogue, self.images, row, folder)
+        limit = Limit(num_tokens=finetune.max_tokens, may_cut=finetune.overlong == "truncate" and not pictures)
         if isinstance(dialogue, Chat):
-            return encode_chat(dialogue, self.tokenizer, limit, last_only=finetune.is_paired or finetune.turns == "last")
-        return encode_text_pair(dialogue.prompt, dialogue.answer, self.tokenizer, limit)
+            side = encode_chat(dialogue, self.tokenizer, limit, last_only=finetune.is_paired or finetune.turns == "last")
+        else:
+            side = encode_text_pair(dialogue.prompt, dialogue.answer, self.tokenizer, limit)
+        return side if self.images is None or side.is_cut else side.with_images(self.images, pictures)
+
+    def _pictured(
+        self, dialogue: _Dialogue, images: ImageReader, row: Row, folder: Path
+    ) -> tuple[_Dialogue, tuple[StoredImage, ...]]:
+        try:
+            read, pictures = images.read(dialogue if isinstance(dialogue, Chat) else dialogue.prompt, row, folder)
+        except BadImageError as error:
+            if not images.drops_bad:
+                raise
+            logger.warning("rlx: warning: left out: %s", error)
+            raise _UnusableError("bad_image") from None
+        if isinstance(read, str):
+            assert isinstance(dialogue, _Text)
+            return replace(dialogue, prompt=read), pictures
+        return read, pictures
 
     def _dialogues(self, row: Row) -> tuple[_Dialogue, ...]:
         """What the row holds, by its columns. ValueError for columns that are missing or of the wrong type."""
@@ -135,8 +168,9 @@ class ExampleReader:
 class ExampleSource:
     """Deals the examples of ``path``, which ``reader`` makes of its rows.
 
-    ``drops`` counts rows left out: ``too_long``, ``empty_answer``, ``equal_sides`` (of a pair). ``num_truncated`` counts
-    rows of which a sequence was cut. Raises ValueError for a file that cannot be used, or of which nothing is left.
+    ``drops`` counts rows left out: ``too_long``, ``empty_answer``, ``equal_sides`` (of a pair), ``bad_image``.
+    ``num_truncated`` counts rows of which a sequence was cut. Raises ValueError for a file that cannot be used, or of which
+    nothing is left.
     """
 
     def __init__(self, path: str, reader: ExampleReader, seed: int) -> None:
@@ -183,15 +217,16 @@ class ExampleSource:
         self._order.load_state(state)
 
     def _load(self) -> Iterator[Example]:
-        for where, row in read_rows(self._path):
+        folder = beside(self._path)
+        for where, row in self._reader.rows(self._path):
             try:
                 with placed(where):
-                    example, was_cut = self._reader.read(row)
+                    example, was_cut = self._reader.read(row, folder)
             except _UnusableError as reason:
                 self.drops[str(reason)] += 1
             else:
                 self.num_truncated += was_cut
-                self._rows.update(row_digest(row))
+                self._rows.update(row_digest(row) + "".join(span.key for span in example[0].images).encode())
                 yield example
 
 
@@ -202,11 +237,11 @@ def check_examples(path: str, reader: ExampleReader, look: Look = EVERY_ROW) -> 
     """
     num_usable = 0
     drops: Counter[str] = Counter()
-    rows = read_rows(path)
+    rows = reader.rows(path)
     for where, row in islice(rows, look.num_rows):
         try:
             with placed(where):
-                example, _ = reader.read(row)
+                example, _ = reader.read(row, beside(path))
                 for side in example:
                     look.check_ids(side.token_ids)
             num_usable += 1
@@ -228,7 +263,7 @@ def to_train_batch(examples: Sequence[Example]) -> TrainBatch:
     for sample, (_, side) in zip(batch, numbered, strict=True):
         sample.token_ids[:] = np.asarray(side.token_ids)
         sample.loss_mask[:] = np.frombuffer(bytes(side.loss_mask), np.uint8)
-    return batch
+    return replace(batch, images=ImageArrays.of([side.images for _, side in numbered]))
 
 
 def plan_examples(examples: Sequence[Example], *, dims: ParallelDims, max_tokens: int) -> BatchPlan:

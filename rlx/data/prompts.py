@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.config.schema import DataConfig, EvaluationConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig
+from rlx.data.images.reader import ImageReader
 from rlx.data.mixture import next_source, shares_of
 from rlx.data.order import Curriculum, EpochOrder
 from rlx.data.questions import (
@@ -40,11 +41,13 @@ class PromptSource:
     ValueError for a source that cannot be used, as ``read_questions``.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    def __init__(
+        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, images: ImageReader | None = None
+    ) -> None:
         self.drops: Counter[str] = Counter()
         self._dealers: list[_Dealer] = []
         for name, source in config.by_name.items():
-            questions, drops = read_questions(source, config, tokenizer, default_seed=seed)
+            questions, drops = read_questions(source, config, tokenizer, default_seed=seed, images=images)
             self.drops += drops
             self._dealers.append(_Dealer(name, source, questions, seed, config))
         self._template = template_digest(tokenizer)
@@ -140,23 +143,30 @@ class _Dealer:
 
 
 def evaluation_prompts(
-    name: str, one: EvaluationSetConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    name: str,
+    one: EvaluationSetConfig,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    images: ImageReader | None = None,
 ) -> tuple[list[Prompt], Counter[str]]:
     """The first ``one.max_prompts`` usable prompts of an evaluation set in file order, their row numbers among the usable
     ones as ids, and how many of the whole set were over the length limit."""
-    questions, drops = read_questions(one, data, tokenizer, default_seed=EVALUATION_SEEDS + seed)
+    questions, drops = read_questions(one, data, tokenizer, default_seed=EVALUATION_SEEDS + seed, images=images)
     source = name or one.path
     return [question.ask(index, source) for index, question in enumerate(questions[: one.max_prompts])], drops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptFiles:
-    """All that a run takes prompts from: sources to train on and evaluation sets. ``seed`` is the run's."""
+    """All that a run takes prompts from: sources to train on and evaluation sets. ``seed`` is the run's; ``images`` reads those
+    of rows."""
 
     data: DataConfig
     evaluation: EvaluationConfig
     tokenizer: PreTrainedTokenizerBase
     seed: int
+    images: ImageReader | None = None
 
     def first(self, source: str | None, num: int) -> list[Prompt]:
         """The first ``num`` usable prompts, in file order, of each source of training, or of the source or evaluation set called
@@ -170,7 +180,7 @@ class PromptFiles:
         prompts: list[Prompt] = []
         for name in self.data.by_name if source is None else [source]:
             one, seed = named[name]
-            questions, _ = read_questions(one, self.data, self.tokenizer, default_seed=seed, limit=num)
+            questions, _ = read_questions(one, self.data, self.tokenizer, seed, num, self.images)
             prompts += [question.ask(len(prompts) + index, name or one.path) for index, question in enumerate(questions)]
         return prompts
 
@@ -182,7 +192,9 @@ class PromptFiles:
         for name, one, seed in ((name, one, seed) for sources, seed in seeds for name, one in sources.items()):
             use = use_of(name or one.path)
             try:
-                is_labelled = check_questions(one, self.data, self.tokenizer, use, replace(look, source=name), seed)
+                is_labelled = check_questions(
+                    one, self.data, self.tokenizer, use, replace(look, source=name, seed=seed), self.images
+                )
             except ValueError as error:
                 found.append(str(error))
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from rlx.config.schema import DataConfig
 from rlx.config.sources import EvaluationSetConfig, SourceConfig, task_name
 from rlx.data.chat import Chat, Message, for_template, read_messages, read_tools, render
-from rlx.data.image_rows import BadImageError, ImageReader, refuse_images
-from rlx.data.image_store import StoredImage
+from rlx.data.images.intake import StoredImage
+from rlx.data.images.reader import BadImageError, ImageReader, beside, refuse_images
 from rlx.data.rows import Look, Row, column, columns_in, has_more, label_in, placed, read_rows, row_digest
 from rlx.data.tasks import read_task
 from rlx.data.tokenizer import encode_part, encode_text, is_surely_longer, most_bytes
@@ -57,24 +57,32 @@ class Question:
 
 
 def read_questions(
-    source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, default_seed: int = 0, limit: int | None = None
+    source: Source,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    default_seed: int = 0,
+    limit: int | None = None,
+    images: ImageReader | None = None,
 ) -> tuple[list[Question], Counter[str]]:
-    """All usable questions of ``source`` (the first ``limit``) in file order, and how many were too long, by what became of them:
-    ``prompt_too_long`` (left out) or ``prompt_truncated`` (its last tokens kept, as the question's end stands there).
+    """All usable questions of ``source`` (the first ``limit``) in file order, and how many were not as they stand there, by what
+    became of them: ``prompt_too_long`` (left out), ``prompt_truncated`` (its last tokens kept, as the question's end stands
+    there) or ``bad_image`` (left out where ``data.bad_images`` says so).
 
-    ``default_seed`` seeds a reasoning-gym task that has none of its own. Raises ValueError for a source that cannot be used:
-    unreadable, empty, without a prompt column, with a level that is no number, or with nothing but too long prompts.
+    ``default_seed`` seeds a task that has none of its own; ``images`` reads those of rows, None for a model that sees none.
+    Raises ValueError for a source that cannot be used: unreadable, empty, without a prompt column, with a level that is no
+    number, or with nothing but too long prompts.
     """
     data = columns_of(source, data)
     counts: Counter[str] = Counter()
     questions: list[Question] = []
     num_rows = 0
-    for where, row in _rows(source, data, default_seed):
+    rows = _rows(source, data, default_seed)
+    for where, row in rows if images is None else images.ahead(rows, beside(source.path)):
         if len(questions) == limit:
             break
         num_rows += 1
         with placed(where):
-            question, fate = _to_question(row, source, data, tokenizer)
+            question, fate = _to_question(row, source, data, tokenizer, images)
         if question is not None:
             questions.append(question)
         if fate is not None:
@@ -84,7 +92,12 @@ def read_questions(
 
 
 def check_questions(
-    source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, use: LabelUse, look: Look, default_seed: int = 0
+    source: Source,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    use: LabelUse,
+    look: Look,
+    images: ImageReader | None = None,
 ) -> bool | None:
     """Look for faults before a run, as ``look`` says. Returns whether any of the rows has a label; None where none has that was
     looked at, and there are more.
@@ -93,10 +106,11 @@ def check_questions(
     """
     data = columns_of(source, data)
     num_rows, num_kept, is_labelled = 0, 0, False
-    rows = _rows(source, data, default_seed)
-    for num_rows, (where, row) in enumerate(islice(rows, look.num_rows), start=1):
+    rows = _rows(source, data, look.seed)
+    first = islice(rows, look.num_rows)
+    for num_rows, (where, row) in enumerate(first if images is None else images.ahead(first, beside(source.path)), start=1):
         with placed(where):
-            question, _ = _to_question(row, source, data, tokenizer)
+            question, _ = _to_question(row, source, data, tokenizer, images)
             is_labelled |= _checked_label(row, data, use) is not None
             if question is not None:
                 num_kept += 1
@@ -173,33 +187,60 @@ def _prompt_of(row: Row, data: DataConfig) -> str | Chat:
 
 
 def _to_question(
-    row: Row, source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+    row: Row, source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, images: ImageReader | None
 ) -> tuple[Question | None, str | None]:
-    """The question of a row, None when it is left out; and what became of it when it was over the length limit."""
+    """The question of a row, None when it is left out; and what became of it when it was over the length limit, or an image of
+    it could not be used."""
     prompt, limit = _prompt_of(row, data), data.max_prompt_tokens
+    pictures: tuple[StoredImage, ...] = ()
+    if images is None:
+        refuse_images(row, data.images_key)
+    else:
+        try:
+            prompt, pictures = images.read(prompt, row, beside(source.path))
+        except BadImageError as error:
+            if not images.drops_bad:
+                raise
+            logger.warning("rlx: warning: left out: %s", error)
+            return None, "bad_image"
     text = prompt if isinstance(prompt, str) else render(for_template(prompt, tokenizer), tokenizer, opens_answer=True)
     encode = encode_text if isinstance(prompt, str) else encode_part  # a template writes its own special tokens
-    is_long = is_surely_longer(text, limit, tokenizer)
-    if is_long and data.overlong == "truncate":
+    is_long, overlong = is_surely_longer(text, limit, tokenizer), "drop" if pictures else data.overlong
+    if is_long and overlong == "truncate":
         text = _tail(text, limit, tokenizer)
-    token_ids = [] if is_long and data.overlong == "drop" else encode(text, tokenizer)
-    if not token_ids and not (is_long and data.overlong == "drop"):
+    token_ids = [] if is_long and overlong == "drop" else encode(text, tokenizer)
+    if not token_ids and not (is_long and overlong == "drop"):
         raise ValueError("the prompt has no tokens")
-    used = {data.messages_key, data.prompt_key, data.label_key}
+    spans: tuple[ImageSpan, ...] = ()
+    if images is not None and token_ids:
+        token_ids, spans = images.expand(token_ids, pictures)
     question = Question(
         token_ids=tuple(token_ids),
         text=text,
         messages=() if isinstance(prompt, str) else tuple(prompt.messages),
         label=label_in(row, data.label_key),
         level=_level_of(row, source, data),
-        extra={key: value for key, value in row.items() if key not in used},
-        digest=row_digest(row),
+        extra=_extra(row, data, [] if images is None else images.intake.files(spans)),
+        digest=row_digest(row) if not pictures else _with_images(row, pictures),
+        images=spans,
     )
     if not is_long and len(token_ids) <= limit:
         return question, None
-    if data.overlong == "drop":
+    if overlong == "drop":
         return None, "prompt_too_long"
     return question if len(token_ids) <= limit else _truncated(question, limit, tokenizer), "prompt_truncated"
+
+
+def _extra(row: Row, data: DataConfig, files: list[str]) -> dict[str, object]:
+    """The row's other columns; that of images holds the files that trainer and engine read."""
+    used = {data.messages_key, data.prompt_key, data.label_key, data.images_key if files else None}
+    extra = {key: value for key, value in row.items() if key not in used}
+    return extra | ({data.images_key: files} if files and data.images_key is not None else {})
+
+
+def _with_images(row: Row, images: Sequence[StoredImage]) -> bytes:
+    """Names a row and what its images show: another picture under the old name makes another row."""
+    return hashlib.blake2b(row_digest(row) + "".join(image.key for image in images).encode(), digest_size=16).digest()
 
 
 def tools_of(row: Row, data: DataConfig) -> list[Mapping[str, object]] | None:

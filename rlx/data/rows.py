@@ -27,10 +27,12 @@ MAX_DEPTH = 100
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
     """How rows are looked at before a run: at the first ``num_rows`` of each file (None: all), which belong to
-    ``source`` ("": the file's own name), and what a row's token ids and prompts must be beside readable (or ValueError)."""
+    ``source`` ("": the file's own name; ``seed`` is that of a task without one), and what a row's token ids and prompts must be
+    beside readable (or ValueError)."""
 
     num_rows: int | None = None
     source: str = ""
+    seed: int = 0
     check_ids: Callable[[Sequence[int]], None] = lambda token_ids: None
     check_prompt: Callable[[Prompt], None] = lambda prompt: None
 

@@ -14,6 +14,7 @@ from statistics import fmean
 from transformers import PreTrainedTokenizerBase
 
 from rlx.config.schema import DataConfig, EvaluationConfig
+from rlx.data.images.reader import ImageReader
 from rlx.data.prompts import evaluation_prompts
 from rlx.driver.roles import RewardService, RolloutService
 from rlx.obs.log import logger, phase
@@ -32,11 +33,15 @@ class EvaluationSet:
 
 
 def evaluation_sets(
-    evaluation: EvaluationConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSpec
+    evaluation: EvaluationConfig,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: SamplingSpec,
+    images: ImageReader | None = None,
 ) -> Iterator[EvaluationSet]:
     """Every set of the configuration, sampled as training is but for what a set says itself."""
     for name, one in evaluation.by_name.items():
-        prompts, drops = evaluation_prompts(name, one, data, tokenizer, sampling.seed)
+        prompts, drops = evaluation_prompts(name, one, data, tokenizer, sampling.seed, images)
         logger.info("evaluation %s: %d prompts; over the length limit: %s", name or one.path, len(prompts), dict(drops))
         assert one.samples_per_prompt is not None and one.temperature is not None
         how = replace(sampling, num_samples=one.samples_per_prompt, temperature=one.temperature)

@@ -12,6 +12,8 @@ from typing import Protocol
 from rlx.config.parts import loaded_models
 from rlx.config.schema import Config
 from rlx.data.examples import Example, ExampleReader, ExampleSource, plan_examples, to_train_batch
+from rlx.data.images.pixels import image_folder
+from rlx.data.images.reader import image_reader
 from rlx.data.tokenizer import tokenizer_of
 from rlx.driver.keeping import KeptModels
 from rlx.driver.lane import CommandLane
@@ -172,7 +174,8 @@ def drive_finetuning(config: Config, lane: CommandLane, *, stop_asked: Callable[
     dims, max_tokens = config.parallel.dims(config.num_trainer_ranks), config.batching.max_tokens_per_micro_batch
     with phase("read examples"):
         tokenizer = tokenizer_of(config.model, config.data)
-        reader = ExampleReader(data=config.data, finetune=config.finetune, tokenizer=tokenizer)
+        images = image_reader(config.model.path, config.data, tokenizer, image_folder(config.run.dir))
+        reader = ExampleReader(data=config.data, finetune=config.finetune, tokenizer=tokenizer, images=images)
         held_out: list[Example] = []
         if config.evaluation.data is not None:
             held_out = ExampleSource(config.evaluation.data, reader, config.run.seed).first(config.evaluation.max_prompts)

@@ -17,6 +17,7 @@ from rlx.arch.sizes import sizes_of
 from rlx.config.parts import loaded_models
 from rlx.config.schema import BatchingConfig, Config, ModelConfig, ParallelConfig, RolloutConfig
 from rlx.data.images.pixels import image_folder
+from rlx.data.images.reader import image_reader
 from rlx.data.plan import Budget
 from rlx.data.prompts import PromptSource
 from rlx.data.tokenizer import answer_decoder, tokenizer_of
@@ -77,8 +78,8 @@ def drive(config: Config, lane: CommandLane, engines: Path, *, stop_asked: Calla
                 recorder = stack.enter_context(closing(RolloutRecorder(config.rollout.record)))
             limit_s, shares = config.rollout.start_timeout_s, config.cluster.colocated
             publisher = EnginePublisher(lane, engines, start_timeout_s=limit_s, shares_devices=shares)
-            arch, images = read_architecture(config.model.path), image_folder(config.run.dir)
-            rollout = _served(config.rollout, publisher, read_fleet(engines), arch, images, recorder)
+            arch, pictures = read_architecture(config.model.path), image_folder(config.run.dir)
+            rollout = _served(config.rollout, publisher, read_fleet(engines), arch, pictures, recorder)
         stack.callback(rollout.close)
         skips, stops = config.reward.skip_special_tokens, config.rollout.stop_token_ids
         decode = answer_decoder(tokenizer, config.model.path, stops, skip_special_tokens=skips)
@@ -86,7 +87,8 @@ def drive(config: Config, lane: CommandLane, engines: Path, *, stop_asked: Calla
         stack.callback(reward.close)
         policy = RankedPolicy(lane, publisher, dims, partial(origin_of, loaded_models(config), tokenizer))
         sampling = sampling_of(config.rollout, tokenizer, config.run.seed)
-        sets = evaluation_sets(config.evaluation, config.data, tokenizer, sampling)
+        images = image_reader(config.model.path, config.data, tokenizer, image_folder(config.run.dir))
+        sets = evaluation_sets(config.evaluation, config.data, tokenizer, sampling, images)
         if config.evaluation.only:
             evaluation = Evaluation(sets, rollout, reward, config.evaluation.pass_reward)
 
@@ -104,7 +106,7 @@ def drive(config: Config, lane: CommandLane, engines: Path, *, stop_asked: Calla
             rollout=rollout,
             reward=reward,
         )
-        prompts = PromptSource(config.data, tokenizer, config.run.seed)
+        prompts = PromptSource(config.data, tokenizer, config.run.seed, images)
         logger.info("prompts: %d; over the length limit: %s", len(prompts), dict(prompts.drops))
         stream = GroupStream(prompts, rollout, reward, sampling, greedy_baseline=algorithm.greedy_baseline)
         controller = make_kl_controller(config.algorithm)

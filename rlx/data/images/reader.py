@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from rlx.arch.families.registry import read_architecture
 from rlx.arch.vision import Vision
+from rlx.config.schema import DataConfig
 from rlx.data.chat import Chat, Message
-from rlx.data.grid import num_image_tokens
-from rlx.data.image_store import ImageStore, StoredImage
+from rlx.data.images.grid import num_image_tokens
+from rlx.data.images.intake import ImageIntake, StoredImage, image_rules
 from rlx.data.rows import Row, column
 from rlx.types.rollout import ImageSpan
 
@@ -25,36 +31,40 @@ class BadImageError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pictured[T]:
-    """A chat or a text with its images, in the order in which they stand there."""
-
-    written: T
-    images: tuple[StoredImage, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageReader:
     """Reads the images of rows for a model with a tower. ``key`` is the column of images; ``drops_bad``: whether a row whose
     image cannot be used is counted and left out."""
 
-    store: ImageStore
+    intake: ImageIntake
     tokenizer: PreTrainedTokenizerBase
     key: str | None
     drops_bad: bool
 
     @property
     def vision(self) -> Vision:
-        return self.store.rules.vision
+        return self.intake.rules.vision
 
-    def read(self, prompt: str | Chat, row: Row, beside: Path) -> Pictured[str] | Pictured[Chat]:
-        """The row's text or chat with placeholders where its images stand.
+    def ahead(self, rows: Iterable[tuple[str, Row]], folder: Path) -> Iterator[tuple[str, Row]]:
+        """The same rows, while threads take in the images of those that follow. Faults are told when a row is read."""
+        num_threads = max(1, len(os.sched_getaffinity(0)))
+        waiting: deque[tuple[tuple[str, Row], Future[None]]] = deque()
+        with ThreadPoolExecutor(num_threads) as pool:
+            for item in rows:
+                waiting.append((item, pool.submit(self._warm, item[1], folder)))
+                if len(waiting) > 4 * num_threads:
+                    yield _done(waiting)
+            while waiting:
+                yield _done(waiting)
+
+    def read(self, prompt: str | Chat, row: Row, folder: Path) -> tuple[str | Chat, tuple[StoredImage, ...]]:
+        """The row's text or chat with placeholders where its images stand, and those in that order.
 
         Raises ValueError where placeholders and images are not as many, BadImageError for an image that cannot be used.
         """
         listed = _listed(row, self.key)
         if isinstance(prompt, str):
             text, sources = self._in_text(prompt, listed)
-            return Pictured(written=text, images=self._taken(sources, beside))
+            return text, self._taken(sources, folder)
         messages: list[Message] = []
         left = iter(listed)
         sources = []
@@ -71,8 +81,7 @@ class ImageReader:
                 written.append(part)
             messages.append({**message, "content": written})
         _refuse_rest(len(listed), sum(1 for _ in left), self.key)
-        chat = Chat(messages=messages, tools=prompt.tools) if sources else prompt
-        return Pictured(written=chat, images=self._taken(sources, beside))
+        return Chat(messages=messages, tools=prompt.tools) if sources else prompt, self._taken(sources, folder)
 
     def expand(self, token_ids: Sequence[int], images: Sequence[StoredImage]) -> tuple[list[int], tuple[ImageSpan, ...]]:
         """Token ids with one placeholder an image as ids with as many as the image has merged patches, and where each stands.
@@ -89,13 +98,22 @@ class ImageReader:
         for index, image in zip(at, images, strict=True):
             expanded += token_ids[done:index]
             spans.append(image.at(len(expanded)))
-            expanded += [placeholder] * num_image_tokens(image.grid, self.vision.merge)
+            expanded += [placeholder] * self.num_tokens(image)
             done = index + 1
         return [*expanded, *token_ids[done:]], tuple(spans)
 
-    def _taken(self, sources: Sequence[object], beside: Path) -> tuple[StoredImage, ...]:
+    def num_tokens(self, image: StoredImage) -> int:
+        """How many tokens an image is."""
+        return num_image_tokens(image.grid, self.vision.merge)
+
+    def _warm(self, row: Row, folder: Path) -> None:
+        for source in _listed(row, self.key):
+            with suppress(ValueError):
+                self.intake.take(source, folder)
+
+    def _taken(self, sources: Sequence[object], folder: Path) -> tuple[StoredImage, ...]:
         try:
-            return tuple(self.store.take(source, beside) for source in sources)
+            return tuple(self.intake.take(source, folder) for source in sources)
         except ValueError as error:
             raise BadImageError(str(error)) from None
 
@@ -144,6 +162,37 @@ class ImageReader:
 
     def _token(self, token_id: int) -> str:
         return str(self.tokenizer.convert_ids_to_tokens(token_id))
+
+
+def image_reader(
+    model_path: str,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    kept_in: Path | None,
+    num_decoded: int | None = None,
+) -> ImageReader | None:
+    """What reads the images of rows for this model, taking them in under ``kept_in`` and ``num_decoded``; None for a model that
+    sees none.
+
+    Raises ValueError for a model folder without an image processor that is known.
+    """
+    vision = read_architecture(model_path).vision
+    if vision is None:
+        return None
+    rules = image_rules(model_path, vision, data.min_pixels, data.max_pixels)
+    intake = ImageIntake(rules, kept_in, num_decoded)
+    return ImageReader(intake=intake, tokenizer=tokenizer, key=data.images_key, drops_bad=data.bad_images == "drop")
+
+
+def beside(path: str) -> Path:
+    """Where the relative paths of a file's rows begin."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def _done(waiting: deque[tuple[tuple[str, Row], Future[None]]]) -> tuple[str, Row]:
+    item, images = waiting.popleft()
+    images.result()
+    return item
 
 
 def refuse_images(row: Row, key: str | None) -> None:

@@ -10,11 +10,12 @@ import base64
 import binascii
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -22,7 +23,7 @@ from tempfile import NamedTemporaryFile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rlx.arch.vision import Vision
-from rlx.data.images import MEAN, STD, image_file
+from rlx.data.images.pixels import MEAN, STD, image_file
 from rlx.types.rollout import ImageSpan
 
 MOST_PIXELS = 64_000_000
@@ -32,7 +33,6 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _HOLDERS = ("bytes", "path", "base64", "image", "url", "image_url")
-_NUM_DECODED_ON_PAPER = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,17 +109,17 @@ class StoredImage:
         return ImageSpan(key=self.key, start=start, grid=self.grid)
 
 
-class ImageStore:
+class ImageIntake:
     """Takes images in under ``rules`` and keeps them in ``folder``, each once.
 
     What was taken in before, by this process or another, is known again by the source's name, size and time (or its bytes)
-    and not decoded. Without a folder nothing is written: of the first images everything is looked at, of later ones what their
-    heads say, and no key means anything.
+    and not decoded. Without a folder nothing is written, and no key means anything: the first ``num_decoded`` images are decoded
+    (None: all), of later ones only their heads are read.
     """
 
-    def __init__(self, rules: ImageRules, folder: Path | None) -> None:
+    def __init__(self, rules: ImageRules, folder: Path | None, num_decoded: int | None = None) -> None:
         self.rules, self._folder = rules, folder
-        self._num_decoded = 0
+        self._left: Iterator[int] = itertools.count() if num_decoded is None else iter(range(num_decoded))
         self._known: dict[str, StoredImage] = {}
         self._ledger = None if folder is None else folder / "known.jsonl"
         self._salt = f"{rules.min_pixels} {rules.max_pixels} {rules.side} {rules.vision.patch}"
@@ -176,8 +176,7 @@ class ImageStore:
         size = self.rules.size_for(width, height)
         grid = self.rules.grid_of(*size)
         if self._folder is None:
-            self._num_decoded += 1
-            if self._num_decoded <= _NUM_DECODED_ON_PAPER:
+            if next(self._left, None) is not None:
                 image.load()
             return StoredImage(key="", grid=grid)
         upright = _rgb(ImageOps.exif_transpose(image))
