@@ -217,7 +217,8 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
             vp_stage=vp_stage,
         )
         if arch.vision is not None:
-            model.rotary_pos_emb = GridRotary(frequencies, arch.rotary_axes, arch.vision.merge)
+            own = spec_name == "torch"
+            model.rotary_pos_emb = GridRotary(frequencies, arch.rotary_axes, arch.vision.merge, rotates_pack=own)
         elif isinstance(arch.rope, LongRope):
             model.rotary_pos_emb = LongRotary(arch.rope, frequencies)
         elif arch.latent is None and config.apply_rope_fusion:  # latent attention has its own in each layer

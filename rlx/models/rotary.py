@@ -23,6 +23,7 @@ class PackRotary(nn.Module):
     def __init__(self, inverse_frequencies: Tensor) -> None:
         super().__init__()
         self.inverse_frequencies = inverse_frequencies
+        self.rotates_pack = True
 
     def get_rotary_seq_len(self, *args: Any) -> Any:
         """The packing parameters, Megatron's last argument."""
@@ -38,10 +39,14 @@ class PackRotary(nn.Module):
 
 
 class GridRotary(PackRotary):
-    """The same where a token has a position along time, height and width: ``axes`` says which of them turns each frequency."""
+    """The same where a token has a position along time, height and width: ``axes`` says which of them turns each frequency.
 
-    def __init__(self, inverse_frequencies: Tensor, axes: Sequence[int], merge: int) -> None:
+    ``rotates_pack`` is False beside Transformer Engine's attention, which goes by the borders that ``rotated_as_one`` changes.
+    """
+
+    def __init__(self, inverse_frequencies: Tensor, axes: Sequence[int], merge: int, *, rotates_pack: bool) -> None:
         super().__init__(inverse_frequencies)
+        self.rotates_pack = rotates_pack
         self.axes, self.merge = torch.tensor(axes, device=inverse_frequencies.device), merge
 
     def forward(self, packed: Any, **kwargs: Any) -> Tensor:
@@ -61,7 +66,7 @@ def rotated_as_one(model: nn.Module, packed: PackedSequences) -> PackedSequences
     """
     rotary = getattr(model, "rotary_pos_emb", None)  # latent attention has its own in each layer
     config: Any = model.config
-    if not isinstance(rotary, PackRotary) or config.context_parallel_size > 1:
+    if not (isinstance(rotary, PackRotary) and rotary.rotates_pack) or config.context_parallel_size > 1:
         return packed
     rotated = copy(packed)
     rotated.cu_seqlens_q_padded = rotated.cu_seqlens_kv_padded = packed.cu_seqlens_q[[0, -1]]

@@ -91,10 +91,25 @@ def embedded(model: nn.Module, batch: LocalBatch) -> Tensor | None:
     chosen = [spans[number] for number in wanted.tolist()]
     firsts = np.cumsum([0, *(num_image_tokens(span.grid, reader.vision.merge) for span in chosen)])
     rows = torch.from_numpy(firsts)[image_here] + place_T[index_t[here]]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and reader.has_gradient):
+    if reader.has_gradient:
         features = _features(model.vision, chosen, reader)
+    else:
+        features = _constant_features(model.vision, chosen, reader, batch.pack.kept_features)
     placed = features[rows.to(reader.device)].to(embeddings.dtype)
     return embeddings.index_put((here.to(reader.device),), placed[:, None])
+
+
+@torch.no_grad()
+def _constant_features(
+    tower: Any, spans: Sequence[ImageSpan], reader: ImageReader, kept: dict[tuple[int, str], Tensor]
+) -> Tensor:
+    """The same of a tower that does not learn, whose features are made once a batch: for scores and for every update."""
+    missing = [span for span in spans if (id(tower), span.key) not in kept]
+    if missing:
+        counts = [num_image_tokens(span.grid, reader.vision.merge) for span in missing]
+        made = _features(tower, missing, reader).cpu().split(counts)
+        kept |= {(id(tower), span.key): features.clone() for span, features in zip(missing, made, strict=True)}
+    return torch.cat([kept[id(tower), span.key] for span in spans]).to(reader.device)
 
 
 def _features(tower: Any, spans: Sequence[ImageSpan], reader: ImageReader) -> Tensor:
@@ -130,10 +145,17 @@ def _tower(arch: Architecture, vision: Vision, device: torch.device, dtype: torc
         tower = make().to(dtype)
     tower.config._attn_implementation = _ATTENTION
     tower = tower.to_empty(device=device)
+    # A patch at a time, the convolution is a product of matrices, which no convolution kernel needs to be found for.
+    tower.patch_embed.forward = partial(_embed_patches, tower.patch_embed.proj)
     rotary = tower.rotary_pos_emb
     exponents = torch.arange(0, rotary.dim, 2, dtype=torch.float, device="cpu") / rotary.dim
     rotary.inv_freq = (1.0 / (rotary.theta**exponents)).to(device)
     return tower
+
+
+def _embed_patches(proj: nn.Conv3d, patches: Tensor) -> Tensor:
+    """[N, numbers of a patch] -> [N, width of the tower]."""
+    return F.linear(patches.to(proj.weight.dtype), proj.weight.flatten(1))
 
 
 def _module_of(arch: Architecture, vision: Vision) -> Any:
@@ -171,11 +193,11 @@ def _module_of(arch: Architecture, vision: Vision) -> Any:
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """[1, H, N, K] each -> [1, N, H, K]: attention within the borders ``cu_seq_lens_q``, in one kernel on GPUs; elsewhere, and in
-    fp32, windows of equal size in one batch."""
+    """[1, H, N, K] each -> [1, N, H, K]: attention within the borders ``cu_seq_lens_q``, in one kernel on GPUs; elsewhere, in
+    fp32 and with heads that the kernel does not know, windows of equal size in one batch."""
     borders, scale = options["cu_seq_lens_q"], options["scaling"]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0:
         longest = _longest(borders)
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         attended = varlen_attn(query, key, value, borders, borders, longest, longest, scale=scale)

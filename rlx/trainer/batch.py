@@ -7,6 +7,7 @@ Columns are held by sample id, whole sequences (context parallelism undone), on 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -31,6 +32,7 @@ class RankBatch:
         self.samples = list(part.samples)
         self.group_ids: list[int] = part.group_ids.tolist()
         self._mini_batches, self._context = part.mini_batches, context
+        self._kept_features: dict[tuple[int, str], Tensor] = {}
 
     def counts(self, mini_batch: int) -> MiniBatchPart:
         """What the mini-batch has to learn from, over all ranks."""
@@ -47,7 +49,8 @@ class RankBatch:
         return [pack for index in range(len(self._mini_batches)) for pack in self.packs(index)]
 
     def _pack(self, chosen: Sequence[TrainSample]) -> MicroBatch:
-        return collate(chosen, [sample.sample_id for sample in chosen], self._context.dims, self.columns)
+        pack = collate(chosen, [sample.sample_id for sample in chosen], self._context.dims, self.columns)
+        return replace(pack, kept_features=self._kept_features)
 
     def whole(self, outputs: Iterable[tuple[LocalBatch, Tensor]]) -> Ragged:
         """Per-token results [t] of a forward pass as a column: sequences whole again, on the host."""

@@ -76,6 +76,7 @@ class MicroBatch:
     lengths_S            int64 [S]; true lengths, without padding
     sample_ids           the samples in order; padding sequences have id -1
     images               the images of the sequences, in order; ``start`` counts in the pack
+    kept_features        what towers that do not learn made of an image, by tower and key, on the host; all packs share it
     columns              more float32 [T] columns: old_logprobs, advantages, ...
     """
 
@@ -86,6 +87,7 @@ class MicroBatch:
     lengths_S: Tensor
     sample_ids: tuple[int, ...]
     images: tuple[ImageSpan, ...] = ()
+    kept_features: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     columns: Columns[Tensor] = field(default_factory=Columns)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from rlx.arch.families.registry import read_architecture
 from rlx.cli.score import read_asked
 from rlx.data.images.pixels import image_file
 from tests.dist.launch import ROOT, run_ranks
-from tests.dist.vision_folders import folder_of, sequences
+from tests.dist.vision_folders import GRIDS, folder_of, grid_of, sequences
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -95,7 +96,23 @@ def test_what_is_frozen_has_no_gradient_and_changes_none(results: dict[str, Any]
     assert over(results, learns, 1e-4) == {}
 
 
-@pytest.mark.parametrize("how", ["fp32", "bf16", "checkpoint"])
+def test_features_of_a_frozen_tower_are_made_once_a_batch(results: dict[str, Any]) -> None:
+    """Two scores and an update: a frozen tower sees each image once, one that learns once a pack and pass."""
+    once = sum(math.prod(grid_of(name)) for name in GRIDS)
+    for found in results["one"].values():
+        assert found["frozen patches"] == [once, True]
+        assert found["projector patches"][0] > 3 * once and found["projector patches"][1]
+
+
+@pytest.mark.parametrize("learns", ["train", "projector"])
+def test_a_checkpoint_goes_on_under_another_layout(results: dict[str, Any], learns: str) -> None:
+    """Written under TP2 with plain Adam, read under TP2 x CP2 with SP by the distributed one."""
+    for found in results["tp2 cp2 sp"].values():
+        same, apart = found[f"{learns} checkpoint"]
+        assert same and apart < 1e-2
+
+
+@pytest.mark.parametrize("how", ["fp32", "bf16"])
 def test_weights_come_back_bit_for_bit(results: dict[str, Any], how: str) -> None:
     wrong = {f"{case} under {layout}": m[how] for layout, cases in results.items() for case, m in cases.items() if m.get(how)}
     assert wrong == {} and any(how in found for cases in results.values() for found in cases.values())

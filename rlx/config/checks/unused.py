@@ -179,6 +179,9 @@ def unused_keys(config: Config, arch: Architecture) -> list[str]:
     if arch.experts is None:
         rules.append(Rule("model.moe_aux_loss_coefficient moe_z_loss_coefficient", _always, "model.path has no experts"))
         rules.append(Rule("parallel.etp", _always, "model.path has no experts"))
+    if arch.vision is None:
+        rules.append(Rule("model.vision", _always, "model.path has no vision tower"))
+        rules.append(Rule("batching.max_patches_per_micro_batch", _always, "model.path has no vision tower"))
     lines, said = [], set[str]()
     changed = _changed(config)
     for rule in rules:

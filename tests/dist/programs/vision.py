@@ -19,6 +19,7 @@ from rlx.models.build import BuildOptions, build_model
 from rlx.models.heads import token_head
 from rlx.models.hf.companions import Companions
 from rlx.models.hf.io import load_hf, stage_weights
+from rlx.parallel.checkpoint import load_trainable, save_trainable
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.optimizer import Trainable
 from rlx.parallel.packing import LocalBatch
@@ -28,12 +29,13 @@ from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
 from rlx.types.batch import LossOutput
 from rlx.types.rollout import ImageSpan
-from rlx.types.train_batch import TrainSample
+from rlx.types.train_batch import BatchPart, TrainSample
 from tests.batches import batch_of, train_sample
-from tests.dist.programs.families import compare, from_checkpoint, in_and_out, merged, save
+from tests.dist.programs.families import compare, in_and_out, merged
 from tests.dist.programs.layouts import context_of, main, plan_of
 from tests.dist.vision_folders import folder_of, grid_of, sequences
 
+LEARNING_RATE = 1e-3
 PACK_TOKENS = 160  # several sequences a pack, several packs
 
 
@@ -83,7 +85,9 @@ def replicas_differ(model: RankModel) -> float:
     return max(float((other - flat).abs().max()) for other in others)
 
 
-def model_of(root: Path, folder: Path, context: ParallelContext, learns: str, recompute: str) -> RankModel:
+def model_of(
+    root: Path, folder: Path, context: ParallelContext, learns: str, recompute: str = "none", *, distributed: bool = False
+) -> RankModel:
     arch = read_architecture(folder)
     options = BuildOptions(vision=learns, images=partial(image_file, root / "images"), recompute=recompute)
     chunks = build_model(arch, context, options)
@@ -94,20 +98,58 @@ def model_of(root: Path, folder: Path, context: ParallelContext, learns: str, re
         head=token_head(context, arch),
         context=context,
         companions=Companions.of(folder),
-        trainable=Trainable(chunks, OptimizerConfig(distributed=False), context, 1),
+        trainable=Trainable(chunks, OptimizerConfig(distributed=distributed, lr=LEARNING_RATE), context, 1),
     )
 
 
-def learnt(root: Path, folder: Path, context: ParallelContext, batch: RankBatch, expected: dict[str, Tensor]) -> dict[str, Any]:
+def learnt(root: Path, folder: Path, context: ParallelContext, part: BatchPart, expected: dict[str, Tensor]) -> dict[str, Any]:
     """What has a gradient with a tower that is frozen, or learns in its projector; the rest as before."""
-    found = {}
+    found: dict[str, Any] = {}
     for learns, begins in (("frozen", ()), ("projector", ("visual.merger.",))):
-        model = model_of(root, folder, context, learns, "none")
+        model = model_of(root, folder, context, learns)
+        seen: list[Tensor] = []
+        model.chunks[0].vision.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))  # type: ignore[union-attr]
         wanted = {
             name: grad for name, grad in expected.items() if not name.startswith("visual.") or name.startswith(begins or "-")
         }
-        found[learns] = compare(gradients(model, batch), wanted)
+        fresh = RankBatch(part, context)
+        passes = [model.score(fresh.all_packs()), model.score(fresh.all_packs())]
+        found[learns] = compare(gradients(model, fresh), wanted)
+        same = all(torch.equal(a, b) for (_, a), (_, b) in zip(*passes, strict=True))
+        found[f"{learns} patches"] = [sum(len(patches) for patches in seen), same]
     return found
+
+
+def weights(model: RankModel) -> dict[str, Tensor]:
+    return merged({name: tensor.clone() for name, tensor in model.weights()}, model.context)
+
+
+def train_and_save(model: RankModel, batch: RankBatch, folder: Path) -> None:
+    """A step, a checkpoint, another step; the weights after each beside the checkpoint."""
+    steps = []
+    for number in range(2):
+        gradients(model, batch)
+        assert model.trainable is not None
+        model.trainable.step()
+        steps.append(weights(model))
+        if number == 0:
+            folder.mkdir(exist_ok=True)
+            model.context.barrier()
+            save_trainable(model.trainable, folder)
+    torch.save(steps, folder.with_suffix(".pt"))
+
+
+def load_and_train(model: RankModel, batch: RankBatch, folder: Path) -> tuple[bool, float]:
+    """Whether the checkpoint's weights came back to the bit, and how far the next step leads elsewhere, in learning rates."""
+    first, second = torch.load(folder.with_suffix(".pt"), weights_only=True)
+    assert model.trainable is not None
+    load_trainable(model.trainable, folder)
+    found = weights(model)
+    same = found.keys() == first.keys() and all(torch.equal(found[name], first[name]) for name in first)
+    gradients(model, batch)
+    model.trainable.step()
+    found = weights(model)
+    return same, max(float((found[name] - second[name]).abs().mean()) for name in second) / LEARNING_RATE
 
 
 def run_case(root: Path, case: str, expected: dict[str, Any], context: ParallelContext, how: dict[str, Any]) -> dict[str, Any]:
@@ -115,26 +157,31 @@ def run_case(root: Path, case: str, expected: dict[str, Any], context: ParallelC
     folder = folder_of(root, case, "fp32")
     whole = batch_of(samples(json.loads((root / "keys.json").read_text())))
     plan = plan_of(list(whole), PACK_TOKENS, context)
-    batch = RankBatch(part_of(whole, plan, context.dp_rank), context)
+    part = part_of(whole, plan, context.dp_rank)
+    batch = RankBatch(part, context)
     model = model_of(root, folder, context, "train", how["recompute"])
     rows = score_sequences(model, [s.token_ids.tolist() for s in whole], PACK_TOKENS, [s.images for s in whole])
     worst = max(
         (float((torch.tensor(row) - want).abs().max()), index)
         for index, (row, want) in enumerate(zip(rows, expected["logprobs"], strict=True))
     )
-    found = {
+    found: dict[str, Any] = {
         "logprobs": worst,
         "gradients": compare(gradients(model, batch), expected["grads"]),
         "replicas": max(context.gather_objects((replicas_differ(model), context.rank))),
         "fp32": in_and_out(folder, "fp32", context, None),
         "bf16": in_and_out(folder_of(root, case, "bf16"), "bf16", context, folder.parent / "export" if how["exports"] else None),
     }
-    if how["saves"]:
-        save(folder, folder.parent / "save", context)
-    if how["loads"]:
-        found["checkpoint"] = from_checkpoint(folder, folder.parent / "save", context)
+    for learns in ("train", "projector"):
+        saved = folder.parent / learns
+        if how["saves"]:
+            train_and_save(model_of(root, folder, context, learns), batch, saved)
+        if how["loads"]:
+            found[f"{learns} checkpoint"] = load_and_train(
+                model_of(root, folder, context, learns, distributed=True), batch, saved
+            )
     if how["learns"]:
-        found |= learnt(root, folder, context, batch, expected["grads"])
+        found |= learnt(root, folder, context, part, expected["grads"])
     return found
 
 
