@@ -103,6 +103,8 @@ def end_ids(model: str) -> list[int]:
             raise ValueError(f"model.path: {file} is not readable JSON: {error}") from error
         if not isinstance(described, dict):
             raise ValueError(f"model.path: {file} must hold a JSON object, got {described!r:.200}")
+        if isinstance(described.get("text_config"), dict):  # of a model that also sees
+            described = described["text_config"] | described
         known = described.get("vocab_size")  # the first file's holds for the other too
         vocab_size = known if type(known) is int else vocab_size
         ends = described.get("eos_token_id")

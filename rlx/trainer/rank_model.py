@@ -189,7 +189,9 @@ class ModelLoader:
     def load(self, folder: str, kind: HeadKind = "token", learning: Learning | None = None) -> RankModel:
         """The folder's model, read-only unless ``learning`` brings an optimizer."""
         arch, context = read_architecture(folder), self.context
-        chunks = build_model(arch, context, self.options, head=kind)
+        is_trained = learning is not None and learning.optimizer is not None
+        options = self.options if is_trained else replace(self.options, vision="frozen")
+        chunks = build_model(arch, context, options, head=kind)
         load_weights(chunks, arch, folder, context)
         if kind == "score":
             load_score(chunks, arch, folder)

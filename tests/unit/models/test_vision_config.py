@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from rlx.arch.architecture import Architecture
 from rlx.arch.families import qwen2_5_vl, qwen2_vl, qwen_vl
 from rlx.arch.families.registry import architecture_of
 from rlx.arch.sizes import expected_shapes, sizes_of
+from rlx.data.tokenizer import end_ids
 
 # As published: the text model's fields at the top.
 _TEXT: dict[str, Any] = {
@@ -228,3 +231,13 @@ def test_the_table_has_every_tensor_that_transformers_has(family: str) -> None:
     assert expected_shapes(arch) == names
     assert sizes_of(arch).total == sum(parameter.numel() for parameter in theirs.parameters())
     assert sizes_of(arch).tower == sum(parameter.numel() for parameter in theirs.model.visual.parameters())
+
+
+def test_what_ends_an_answer_stands_in_either_place(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    for config in (PUBLISHED["qwen2_5_vl"], as_transformers_writes_it(PUBLISHED["qwen2_5_vl"])):
+        file.write_text(json.dumps(config))
+        assert end_ids(str(tmp_path)) == [151645]
+    file.write_text(json.dumps({"text_config": {"vocab_size": 5, "eos_token_id": 7}}))
+    with pytest.raises(ValueError, match=r"eos_token_id=7, which is outside its vocabulary of 5"):
+        end_ids(str(tmp_path))
