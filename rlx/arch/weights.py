@@ -46,16 +46,13 @@ class Row(Protocol):
 
     def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
         """Full shapes of the Hugging Face tensors, in the order of ``hf_names``."""
-        ...
 
     def runs(self, shard: Shard, arch: Architecture) -> Sequence[Run]:
         """What the Megatron slice of ``shard`` is made of, in order, along one dimension. Padding is no run."""
-        ...
 
     @property
     def is_split(self) -> bool:
         """False where every tensor-parallel rank holds the same tensor."""
-        ...
 
 
 Shape = Callable[[Architecture], tuple[int, ...]]

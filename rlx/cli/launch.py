@@ -11,6 +11,7 @@ from pathlib import Path
 from rlx.cli.check import add_on_paper, architectures, plan, summary
 from rlx.cluster.slurm import FLAVOURS, RUNTIMES, SlurmJob, job_config, passed_names, render, submit
 from rlx.config.load import ConfigError, load_config, on_paper
+from rlx.config.options import positive
 from rlx.config.schema import ClusterConfig
 
 
@@ -20,17 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     slurm = schedulers.add_parser("slurm", help="a job for SLURM", description=__doc__)
     slurm.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
     slurm.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
-    slurm.add_argument("--nodes", type=_positive, help="all nodes of the job; default: cluster.nodes")
+    slurm.add_argument("--nodes", type=positive, help="all nodes of the job; default: cluster.nodes")
     slurm.add_argument("--gpus-per-node", type=_gpus, metavar="[TYPE:]G", help="8, h100:8; 0: no GPUs; default: cluster's")
-    slurm.add_argument("--cpus-per-task", type=_positive, metavar="N", help="CPUs of a node for the job's task there")
+    slurm.add_argument("--cpus-per-task", type=positive, metavar="N", help="CPUs of a node for the job's task there")
     slurm.add_argument("--mem", metavar="SIZE", help="host memory of a node, as SLURM spells it; 0: all")
     slurm.add_argument("--exclusive", action="store_true", help="nodes for this job alone")
     slurm.add_argument("--flavour", choices=FLAVOURS, default="torchrun", help="what starts the ranks on the nodes")
     slurm.add_argument("--rollout-nodes", type=int, help="of the nodes, those for engines only; default: cluster's")
     slurm.add_argument("--partition", help="SLURM partition; none: the cluster's default")
     slurm.add_argument("--time", default="24:00:00", help="time limit of one start; the job goes on in the next")
-    slurm.add_argument("--save-before", type=_positive, default=600, metavar="S", help="seconds before the limit to save at")
-    slurm.add_argument("--threads", type=_positive, help="CPU threads of a process; default: its share of the task's CPUs")
+    slurm.add_argument("--save-before", type=positive, default=600, metavar="S", help="seconds before the limit to save at")
+    slurm.add_argument("--threads", type=positive, help="CPU threads of a process; default: its share of the task's CPUs")
     slurm.add_argument("--name", default="rlx", help="name of the job")
     slurm.add_argument("--log-dir", default="slurm-logs", help="folder for the job's and the tasks' output")
     slurm.add_argument("--prologue", metavar="FILE", help="bash that is read before anything starts: module load ...")
@@ -112,10 +113,3 @@ def _gpus(text: str) -> tuple[str, int]:
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a number, or TYPE:NUMBER such as h100:8, got {text}")
     return match[1] or "", int(match[2])
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

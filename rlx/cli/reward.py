@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.cluster.checks.function_trial import trial_problems
 from rlx.config.load import ConfigError, load_config
+from rlx.config.options import positive
 from rlx.config.schema import Config
 from rlx.data.images.reader import ImageReader, image_reader
 from rlx.data.prompts import PromptFiles
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trying.add_argument(
         "--answers", type=Path, metavar="FILE", help='JSONL of {"response": ...}, one a row in order; left out: the labels'
     )
-    trying.add_argument("--rows", type=_positive, metavar="N", help=f"rows to judge; left out: all answers, or {DEFAULT_ROWS}")
+    trying.add_argument("--rows", type=positive, metavar="N", help=f"rows to judge; left out: all answers, or {DEFAULT_ROWS}")
     trying.add_argument("--source", metavar="NAME", help="one of data.sources or evaluation.sets; left out: each of data.sources")
 
 
@@ -75,13 +76,6 @@ def main(args: argparse.Namespace) -> int:
         kept.cleanup()
     print(f"rlx: {len(groups)} verdicts, {len(groups) - num_valid} invalid", file=sys.stderr)
     return int(num_valid < len(groups))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _answered(

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from rlx.config.packaged import packaged
-from rlx.engines.nccl import difference, installed_for
+from rlx.engines.nccl import difference, installed_for, numbers
 from rlx.rollout.sglang import TESTED
 
 GIB = 2**30
@@ -116,7 +116,7 @@ def _engines(python: str | None) -> Iterator[Finding]:
         advice = f"for rollouts at speed (rollout.engine=sglang): pip install 'rlx[gpu]', or name its interpreter; {tests}"
         yield Finding(subject="sglang", status="bad" if python else "note", found="not installed", advice=advice)
     else:
-        good = _numbers(oldest) <= _numbers(version) <= _numbers(newest)
+        good = numbers(oldest) <= numbers(version) <= numbers(newest)
         yield Finding(
             subject="sglang", status="ok" if good else "note", found=version, advice="" if good else f"{tests}; on trouble: {pin}"
         )
@@ -125,10 +125,6 @@ def _engines(python: str | None) -> Iterator[Finding]:
         yield Finding(subject="nccl", status="bad" if torch.cuda.is_available() else "note", found=apart[0], advice=apart[1])
     else:
         yield Finding(subject="nccl", status="ok", found=here.get("nccl", "none"))
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def _apex() -> Iterator[Finding]:

@@ -33,24 +33,19 @@ class Launch(Protocol):
 
     def run(self) -> Outcome:
         """Start everything and watch until it is over."""
-        ...
 
     def stop(self) -> str:
         """End all of them; what could not be ended, in words."""
-        ...
 
     @property
     def described(self) -> str:
         """What was started, in words, where there is a word for it."""
-        ...
 
     def log_of(self, cause: Cause) -> str:
         """What the one to blame wrote."""
-        ...
 
     def host_of(self, cause: Cause) -> str | None:
         """Where the one to blame ran, if that is not clear."""
-        ...
 
 
 def run_job(config: Config, make: Callable[[OpenRun], Launch]) -> int:

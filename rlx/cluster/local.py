@@ -30,7 +30,6 @@ from rlx.obs.log import last_phase
 from rlx.processes.causes import Cause, is_port_taken
 from rlx.processes.child_environment import child_environment, inherited_pipe
 from rlx.processes.children import (
-    LAUNCH_ID,
     Child,
     ChildSpec,
     stop_all,
@@ -97,7 +96,7 @@ class LocalLaunch:
         keys = run_keys(self._run_dir)
         self._check_engines(keys)
         log = log_path(self._run_dir, "driver", 0)
-        self._guard = Guard(launch_id=self._id, launcher_pid=os.getpid(), log=log, env=self._guard_env())
+        self._guard = Guard(launch_id=self._id, launcher_pid=os.getpid(), log=log, env=self._env)
         self._open.callback(self._guard.dismiss)
         self._progress.say(f"starting {self.described}; run folder: {self._run_dir}")
         if self._settings.num_started:
@@ -191,7 +190,3 @@ class LocalLaunch:
         child = Child(ChildSpec(role=role, rank=rank, argv=tuple(argv), env=env, log_path=path, pass_fds=(self._parent_pipe,)))
         self._guard.add(child.pid)
         return child
-
-    def _guard_env(self) -> dict[str, str]:
-        """The children's environment without the mark by which they are found and ended."""
-        return {name: value for name, value in self._env.items() if name != LAUNCH_ID}

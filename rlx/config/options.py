@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from difflib import SequenceMatcher
@@ -80,3 +81,11 @@ def _likeness(left: str, right: str) -> float:
     whole = SequenceMatcher(None, left, right).ratio()
     last = SequenceMatcher(None, left.rpartition(".")[2], right.rpartition(".")[2]).ratio()
     return whole + last
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, of a command line."""
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

@@ -32,30 +32,19 @@ from rlx.types.rollout import StepReport, UpdateStats
 from rlx.types.train_batch import Rows
 
 
-class TrainedModel(Protocol):
+class TrainedModel(KeptModels, Protocol):
     """The model and the batch it works on; every call is collective for the ranks behind it."""
 
     def load_batch(self, batch: Rows, plan: BatchPlan) -> None: ...
 
     def score_reference(self) -> None:
         """Compute reference log-probs of the loaded batch."""
-        ...
 
     def update(self) -> UpdateStats:
         """One optimizer step on the loaded batch."""
-        ...
 
     def validate(self) -> Mapping[str, float]:
         """The statistics of the loss on the loaded batch; learns nothing."""
-        ...
-
-    def origin(self) -> Mapping[str, object]: ...
-
-    def save(self, path: str) -> None: ...
-
-    def load(self, path: str) -> None: ...
-
-    def export_hf(self, path: str) -> None: ...
 
 
 class Batches:
@@ -79,11 +68,18 @@ class Batches:
 
 
 class FinetuneTrainer:
-    """Runs steps of ``examples_per_step``. ``seed`` is the run's."""
+    """Fine-tuning as a job: steps of ``examples_per_step``, validated on ``held_out``. ``seed`` is the run's."""
 
-    def __init__(self, batches: Batches, source: ExampleSource, examples_per_step: int, seed: int) -> None:
-        self.batches, self.source, self._examples_per_step, self._seed = batches, source, examples_per_step, seed
+    def __init__(
+        self, batches: Batches, source: ExampleSource, held_out: Sequence[Example], examples_per_step: int, seed: int
+    ) -> None:
+        self.batches, self.source, self._held_out = batches, source, held_out
+        self._examples_per_step, self._seed = examples_per_step, seed
+        self.models: KeptModels = batches.model
         self.num_steps_done = 0
+
+    def begin(self) -> None:
+        """No engine waits for weights."""
 
     def step(self) -> StepReport:
         """One optimizer step."""
@@ -100,6 +96,12 @@ class FinetuneTrainer:
         }
         self.num_steps_done = step
         return StepReport(step=step, metrics=metrics | self._data_metrics(examples, timer))
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        return self.batches.validate(self._held_out, step) if self._held_out else {}
+
+    def counts(self) -> Mapping[str, float]:
+        return {}
 
     def state(self) -> dict[str, object]:
         return {"step": self.num_steps_done, "examples": self.source.state(), "seed": self._seed}
@@ -144,28 +146,6 @@ class RankedModel(RankedModels):
         return self._lane.ask(Validate())
 
 
-class Finetuning:
-    """Fine-tuning as a job: the trainer's steps, validated on held-out examples."""
-
-    def __init__(self, trainer: FinetuneTrainer, held_out: Sequence[Example]) -> None:
-        self._trainer, self._held_out = trainer, held_out
-        self.models: KeptModels = trainer.batches.model
-        self.step, self.state, self.load_state = trainer.step, trainer.state, trainer.load_state
-
-    @property
-    def num_steps_done(self) -> int:
-        return self._trainer.num_steps_done
-
-    def begin(self) -> None:
-        """No engine waits for weights."""
-
-    def evaluate(self, step: int) -> Mapping[str, float]:
-        return self._trainer.batches.validate(self._held_out, step) if self._held_out else {}
-
-    def counts(self) -> Mapping[str, float]:
-        return {}
-
-
 def drive_finetuning(config: Config, lane: CommandLane, *, stop_asked: Callable[[], bool]) -> bool:
     """Train to the end: resume, step, save, export; or only evaluate.
 
@@ -186,5 +166,5 @@ def drive_finetuning(config: Config, lane: CommandLane, *, stop_asked: Callable[
     with phase("read examples"):
         source = ExampleSource(config.examples_path, reader, config.run.seed)
     logger.info("%d examples, %d cut, dropped %s", len(source), source.num_truncated, dict(source.drops))
-    trainer = FinetuneTrainer(batches, source, config.finetune.examples_per_step, config.run.seed)
-    return run(config, Finetuning(trainer, held_out), stop_asked=stop_asked)
+    trainer = FinetuneTrainer(batches, source, held_out, config.finetune.examples_per_step, config.run.seed)
+    return run(config, trainer, stop_asked=stop_asked)

@@ -42,7 +42,6 @@ class Kept(Protocol):
 
     def state(self) -> Mapping[str, object]:
         """What ``load_state`` needs to go on exactly here (JSON-able)."""
-        ...
 
     def load_state(self, state: Mapping[str, object]) -> None: ...
 

@@ -35,7 +35,6 @@ class Engines(Protocol):
 
     def room(self) -> AbstractContextManager[None]:
         """Everything of the trainers is on its device inside."""
-        ...
 
 
 def parts_of(batch: Rows, plan: BatchPlan, dims: ParallelDims) -> Parts[None]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from rlx.driver.keeping import KeptModels
 from rlx.types.layout import BatchPlan
 from rlx.types.rollout import (
     Prompt,
@@ -22,55 +23,32 @@ from rlx.types.train_batch import Rows
 from rlx.types.weights import WeightManifest
 
 
-class PolicyGroup(Protocol):
+class PolicyGroup(KeptModels, Protocol):
     """The trained policy and the batch it works on."""
 
     def begin_training(self) -> None:
         """The step's rollouts are done: engines that share the trainers' devices make room until ``publish``."""
-        ...
 
     def load_batch(self, batch: Rows, plan: BatchPlan) -> None:
         """Hand every rank its rows of the rollout batch, as planned; forgets the previous one."""
-        ...
 
     def score(self) -> Mapping[str, float]:
         """Compute old log-probs (and entropy) under the present weights. Returns token means over the batch:
         ``policy/entropy``, ``mismatch/...`` and, when a reference scored before, ``kl/ref``."""
-        ...
 
     def compute_advantages(self, kl_coefficient: float) -> Mapping[str, float]:
         """Turn rewards (and values, and KL) into advantages and returns on the ranks."""
-        ...
 
     def update(self, mini_batch: int) -> UpdateStats:
         """One optimizer step on one mini-batch of the plan."""
-        ...
 
     def publish(self, version: int) -> WeightManifest | None:
         """Send the present weights to every engine as ``version`` and verify them when due; None without engines."""
-        ...
-
-    def origin(self) -> Mapping[str, object]:
-        """What the run's models began as, to be known again when it goes on (JSON-able)."""
-        ...
-
-    def save(self, path: str) -> None:
-        """Write the trained models of all roles into the folder ``path``."""
-        ...
-
-    def load(self, path: str) -> None:
-        """Restore what ``save`` wrote."""
-        ...
-
-    def export_hf(self, path: str) -> None:
-        """Write the policy as a Hugging Face folder."""
-        ...
 
 
 class CriticGroup(Protocol):
     def score(self) -> Mapping[str, float]:
         """Compute values of every position of the loaded batch."""
-        ...
 
     def update(self, mini_batch: int) -> UpdateStats: ...
 
@@ -78,21 +56,17 @@ class CriticGroup(Protocol):
 class ReferenceGroup(Protocol):
     def score(self) -> Mapping[str, float]:
         """Compute reference log-probs of the loaded batch."""
-        ...
 
 
 class RolloutService(Protocol):
     def begin_step(self, step: int) -> None:
         """Say which step the following groups belong to (recording and replay keep them apart)."""
-        ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> Iterator[RolloutGroup]:
         """Yield one group a prompt, in the order they finish (rewards None)."""
-        ...
 
     def counts(self) -> Mapping[str, float]:
         """Metrics of what went wrong and was made good since the last call."""
-        ...
 
     def close(self) -> None: ...
 
@@ -100,7 +74,6 @@ class RolloutService(Protocol):
 class RewardService(Protocol):
     def score(self, groups: Iterable[RolloutGroup]) -> Iterator[RolloutGroup]:
         """Fill in rewards, concurrently with the iteration over ``groups``."""
-        ...
 
     def close(self) -> None: ...
 

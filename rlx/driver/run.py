@@ -20,19 +20,15 @@ class Job(Kept, Protocol):
 
     def begin(self) -> None:
         """The weights to start (or go on) from are there: bring the engines to them, where there are any."""
-        ...
 
     def step(self) -> StepReport:
         """A batch, what is learnt from it, and its publication."""
-        ...
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Metrics of the present weights on what is held out; nothing where nothing is."""
-        ...
 
     def counts(self) -> Mapping[str, float]:
         """What else belongs into the row of a step: what went wrong and was made good, memory."""
-        ...
 
 
 def run(config: Config, job: Job, *, stop_asked: Callable[[], bool] = lambda: False) -> bool:

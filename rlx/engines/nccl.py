@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ def difference(trainers: str, engines: str) -> tuple[str, str] | None:
     ours, theirs = installed_for(trainers), installed_for(engines)
     if "nccl" not in ours or "nccl" not in theirs or ours["nccl"] == theirs["nccl"]:
         return None
-    older, python, newer = min((ours, trainers, theirs), (theirs, engines, ours), key=lambda side: _numbers(side[0]["nccl"]))
+    older, python, newer = min((ours, trainers, theirs), (theirs, engines, ours), key=lambda side: numbers(side[0]["nccl"]))
     package = newer["package"] or older["package"] or "nvidia-nccl-cu13"
     return (
         f"trainers load NCCL {ours['nccl']} ({ours['file']}), engines {theirs['nccl']} ({theirs['file']})",
@@ -53,5 +54,5 @@ def check_nccl(engines: str) -> None:
         raise ValueError(f"rollout.python: {'; '.join(found)}; or publish without a group of both: sync.transport=disk")
 
 
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".")]
+def numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]

@@ -26,19 +26,18 @@ from rlx.engines.fleet import (
 )
 from rlx.engines.manager import EnginePlan, Engines
 from rlx.engines.spanning import Follower, SpanningChild
-from rlx.obs.log import Phase, last_phase, logger
+from rlx.obs.log import Phase, logger
 from rlx.placement.seats import EnginePart
 from rlx.processes.causes import Cause, Ended, cause_of
 from rlx.processes.child_environment import child_environment, inherited_pipe
 from rlx.processes.children import (
-    LAUNCH_ID,
     Child,
     ChildSpec,
     stop_all,
 )
 from rlx.processes.orphan_guard import Guard
 from rlx.processes.rundir import ENDPOINTS, log_path
-from rlx.processes.supervisor import now_text
+from rlx.processes.supervisor import Exit, ended, now_text
 from rlx.rollout.sglang.server import Span
 from rlx.sync.ports import free_port
 
@@ -83,7 +82,7 @@ class NodeEngines:
             launch_id=self._id,
             launcher_pid=os.getpid(),
             log=log_path(run_dir, "driver", 0),
-            env={name: value for name, value in self._env.items() if name != LAUNCH_ID},
+            env=self._env,
         )
         self._open.callback(self._guard.dismiss)
         self._engines = Engines(
@@ -97,7 +96,7 @@ class NodeEngines:
         self._open.callback(self._engines.cancel)
         self._engines.start([index for index, part in parts.items() if not part.rank], incarnation)
         self._followers = [
-            Follower(run_dir, index, part.rank, partial(self._start_part, index)) for index, part in parts.items() if part.rank
+            Follower(run_dir, index, part.rank, partial(self._start, index)) for index, part in parts.items() if part.rank
         ]
 
     def tick(self) -> Cause | None:
@@ -143,7 +142,7 @@ class NodeEngines:
         # A signal that asks the trainers to save may reach every process of a job.
         return replace(found, argv=["env", "--ignore-signal=USR1", *found.argv])
 
-    def _start_part(self, index: int, address: str) -> Child:
+    def _start(self, index: int, address: str) -> Child:
         return self._spawn(index, self._plan(index, address))
 
     def _spawn(self, index: int, plan: EnginePlan) -> Child:
@@ -155,20 +154,10 @@ class NodeEngines:
         return child
 
     def _ended(self, engine: Child) -> Ended:
-        log, code = engine.log_text(), engine.poll()
+        code = engine.poll()
         assert code is not None
-        own = last_phase(log)
-        return Ended(
-            role="engine",
-            rank=engine.spec.rank,
-            returncode=code,
-            seen_alive=self._last_look,
-            seen_ended=now_text(),
-            log=log,
-            log_path=engine.spec.log_path,
-            phase=own if own.step >= 0 or not self._engines.serving() else Phase(name="serve"),
-            why=engine.why(),
-        )
+        found = ended(engine, Exit(code, self._last_look, now_text()))
+        return found if found.phase.step >= 0 or not self._engines.serving() else replace(found, phase=Phase(name="serve"))
 
 
 class Assembly:

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from signal import SIGKILL
-from typing import Any
 
 from rlx.engines.fleet import write_whole
 from rlx.processes.causes import describe, speaks_of_lost_peer, tail
@@ -89,7 +88,7 @@ class SpanningChild(Child):
 
     def _states(self) -> dict[int, PartState]:
         """What the other nodes say of this life."""
-        states = {node: _read_state(self._run_dir, self.spec.rank, node) for node in range(1, self._num_nodes)}
+        states = {node: _read(PartState, _state_path(self._run_dir, self.spec.rank, node)) for node in range(1, self._num_nodes)}
         return {node: state for node, state in states.items() if state is not None and state.life == self._life.id}
 
     def _look(self) -> None:
@@ -134,7 +133,7 @@ class Follower:
     def tick(self) -> None:
         """Begin the life that the leader has begun; tell it when the part has ended."""
         now = now_text()
-        life = _read_life(self._run_dir, self._index)
+        life = _read(Life, _life_path(self._run_dir, self._index))
         if life is not None and life != self._life:
             self._begin(life)
         elif self._child is not None and (status := self._child.poll()) is not None:
@@ -145,7 +144,7 @@ class Follower:
     def _begin(self, life: Life) -> None:
         self._put_away()
         self._life = life
-        before = _read_state(self._run_dir, self._index, self._node)
+        before = _read(PartState, _state_path(self._run_dir, self._index, self._node))
         if before is not None and before.life == life.id:
             # Someone else held this part and is gone. Its process went along, and none can join a life that has begun.
             self._tell(-SIGKILL, before.log)
@@ -180,20 +179,9 @@ def _state_path(run_dir: Path, index: int, node: int) -> Path:
     return run_dir / "engines" / f"span-{index}-{node}.json"
 
 
-def _read_life(run_dir: Path, index: int) -> Life | None:
-    content = _read(_life_path(run_dir, index))
-    return None if content is None else Life(**content)
-
-
-def _read_state(run_dir: Path, index: int, node: int) -> PartState | None:
-    content = _read(_state_path(run_dir, index, node))
-    return None if content is None else PartState(**content)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
+def _read[T](kind: Callable[..., T], path: Path) -> T | None:
     """None while there is none, or while a network file system replaces it."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        return kind(**json.loads(path.read_text()))
     except OSError:
         return None
-    return content

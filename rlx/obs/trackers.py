@@ -17,7 +17,6 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Write out what is left; nothing is logged afterwards."""
-        ...
 
 
 class TensorBoardTracker:

@@ -6,7 +6,6 @@ own schedules still read the global state that was initialised here, so both alw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -51,10 +50,6 @@ class ParallelContext:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.dims.pp - 1
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
 
     @property
     def is_sender(self) -> bool:
@@ -122,10 +117,8 @@ def stage_of_chunk(dims: ParallelDims, pp_rank: int, vp_stage: int) -> tuple[boo
     return pp_rank == 0 and vp_stage == 0, pp_rank == dims.pp - 1 and vp_stage == dims.vpp - 1
 
 
-def shut_down(groups: Sequence[ProcessGroup] = ()) -> None:
+def shut_down() -> None:
     """Leave the world; safe to call when it was never joined."""
-    for group in groups:
-        dist.destroy_process_group(group)
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -22,14 +22,20 @@ JOB_ID = "RLX_JOB_ID"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChildSpec:
-    """What to start. ``env`` is the whole environment; ``pass_fds`` stay open in the child; the log is appended to."""
+class Identity:
+    """Whom a process or an actor is, and where it writes."""
 
     role: str
     rank: int
+    log_path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildSpec(Identity):
+    """What to start. ``env`` is the whole environment; ``pass_fds`` stay open in the child; the log is appended to."""
+
     argv: Sequence[str]
     env: Mapping[str, str]
-    log_path: Path
     pass_fds: tuple[int, ...] = ()
 
 

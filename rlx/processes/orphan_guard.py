@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rlx.obs.log import last_phase
 from rlx.processes.causes import where
-from rlx.processes.children import kill_members, living_members
+from rlx.processes.children import LAUNCH_ID, kill_members, living_members
 
 _GRACE_S = 4.0
 
@@ -32,7 +32,7 @@ class Guard:
             [sys.executable, "-m", "rlx.processes.orphan_guard", launch_id, str(launcher_pid), str(log), str(log_start)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env=dict(env),
+            env={name: value for name, value in env.items() if name != LAUNCH_ID},  # its own mark would have it ended too
             start_new_session=True,
             text=True,
         )

@@ -10,34 +10,24 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
 
-from rlx.obs.log import log_failure, logger
+from rlx.obs.log import log_failure
 
 
-def watch_parent(fd: int, on_death: Callable[[], None] | None = None, *, terminal_fd: int | None = None) -> threading.Thread:
+def watch_parent(fd: int) -> None:
     """Start a daemon thread that waits for the end of file on ``fd`` and then ends this process and its children.
 
-    It writes the FAILED line to the log (and one line to ``terminal_fd``), calls ``on_death`` and kills this process's
-    own group when this process leads it; otherwise only itself. Call it before anything slow.
+    It writes the FAILED line to the log and kills this process's own group when this process leads it; otherwise only itself.
+    Call it before anything slow.
     """
-    thread = threading.Thread(target=_wait_for_end, args=(fd, on_death, terminal_fd), name="watch-parent", daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=_wait_for_end, args=(fd,), name="watch-parent", daemon=True).start()
 
 
-def _wait_for_end(fd: int, on_death: Callable[[], None] | None, terminal_fd: int | None) -> None:
+def _wait_for_end(fd: int) -> None:
     while os.read(fd, 1):
         pass
     try:
-        log_failure(ConnectionAbortedError("the launcher died"))
-        if terminal_fd is not None:
-            os.write(terminal_fd, b"rlx: FAILED launcher died\n")
-        if on_death is not None:
-            on_death()
-    except Exception:
-        # Whatever a dead terminal or the callback raises, the process must still end.
-        logger.exception("while ending after the launcher's death")
+        log_failure(ConnectionAbortedError("the launcher died"))  # to a terminal that may be dead as well
     finally:
         if os.getpgrp() == os.getpid():
             os.killpg(os.getpgrp(), signal.SIGKILL)

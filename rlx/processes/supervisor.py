@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Protocol
 
 from rlx.obs.log import Phase, last_phase
@@ -20,6 +19,7 @@ from rlx.processes.causes import (
     cause_of,
     first_cause,
 )
+from rlx.processes.children import Identity
 from rlx.processes.stopping import REQUEUE_STATUS
 
 _POLL_S = 0.2
@@ -50,19 +50,6 @@ def now_text() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
 
 
-class Identity(Protocol):
-    """Whom a supervisor names."""
-
-    @property
-    def role(self) -> str: ...
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def log_path(self) -> Path: ...
-
-
 class Watched(Protocol):
     """A process or an actor that a supervisor looks at."""
 
@@ -71,15 +58,12 @@ class Watched(Protocol):
 
     def poll(self) -> int | None:
         """None while it lives; then 0, an exit status or minus a signal."""
-        ...
 
     def log_text(self) -> str:
         """What it wrote."""
-        ...
 
     def why(self) -> str | None:
         """How it ended, where more is known than its status."""
-        ...
 
 
 def ended(child: Watched, seen: Exit) -> Ended:
@@ -103,19 +87,15 @@ class EngineWatch(Protocol):
 
     def children(self) -> Sequence[Watched]:
         """The present ones."""
-        ...
 
     def failed(self) -> Cause | None:
         """An engine that runs but never became healthy."""
-        ...
 
     def forgives(self, child: Watched) -> bool:
         """Whether this engine's end is made good."""
-        ...
 
     def serving(self) -> bool:
         """Whether all of them were healthy."""
-        ...
 
 
 class NoEngines:

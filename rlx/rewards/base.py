@@ -15,7 +15,6 @@ class Verifier(Protocol):
     def __call__(self, request: RewardRequest) -> Reward:
         """Judge one answer. May raise: the sample is then invalid. Those that wait for a server are called from several threads
         at once."""
-        ...
 
 
 @runtime_checkable
@@ -25,7 +24,6 @@ class GroupMinded(Protocol):
     @property
     def asks_group(self) -> bool:
         """Whether requests must carry the group."""
-        ...
 
 
 def asks_group(verifier: Verifier) -> bool:
@@ -39,7 +37,6 @@ class Warmable(Protocol):
 
     def warm_up(self) -> None:
         """Do what is done once, before the processes that judge are made as copies of this one."""
-        ...
 
 
 def warm_up(verifier: Verifier) -> None:
@@ -54,7 +51,6 @@ class Particular(Protocol):
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Raise ValueError where no answer to ``prompt`` could be judged."""
-        ...
 
 
 def check_prompt(verifier: Verifier, prompt: Prompt) -> None:

@@ -92,10 +92,6 @@ class MiniBatchPlan:
     num_loss_tokens: int
     num_sequences: int
 
-    @property
-    def num_micro_batches(self) -> int:
-        return len(self.micro_batches[0])
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:

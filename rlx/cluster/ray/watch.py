@@ -20,18 +20,16 @@ from rlx.engines.fleet import (
 )
 from rlx.engines.node import Assembly, part_path
 from rlx.processes.causes import Cause
+from rlx.processes.children import Identity
 from rlx.processes.supervisor import Watched
 
 _KILLED, _LOST = -9, -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ActorSpec:
-    """Whom an actor is."""
+class ActorSpec(Identity):
+    """Whom an actor is, and where."""
 
-    role: str
-    rank: int
-    log_path: Path
     host: Host
 
 

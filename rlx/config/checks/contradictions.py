@@ -16,7 +16,7 @@ from rlx.arch.layout import layout_problems
 from rlx.config.algorithm import GROUP_ADVANTAGES, KL_IN_REWARD, NEEDS_GROUPS
 from rlx.config.checks.urls import is_url
 from rlx.config.finetune import WITH_REFERENCE
-from rlx.config.schema import Config, OptimizerConfig
+from rlx.config.schema import Config
 from rlx.config.sources import SOURCE_NAME, files_of, task_name
 from rlx.config.user_function import form_problem
 
@@ -264,18 +264,14 @@ def _evaluation(config: Config) -> Iterator[str]:
 
 
 def _optimizers(config: Config) -> Iterator[str]:
-    yield from _optimizer("optimizer", config.optimizer)
-    yield from _optimizer("critic_optimizer", config.critic_optimizer)
-
-
-def _optimizer(section: str, optimizer: OptimizerConfig) -> Iterator[str]:
-    if optimizer.min_lr > optimizer.lr:
-        yield f"{section}.min_lr: {optimizer.min_lr:g} must not exceed {section}.lr, which is {optimizer.lr:g}"
-    if optimizer.decay_steps is not None and optimizer.warmup_steps >= optimizer.decay_steps:
-        yield (
-            f"{section}.warmup_steps: {optimizer.warmup_steps} must be below {section}.decay_steps, which is"
-            f" {optimizer.decay_steps} and counts them in"
-        )
+    for section, optimizer in (("optimizer", config.optimizer), ("critic_optimizer", config.critic_optimizer)):
+        if optimizer.min_lr > optimizer.lr:
+            yield f"{section}.min_lr: {optimizer.min_lr:g} must not exceed {section}.lr, which is {optimizer.lr:g}"
+        if optimizer.decay_steps is not None and optimizer.warmup_steps >= optimizer.decay_steps:
+            yield (
+                f"{section}.warmup_steps: {optimizer.warmup_steps} must be below {section}.decay_steps, which is"
+                f" {optimizer.decay_steps} and counts them in"
+            )
 
 
 def _device(config: Config) -> Iterator[str]:

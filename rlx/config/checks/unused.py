@@ -38,10 +38,6 @@ def _always(config: Config) -> bool:
     return True
 
 
-def _has_no_evaluation(config: Config) -> bool:
-    return not config.evaluation.by_name
-
-
 def _schedule(section: str) -> Rule:
     return Rule(
         f"{section}.min_lr decay_steps",
@@ -128,7 +124,7 @@ _REINFORCEMENT = (
 _ALWAYS = (
     Rule(
         "evaluation.every max_prompts samples_per_prompt temperature pass_reward",
-        _has_no_evaluation,
+        lambda config: not config.evaluation.by_name,
         "there is no evaluation.data",
     ),
     Rule("model.reference_path", lambda config: not config.has_reference, "there is no reference model"),

@@ -45,7 +45,6 @@ class Hash(Protocol):
 
     def update(self, piece: Tensor) -> None:
         """``piece`` holds bytes, in a row."""
-        ...
 
     def checksum(self) -> str: ...
 

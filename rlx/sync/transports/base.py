@@ -35,18 +35,14 @@ class Lane(Protocol):
 
     def begin(self, version: int) -> None:
         """A publication starts."""
-        ...
 
     def flatten_below_bytes(self, configured: int) -> int:
         """Tensors smaller than this travel in one buffer."""
-        ...
 
     def depart(self, chunk: WeightChunk, version: int | None) -> Departure:
         """Send the chunk to all engines; returns at once. ``version`` with the last chunk only: it also flushes caches."""
-        ...
 
     def arrived(self) -> None:
         """Every engine has loaded a departed chunk, and its buffers are gone."""
-        ...
 
     def close(self) -> None: ...

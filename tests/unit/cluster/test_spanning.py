@@ -263,8 +263,8 @@ def test_nodes_for_engines_only_tell_the_trainers_and_each_other(tmp_path: Path,
 
 
 def test_files_that_are_being_replaced_are_no_files_yet(tmp_path: Path) -> None:
-    assert spanning._read(tmp_path / "nothing") is None
-    assert spanning._read(tmp_path) is None  # an OSError of another kind, as of a stale handle
+    assert spanning._read(spanning.Life, tmp_path / "nothing") is None
+    assert spanning._read(spanning.Life, tmp_path) is None  # an OSError of another kind, as of a stale handle
 
 
 def test_each_node_gives_its_own_ranks_all_its_cores_and_its_address(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def make_trainer(
     )
     source, model = ExampleSource(str(path), reader_of(config, tokenizer), seed), FakeModel()
     batches = Batches(model, ParallelDims(world_size=1), max_tokens=8192, has_reference=config.has_reference)
-    return FinetuneTrainer(batches, source, examples_per_step, seed), model
+    return FinetuneTrainer(batches, source, [], examples_per_step, seed), model
 
 
 def test_a_step_reads_scores_and_updates_and_a_validation_learns_nothing(tmp_path: Path) -> None:
