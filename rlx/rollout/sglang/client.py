@@ -114,6 +114,7 @@ class EngineClient:
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._takes_images = self._sends_bytes = False
+        self._asking = asyncio.Lock()
         # Fixed width: SGLang aborts by prefix, so that "a-1" would also hit "a-10".
         self._rids = (f"rlx-{uuid.uuid4().hex}-{count:012d}" for count in itertools.count())
 
@@ -189,8 +190,9 @@ class EngineClient:
         """Ask, images by their paths; from the first time on that the engine does not find a file, by their bytes."""
         if images is None:
             return await self._post("/generate", payload)
-        if not self._takes_images:
-            await self._check_images()
+        async with self._asking:  # once, however many begin together
+            if not self._takes_images:
+                await self._check_images()
         if not self._sends_bytes:
             try:
                 return await self._post("/generate", {**payload, "image_data": images.entries(as_data=False)})

@@ -100,6 +100,8 @@ def read_entries(image_data: Sequence[object], input_ids: Sequence[int], image_t
 
 
 def _fields(text: object, where: str) -> Mapping[str, Any]:
+    if text == PROBE:
+        raise ValueError(f"{NAME}: asked which form it knows; {KNOWS_FORM}")
     if not isinstance(text, str) or not text.startswith(_PREFIX):
         raise ValueError(f"{where} is {str(text)[:80]!r}; wanted a text that begins with {_PREFIX!r}")
     try:

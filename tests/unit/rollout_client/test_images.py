@@ -95,6 +95,16 @@ async def test_images_go_by_path_and_again_with_a_partial_answer(start_peer: Cal
     assert entry(first) == entry(second) == wanted
 
 
+async def test_an_engine_is_asked_once_whether_it_takes_images(start_peer: Callable[..., Peer], images: PlacedImages) -> None:
+    peer = start_peer(answering(answer_to))
+    client = EngineClient(peer.url, 20.0, vocab_size=VOCAB)
+    try:
+        await asyncio.gather(*(client.generate(PROMPT, SPEC, seed, images) for seed in range(5)))
+    finally:
+        await client.close()
+    assert [payload["image_data"] == [PROBE] for payload in peer.seen] == [True] + [False] * 5
+
+
 async def test_an_engine_that_does_not_see_the_folder_gets_the_bytes(
     start_peer: Callable[..., Peer], images: PlacedImages
 ) -> None:
