@@ -41,6 +41,9 @@ PUBLISHED = {
     "Phi-3-mini-4k-instruct": 3_821_079_552,
     "Phi-3-medium-4k-instruct": 13_960_238_080,
     "Yi-1.5-34B-200K": 34_388_917_248,
+    "Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+    "Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+    "Qwen2.5-VL-72B-Instruct": 73_410_777_344,
 }
 
 

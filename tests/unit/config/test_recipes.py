@@ -60,6 +60,9 @@ LISTED = {
     ("Qwen/Qwen2-57B-A14B", "grpo"),
     ("deepseek-ai/deepseek-moe-16b-base", "grpo"),
     ("01-ai/Yi-1.5-34B-200K", "grpo"),
+    ("Qwen/Qwen2.5-VL-3B-Instruct", "grpo"),
+    ("Qwen/Qwen2.5-VL-7B-Instruct", "grpo"),
+    ("Qwen/Qwen2.5-VL-72B-Instruct", "grpo"),
 }
 MODELS_PAGE = (RECIPES.parents[1] / "docs" / "models.md").read_text()
 
