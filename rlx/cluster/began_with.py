@@ -11,7 +11,7 @@ from rlx.cluster.resumption import Resumption
 from rlx.config.parts import loaded_models
 from rlx.config.resume import BY_CONTENT
 from rlx.config.schema import DataConfig
-from rlx.config.sources import task_name
+from rlx.config.sources import task_of
 from rlx.data.examples import ExampleReader, ExampleSource
 from rlx.data.images.pixels import image_folder
 from rlx.data.images.reader import image_reader
@@ -75,6 +75,6 @@ def _all_within(data: DataConfig, num_rows: int | None) -> bool:
         return True
     paths = [source.path for source in data.by_name.values()]
     try:
-        return all(task_name(path) is None and next(islice(read_rows(path), num_rows, None), None) is None for path in paths)
+        return all(task_of(path) is None and next(islice(read_rows(path), num_rows, None), None) is None for path in paths)
     except ValueError:
         return False  # told where rows are looked at

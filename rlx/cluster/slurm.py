@@ -21,7 +21,7 @@ from rlx.config.load import ConfigError, config_files, load_config
 from rlx.config.packaged import CHECKOUT, PLACES, packaged
 from rlx.config.parts import EngineSettings
 from rlx.config.schema import Config
-from rlx.config.sources import task_name
+from rlx.config.sources import task_of
 from rlx.placement.from_config import seats_of
 from rlx.placement.seats import PlacementError
 from rlx.processes.children import JOB_ID, LAUNCH_ID
@@ -86,7 +86,7 @@ class JobConfig:
         named += [source.path for source in (*data.sources.values(), *evaluation.sets.values())]
         functions = (config.reward.name, config.reward.args, config.algorithm.loss, config.algorithm.advantages)
         named += re.findall(r"[^\s'\"]+\.py(?=:\w)", " ".join(map(str, functions)))
-        paths = [text for text in dict.fromkeys(named) if text and task_name(text) is None]
+        paths = [text for text in dict.fromkeys(named) if text and task_of(text) is None]
         files = (".jsonl", ".parquet", ".jinja", ".py")
         return [
             Path(text).absolute() for text in paths if Path(text).exists() or text.endswith(files) or not _HUB_ID.fullmatch(text)

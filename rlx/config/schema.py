@@ -130,8 +130,8 @@ class DataConfig:
 
     train: str | None = option(
         None,
-        "prompts (or examples) to train on: a .jsonl or .parquet file or a folder of them, owner/name:split of the hub, or"
-        " reasoning-gym:TASK; or name data.sources",
+        "prompts (or examples) to train on: a .jsonl or .parquet file or a folder of them, owner/name:split of the hub,"
+        " reasoning-gym:TASK or drawn:TASK; or name data.sources",
     )
     sources: Mapping[str, SourceConfig] = option({}, "a mixture of prompts instead of data.train: NAME -> source (keys below)")
     prompts_per_step: int = option(8, "prompts of one rollout batch", minimum=1)

@@ -13,6 +13,7 @@ from rlx.config.options import option, required
 
 FILE_ENDINGS = (".jsonl", ".parquet")
 TASK_PREFIX = "reasoning-gym:"
+DRAWN_PREFIX = "drawn:"
 # A name is part of metric names and of overrides such as data.sources.NAME.weight=2.
 SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -21,8 +22,10 @@ SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 class PromptsConfig:
     """Prompts from one place."""
 
-    path: str = required("a .jsonl or .parquet file or a folder of them, owner/name:split of the hub, or reasoning-gym:TASK")
-    args: Mapping[str, Any] = option({}, "arguments of a reasoning-gym task: its own, seed and size")
+    path: str = required(
+        "a .jsonl or .parquet file or a folder of them, owner/name:split of the hub, reasoning-gym:TASK or drawn:TASK"
+    )
+    args: Mapping[str, Any] = option({}, "arguments of a task: its own, seed and size")
     prompt_key: str | None = option(None, "column of a text prompt")
     messages_key: str | None = option(None, "column of a chat")
     tools_key: str | None = option(None, "column of the tools of a chat")
@@ -60,16 +63,17 @@ def files_of(path: str) -> list[Path]:
     if Path(path).suffix not in FILE_ENDINGS:
         raise ValueError(
             f"{path} must end in {' or '.join(FILE_ENDINGS)}, or be a folder of such files, a data set of the hub"
-            f" (owner/name:split) or {TASK_PREFIX}TASK"
+            f" (owner/name:split), {TASK_PREFIX}TASK or {DRAWN_PREFIX}TASK"
         )
     if not os.path.isfile(path):
         raise ValueError(f"no such file {path}")
     return [Path(path)]
 
 
-def task_name(path: str) -> str | None:
-    """TASK of ``reasoning-gym:TASK``, None for a file."""
-    return path.removeprefix(TASK_PREFIX) if path.startswith(TASK_PREFIX) else None
+def task_of(path: str) -> tuple[str, str] | None:
+    """The prefix and the TASK of ``reasoning-gym:TASK`` or ``drawn:TASK``, None for a file."""
+    prefix = next((prefix for prefix in (TASK_PREFIX, DRAWN_PREFIX) if path.startswith(prefix)), None)
+    return None if prefix is None else (prefix, path.removeprefix(prefix))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

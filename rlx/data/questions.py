@@ -16,8 +16,9 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from rlx.config.schema import DataConfig
-from rlx.config.sources import EvaluationSetConfig, SourceConfig, task_name
+from rlx.config.sources import DRAWN_PREFIX, EvaluationSetConfig, SourceConfig, task_of
 from rlx.data.chat import Chat, Message, for_template, read_messages, read_tools, render
+from rlx.data.drawn.table import read_drawn
 from rlx.data.images.intake import StoredImage
 from rlx.data.images.reader import BadImageError, ImageReader, beside, refuse_images
 from rlx.data.rows import Look, Row, column, columns_in, has_more, label_in, placed, read_rows, row_digest
@@ -159,11 +160,13 @@ def rendered_fingerprint(questions: list[Question]) -> str:
 
 
 def _rows(source: Source, data: DataConfig, default_seed: int) -> Iterator[tuple[str, Row]]:
-    task = task_name(source.path)
-    if task is not None:
-        return read_task(task, source.args, default_seed, data.prompt_key, data.label_key)
+    named = task_of(source.path)
+    if named is not None and named[0] == DRAWN_PREFIX:
+        return read_drawn(named[1], source.args, default_seed, data)
+    if named is not None:
+        return read_task(named[1], source.args, default_seed, data.prompt_key, data.label_key)
     if source.args:
-        raise ValueError(f"{source.path}: only a reasoning-gym task takes args, got {dict(source.args)}")
+        raise ValueError(f"{source.path}: only a task takes args, got {dict(source.args)}")
     return read_rows(source.path)
 
 

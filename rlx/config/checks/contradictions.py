@@ -17,7 +17,7 @@ from rlx.config.algorithm import GROUP_ADVANTAGES, KL_IN_REWARD, NEEDS_GROUPS
 from rlx.config.checks.urls import is_url
 from rlx.config.finetune import WITH_REFERENCE
 from rlx.config.schema import Config
-from rlx.config.sources import SOURCE_NAME, files_of, task_name
+from rlx.config.sources import SOURCE_NAME, files_of, task_of
 from rlx.config.user_function import form_problem
 
 
@@ -134,8 +134,8 @@ def _is_day(text: str) -> bool:
 
 
 def _data_file(key: str, path: str) -> Iterator[str]:
-    if task_name(path) is not None:
-        return  # whether there is such a task is asked of reasoning-gym itself
+    if task_of(path) is not None:
+        return  # whether there is such a task is asked of what makes it
     try:
         files_of(path)
     except (ValueError, OSError) as error:

@@ -213,7 +213,7 @@ def test_training_and_evaluation_share_no_question_of_a_task() -> None:
         ("reasoning-gym:chain_sums", {}, "has no such task; it has .*chain_sum"),
         ("reasoning-gym:chain_sum", {"terms": 3}, "do not fit.*terms"),
         ("reasoning-gym:chain_sum", {"min_terms": 5, "max_terms": 2}, "do not fit"),
-        ("FILE", {"size": 3}, "only a reasoning-gym task takes args"),
+        ("FILE", {"size": 3}, "only a task takes args"),
         ("gone.jsonl", {}, "no such file gone.jsonl"),
     ],
 )
