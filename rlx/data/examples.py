@@ -23,7 +23,7 @@ from rlx.data.chat_mask import MaskedTokens, encode_chat, encode_text_pair
 from rlx.data.images.intake import StoredImage
 from rlx.data.images.reader import BadImageError, ImageReader, beside, refuse_images
 from rlx.data.order import EpochOrder
-from rlx.data.plan import plan_batch, round_up
+from rlx.data.plan import Budget, plan_batch, round_up
 from rlx.data.questions import tools_of
 from rlx.data.rows import EVERY_ROW, Look, Row, column, columns_in, has_more, placed, read_rows, row_digest
 from rlx.data.tokenizer import GIVE_BACK, Limit, check_template, template_digest
@@ -266,12 +266,20 @@ def to_train_batch(examples: Sequence[Example]) -> TrainBatch:
     return replace(batch, images=ImageArrays.of([side.images for _, side in numbered]))
 
 
-def plan_examples(examples: Sequence[Example], *, dims: ParallelDims, max_tokens: int) -> BatchPlan:
+def plan_examples(examples: Sequence[Example], *, dims: ParallelDims, budget: Budget) -> BatchPlan:
     """One mini-batch, cut as ``plan_batch`` cuts, but so that an example's sequences stay side by side in one micro-batch.
     Its members are indices of ``to_train_batch(examples)``."""
     sizes = [sum(round_up(len(side.token_ids), dims.sequence_multiple) for side in example) for example in examples]
     learnt = [[sum(side.loss_mask) for side in example] for example in examples]
-    (whole,) = plan_batch(sizes, list(map(sum, learnt)), dims=dims, num_mini_batches=1, max_tokens=max_tokens).mini_batches
+    plan = plan_batch(
+        sizes,
+        list(map(sum, learnt)),
+        dims=dims,
+        num_mini_batches=1,
+        max_tokens=budget.max_tokens,
+        images=budget.load_of([[span for side in example for span in side.images] for example in examples]),
+    )
+    (whole,) = plan.mini_batches
     sides = len(examples[0])
     ranks = tuple(
         tuple(tuple(index * sides + side for index in part for side in range(sides)) for part in rank)

@@ -22,7 +22,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
 from itertools import pairwise
+from typing import Self
 
+from rlx.arch.families.registry import read_architecture
+from rlx.arch.sizes import sizes_of
+from rlx.config.schema import BatchingConfig, ModelConfig, ParallelConfig
 from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
 from rlx.types.rollout import ImageSpan
 from rlx.types.train_batch import BatchPart, MiniBatchPart, Rows
@@ -45,6 +49,16 @@ class Budget:
     max_tokens: int
     max_patches: int | None = None
     patch_cost: float = 0.0
+
+    @classmethod
+    def of(cls, model: ModelConfig, parallel: ParallelConfig, batching: BatchingConfig) -> Self:
+        """As a configuration says, on ranks that share out the text model but have the whole tower each."""
+        sizes = sizes_of(read_architecture(model.path))
+        return cls(
+            max_tokens=batching.max_tokens_per_micro_batch,
+            max_patches=batching.max_patches_per_micro_batch,
+            patch_cost=sizes.patch_cost(parallel.tp * parallel.pp, learns=model.vision == "train"),
+        )
 
     def load_of(self, images: Sequence[Sequence[ImageSpan]]) -> ImageLoad | None:
         """The images of each sample under this budget; None where no sample has any."""

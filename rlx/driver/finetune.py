@@ -14,6 +14,7 @@ from rlx.config.schema import Config
 from rlx.data.examples import Example, ExampleReader, ExampleSource, plan_examples, to_train_batch
 from rlx.data.images.pixels import image_folder
 from rlx.data.images.reader import image_reader
+from rlx.data.plan import Budget
 from rlx.data.tokenizer import tokenizer_of
 from rlx.driver.keeping import KeptModels
 from rlx.driver.lane import CommandLane
@@ -50,11 +51,11 @@ class TrainedModel(KeptModels, Protocol):
 class Batches:
     """Lays examples out on the ranks and lets the reference score them, where there is one."""
 
-    def __init__(self, model: TrainedModel, dims: ParallelDims, *, max_tokens: int, has_reference: bool) -> None:
-        self.model, self._dims, self._max_tokens, self._has_reference = model, dims, max_tokens, has_reference
+    def __init__(self, model: TrainedModel, dims: ParallelDims, *, budget: Budget, has_reference: bool) -> None:
+        self.model, self._dims, self._budget, self._has_reference = model, dims, budget, has_reference
 
     def load(self, examples: Sequence[Example]) -> None:
-        self.model.load_batch(to_train_batch(examples), plan_examples(examples, dims=self._dims, max_tokens=self._max_tokens))
+        self.model.load_batch(to_train_batch(examples), plan_examples(examples, dims=self._dims, budget=self._budget))
         if self._has_reference:
             self.model.score_reference()
 
@@ -151,7 +152,7 @@ def drive_finetuning(config: Config, lane: CommandLane, *, stop_asked: Callable[
 
     False when ``stop_asked`` ended it early; what was done is saved.
     """
-    dims, max_tokens = config.parallel.dims(config.num_trainer_ranks), config.batching.max_tokens_per_micro_batch
+    dims, budget = config.parallel.dims(config.num_trainer_ranks), Budget.of(config.model, config.parallel, config.batching)
     with phase("read examples"):
         tokenizer = tokenizer_of(config.model, config.data)
         images = image_reader(config.model.path, config.data, tokenizer, image_folder(config.run.dir))
@@ -160,7 +161,7 @@ def drive_finetuning(config: Config, lane: CommandLane, *, stop_asked: Callable[
         if config.evaluation.data is not None:
             held_out = ExampleSource(config.evaluation.data, reader, config.run.seed).first(config.evaluation.max_prompts)
     model = RankedModel(lane, dims, partial(origin_of, loaded_models(config), tokenizer))
-    batches = Batches(model, dims, max_tokens=max_tokens, has_reference=config.has_reference)
+    batches = Batches(model, dims, budget=budget, has_reference=config.has_reference)
     if config.evaluation.only:
         return evaluate_alone(config, model, lambda step: batches.validate(held_out, step))
     with phase("read examples"):

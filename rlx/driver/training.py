@@ -13,9 +13,8 @@ from rlx.algos.kl_controller import make_kl_controller
 from rlx.algos.registry import make_algorithm
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
-from rlx.arch.sizes import sizes_of
 from rlx.config.parts import loaded_models
-from rlx.config.schema import BatchingConfig, Config, ModelConfig, ParallelConfig, RolloutConfig
+from rlx.config.schema import Config, RolloutConfig
 from rlx.data.images.pixels import image_folder
 from rlx.data.images.reader import image_reader
 from rlx.data.plan import Budget
@@ -66,7 +65,7 @@ class Reinforcement:
 def drive(config: Config, lane: CommandLane, engines: Path, *, stop_asked: Callable[[], bool]) -> bool:
     """Train, or only evaluate, to the end; False when ``stop_asked`` ended it early."""
     tokenizer = tokenizer_of(config.model, config.data)
-    dims, budget = config.parallel.dims(config.num_trainer_ranks), _budget(config.model, config.parallel, config.batching)
+    dims, budget = config.parallel.dims(config.num_trainer_ranks), Budget.of(config.model, config.parallel, config.batching)
     publisher: EnginePublisher | None = None
     rollout: RolloutService
     with ExitStack() as stack:
@@ -121,16 +120,6 @@ def drive(config: Config, lane: CommandLane, engines: Path, *, stop_asked: Calla
         trainer = PPOTrainer(config.run, roles, stream, Batcher(rules), learner)
         evaluation = Evaluation(sets, rollout, reward, config.evaluation.pass_reward)
         return run(config, Reinforcement(trainer, evaluation, lane), stop_asked=stop_asked)
-
-
-def _budget(model: ModelConfig, parallel: ParallelConfig, batching: BatchingConfig) -> Budget:
-    """Of a micro-batch, on a rank that shares the text model with others but has a tower of its own."""
-    sizes = sizes_of(read_architecture(model.path))
-    return Budget(
-        max_tokens=batching.max_tokens_per_micro_batch,
-        max_patches=batching.max_patches_per_micro_batch,
-        patch_cost=sizes.patch_cost(parallel.tp * parallel.pp, learns=model.vision == "train"),
-    )
 
 
 def _served(

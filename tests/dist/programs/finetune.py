@@ -10,7 +10,7 @@ import torch
 from rlx.config.schema import BatchingConfig, Config, DataConfig, FinetuneConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from rlx.data.chat_mask import masked_tokens
 from rlx.data.examples import plan_examples, to_train_batch
-from rlx.data.plan import part_of
+from rlx.data.plan import Budget, part_of
 from rlx.models.classifier import score_weights
 from rlx.models.hf.io import stage_weights
 from rlx.parallel.context import ParallelContext
@@ -49,7 +49,7 @@ def run_step(config: Config, arguments: dict[str, Any], context: ParallelContext
     rows = arguments["pairs"] if config.finetune.is_paired else arguments["answers"]
     examples = [tuple(masked_tokens(side["token_ids"], side["loss_mask"]) for side in row) for row in rows]
     max_tokens = config.batching.max_tokens_per_micro_batch
-    plan = plan_examples(examples, dims=context.dims, max_tokens=max_tokens)
+    plan = plan_examples(examples, dims=context.dims, budget=Budget(max_tokens=max_tokens))
     worker.load_batch(part_of(to_train_batch(examples), plan, context.dims.dp_rank_of(context.rank)))
     if worker.reference is not None:
         worker.score_reference()

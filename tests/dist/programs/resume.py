@@ -21,7 +21,7 @@ from rlx.config.schema import (
 )
 from rlx.data.chat_mask import masked_tokens
 from rlx.data.examples import plan_examples, to_train_batch
-from rlx.data.plan import part_of
+from rlx.data.plan import Budget, part_of
 from rlx.parallel.context import ParallelContext
 from rlx.trainer.finetune_worker import FinetuneWorker
 from rlx.types.rollout import UpdateStats
@@ -47,7 +47,7 @@ def update(worker: FinetuneWorker, arguments: dict[str, Any], seed: int) -> Upda
     draw = torch.Generator().manual_seed(seed)
     rows = [torch.randint(0, 131, (length,), generator=draw).tolist() for length in (9, 14, 5, 11)]
     examples = [(masked_tokens(row, [0] * 3 + [1] * (len(row) - 3)),) for row in rows]
-    plan = plan_examples(examples, dims=worker.context.dims, max_tokens=56)
+    plan = plan_examples(examples, dims=worker.context.dims, budget=Budget(max_tokens=56))
     worker.load_batch(part_of(to_train_batch(examples), plan, worker.context.dims.dp_rank_of(worker.context.rank)))
     return next(answer for answer in worker.context.gather_objects(worker.update()) if answer is not None)
 

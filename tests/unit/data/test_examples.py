@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from rlx.config.schema import Config, DataConfig, FinetuneConfig, ModelConfig, R
 from rlx.data.chat_mask import MaskedTokens, continuation, masked_tokens
 from rlx.data.examples import Example, ExampleSource, check_examples, plan_examples, to_train_batch
 from rlx.data.order import EpochOrder
+from rlx.data.plan import Budget
 from rlx.types.layout import ParallelDims
+from rlx.types.rollout import ImageSpan
 from tests.parts import reader_of
 
 WORDS = ["a", "b", "c", "d", "<user>", "<assistant>", "<system>", "<end>", "~", "<unk>", "<think>"]
@@ -283,7 +286,7 @@ LAYOUTS = st.builds(
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=30), LAYOUTS, st.integers(24, 80))
 def test_the_sides_of_a_pair_stay_side_by_side(lengths: list[tuple[int, int]], dims: ParallelDims, max_tokens: int) -> None:
     pairs: list[Example] = [tuple(masked_tokens([1] * n, [0] * (n - 1) + [1]) for n in pair) for pair in lengths]
-    (part,) = plan_examples(pairs, dims=dims, max_tokens=max_tokens).mini_batches
+    (part,) = plan_examples(pairs, dims=dims, budget=Budget(max_tokens=max_tokens)).mini_batches
     samples = to_train_batch(pairs)
     members = [index for rank in part.micro_batches for ids in rank for index in ids]
     assert sorted(members) == list(range(len(samples))) and part.num_sequences == len(samples)
@@ -293,6 +296,20 @@ def test_the_sides_of_a_pair_stay_side_by_side(lengths: list[tuple[int, int]], d
             assert all(chosen % 2 == 0 and rejected == chosen + 1 for chosen, rejected in zip(ids[::2], ids[1::2], strict=True))
             padded = [-(-len(samples[i].token_ids) // dims.sequence_multiple) * dims.sequence_multiple for i in ids]
             assert sum(padded) <= max_tokens
+
+
+def test_the_sides_of_a_pair_share_the_budget_of_their_image() -> None:
+    """Two pairs, each about an image of 16 patches that both of its sides show."""
+    spans = [(ImageSpan(key=key * 64, start=0, grid=(1, 4, 4)),) for key in "ab"]
+    pairs: list[Example] = [
+        tuple(replace(masked_tokens([1] * 6, [0] * 5 + [1]), images=images) for _ in range(2)) for images in spans
+    ]
+    for max_patches, wanted in ((31, 2), (32, 1)):
+        budget = Budget(max_tokens=80, max_patches=max_patches)
+        (part,) = plan_examples(pairs, dims=ParallelDims(world_size=1), budget=budget).mini_batches
+        assert len(part.micro_batches[0]) == wanted
+    with pytest.raises(ValueError, match=r"have 16 patches, more than batching.max_patches_per_micro_batch = 15"):
+        plan_examples(pairs, dims=ParallelDims(world_size=1), budget=Budget(max_tokens=80, max_patches=15))
 
 
 def test_sequences_are_kept_small(tmp_path: Path) -> None:

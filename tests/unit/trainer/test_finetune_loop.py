@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlx.config.schema import Config, DataConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig
 from rlx.data.examples import ExampleSource
+from rlx.data.plan import Budget
 from rlx.driver.finetune import Batches, FinetuneTrainer
 from rlx.types.layout import BatchPlan, ParallelDims
 from rlx.types.rollout import UpdateStats
@@ -68,7 +69,7 @@ def make_trainer(
         run=RunConfig(seed=seed, steps=5),
     )
     source, model = ExampleSource(str(path), reader_of(config, tokenizer), seed), FakeModel()
-    batches = Batches(model, ParallelDims(world_size=1), max_tokens=8192, has_reference=config.has_reference)
+    batches = Batches(model, ParallelDims(world_size=1), budget=Budget(max_tokens=8192), has_reference=config.has_reference)
     return FinetuneTrainer(batches, source, [], examples_per_step, seed), model
 
 
