@@ -26,7 +26,7 @@ def main() -> int:
         ),
         rollout=RolloutConfig(
             num_engines=max(1, int(engine != "none")),
-            start_timeout_s=2.0,
+            start_timeout_s={"silent": 2.0, "unhealthy": 2.0, "once": 5.0}.get(engine, 60.0),
             endpoints=["http://x"] * (engine == "none"),
             max_restarts=int(settings.get("max_restarts", 0)),
         ),
