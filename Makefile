@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-slow test-slurm lint bench bench-sync bench-rewards bench-driver bench-convert bench-startup test-sglang test-sglang-all
+.PHONY: help setup demo demo-vision demo-smollm2 test test-slow test-slurm lint bench bench-sync bench-rewards bench-driver bench-convert bench-startup test-sglang test-sglang-all
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -48,6 +48,10 @@ $(SMOLLM2_STAMP): $(STAMP)
 demo: $(STAMP)  ## train a tiny model with PPO on arithmetic, on this machine
 	$(PY) launch/demo/make_assets.py --out .demo
 	$(VENV)/bin/rlx train configs/demo.yaml run.overwrite=true $(ARGS)
+
+demo-vision: $(STAMP)  ## train a tiny Qwen2.5-VL to name the number that it sees, on this machine
+	$(PY) launch/demo/make_vision.py --out .demo/vision
+	$(VENV)/bin/rlx train configs/demo-vision.yaml run.overwrite=true $(ARGS)
 
 demo-smollm2: $(SMOLLM2_STAMP)  ## the same with SmolLM2-135M-Instruct, a real pretrained model
 	$(PY) launch/demo/make_smollm2.py --out .demo/smollm2
