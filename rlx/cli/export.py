@@ -13,6 +13,7 @@ from pathlib import Path
 from rlx.config.load import ConfigError, load_run
 from rlx.driver.checkpoint import whole_checkpoints
 from rlx.processes.local_ranks import run_local_ranks, this_module
+from rlx.processes.rundir import check_place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,10 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError([f"model.path: no such folder {model}; paths are relative to the folder that the run was started in"])
     if out.exists():
         raise ConfigError([f"--out {out} is there already; remove it or name another folder"])
+    try:
+        check_place("--out", str(out))
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
     status = run_local_ranks(this_module("rlx.cli.export_rank", str(args.run_dir), str(checkpoint), str(out)), 1)
     if status == 0:
         print(out)

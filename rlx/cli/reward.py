@@ -24,9 +24,10 @@ from rlx.data.images.reader import ImageReader, image_reader
 from rlx.data.prompts import PromptFiles
 from rlx.data.rows import read_rows
 from rlx.data.tokenizer import answer_decoder, encode_part, tokenizer_of
+from rlx.rewards.base import check_prompt
 from rlx.rewards.pool.pools import make_reward_service
 from rlx.rewards.pool.service import AllVerdictsInvalidError
-from rlx.rewards.registry import user_functions
+from rlx.rewards.registry import make_verifier, user_functions
 from rlx.types.rollout import Prompt, Reward, RolloutGroup, Trajectory, given, sampled
 
 DEFAULT_ROWS = 8
@@ -90,6 +91,9 @@ def _answered(
     seed = config.run.seed
     files = PromptFiles(data=config.data, evaluation=config.evaluation, tokenizer=tokenizer, seed=seed, images=images)
     prompts = files.first(args.source, num)
+    verifier = make_verifier(config.reward)
+    for prompt in prompts:
+        check_prompt(verifier, prompt)
     texts = [_label_text(prompt) for prompt in prompts] if answers is None else answers[:num]
     if len(texts) > len(prompts):
         raise ValueError(f"--answers: {args.answers} has {len(answers or ())} answers, but there are {len(prompts)} prompts")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from importlib import import_module
@@ -22,6 +23,11 @@ def main(args: argparse.Namespace) -> int:
     # It imports Megatron, which is to find the device settled.
     rows = import_module("rlx.cli.score_model").score(args, arch, asked, where, device)
     if rows is not None:
+        broken = next((number for number, row in enumerate(rows, start=1) if not all(map(math.isfinite, row))), None)
+        if broken is not None:
+            raise ValueError(
+                f"log-probs of line {broken} are not finite: weights in {args.model} are, or overflow in {args.dtype}"
+            )
         partial = args.out.with_name(args.out.name + ".partial")
         partial.write_text("".join(json.dumps({"logprobs": row}) + "\n" for row in rows))
         os.replace(partial, args.out)

@@ -120,9 +120,7 @@ class Progress:
         for label, key in _SUMMED_UP:
             values = [row[key] for row in self._rows if key in row]
             if values:
-                count = min(5, len(values))
-                first, last = sum(values[:count]) / count, sum(values[-count:]) / count
-                lines.append(f"rlx: {label}: {first:+.4f} over the first {count} steps, {last:+.4f} over the last {count}")
+                lines.append(f"rlx: {label}: {_first_and_last(values)}")
         if (self._run_dir / "hf").is_dir():
             lines.append(f"rlx: model: {self._run_dir / 'hf'}")
         lines.append(f"rlx: run folder: {self._run_dir}")
@@ -195,6 +193,14 @@ def _parse(line: str) -> Row | None:
     if not isinstance(row, dict) or "step" not in row:
         return None
     return {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
+
+
+def _first_and_last(values: Sequence[float]) -> str:
+    count = min(5, len(values))
+    first, last = sum(values[:count]) / count, sum(values[-count:]) / count
+    if count == len(values):
+        return f"{first:+.4f} over {count} step{'s' * (count > 1)}"
+    return f"{first:+.4f} over the first {count} steps, {last:+.4f} over the last {count}"
 
 
 def _duration(seconds: float) -> str:

@@ -47,10 +47,12 @@ def load_tokenizer(path: str, chat_template: str | None = None, template_date: s
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and its backends raise whatever a broken file makes them
-        raise ValueError(f"model.tokenizer_path: the tokenizer in {path} cannot be loaded: {error}") from error
+        raise ValueError(f"model.tokenizer_path: the tokenizer in {path} cannot be loaded: {_said(error)}") from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
-        _check_syntax(tokenizer, chat_template)
+        _check_syntax(tokenizer, f"data.chat_template: {chat_template}")
+    elif tokenizer.chat_template:
+        _check_syntax(tokenizer, f"model.tokenizer_path: the chat template in {path}")
     if template_date is not None:
         # A variable of the rendering hides transformers' global of that name; what a caller passes wins over both.
         now = datetime.fromisoformat(template_date).strftime
@@ -171,12 +173,17 @@ def _read_template(path: str) -> str:
         raise ValueError(f"data.chat_template: {path} cannot be read: {error}") from error
 
 
-def _check_syntax(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """ValueError for a file that is no template, with its line. What a template refuses is a row's fault, and told by row."""
+def _said(error: Exception) -> str:
+    """What an exception says; one that says a bare name or nothing, with its kind."""
+    return str(error) if " " in str(error) else f"{type(error).__name__} {error}".rstrip()
+
+
+def _check_syntax(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """ValueError for a text that is no template, with its line. What a template refuses is a row's fault, and told by row."""
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
     except TemplateSyntaxError as error:
-        raise ValueError(f"data.chat_template: {path}:{error.lineno}: {error.message}") from error
+        raise ValueError(f"{what}:{error.lineno}: {error.message}") from error
     except Exception:  # whatever a template makes of a chat that is nobody's
         return
 

@@ -100,13 +100,13 @@ class EnginePublisher:
             if not self._repair(fleet, failure):
                 raise SyncError(failure.message)
 
-    def report_unwell(self, url: str) -> None:
+    def report_unwell(self, url: str, why: str) -> None:
         """An engine that keeps answering wrongly: have it replaced."""
         fleet = read_fleet(self._path)
         for member in fleet.members:
             if fleet.launched and member.url == url:
-                logger.warning("engine %s is to be replaced", url)
-                request_replacement(self._path.parent, member)
+                logger.warning("engine %s is to be replaced: %s", url, why)
+                request_replacement(self._path.parent, member, why)
 
     def _publish(self, version: int) -> WeightManifest:
         message = ""
@@ -192,7 +192,7 @@ class EnginePublisher:
         if not fleet.launched:
             return any(self._ask(fleet, member) is not None for member in fleet.members if member not in unwell)
         for member in unwell:
-            request_replacement(self._path.parent, member)
+            request_replacement(self._path.parent, member, failure.message)
         deadline = time.monotonic() + _ASK_S
         while set(unwell) & set(read_fleet(self._path).members):
             if time.monotonic() > deadline:

@@ -95,13 +95,16 @@ def wait_for_fleet(path: Path, start_timeout_s: float) -> Fleet:
     return read_fleet(path)
 
 
-def request_replacement(run_dir: Path, member: Member) -> None:
-    """Ask whoever started this incarnation of the engine to end it and start another."""
-    _request(run_dir, "replace", member.index, member.incarnation).touch()
+def request_replacement(run_dir: Path, member: Member, why: str) -> None:
+    """Ask whoever started this incarnation of the engine to end it and start another; ``why`` is for people."""
+    request = _request(run_dir, "replace", member.index, member.incarnation)
+    partial = request.with_name(f"{request.name}.partial")
+    partial.write_text(why)
+    os.replace(partial, request)
 
 
-def take_request(run_dir: Path, index: int, incarnation: int) -> bool:
-    """Whether a replacement of this incarnation was asked for; the request is then gone."""
+def take_request(run_dir: Path, index: int, incarnation: int) -> str | None:
+    """Why a replacement of this incarnation was asked for, if it was; the request is then gone."""
     return _take(_request(run_dir, "replace", index, incarnation))
 
 
@@ -112,7 +115,7 @@ def let_start(run_dir: Path, held: Held) -> None:
 
 def take_start(run_dir: Path, index: int, incarnation: int) -> bool:
     """Whether this incarnation may start; it may once."""
-    return _take(_request(run_dir, "start", index, incarnation))
+    return _take(_request(run_dir, "start", index, incarnation)) is not None
 
 
 def run_keys(run_dir: Path) -> EngineKeys:
@@ -135,9 +138,10 @@ def _request(run_dir: Path, what: str, index: int, incarnation: int) -> Path:
     return run_dir / "engines" / f"{what}-{index}-{incarnation}"
 
 
-def _take(request: Path) -> bool:
+def _take(request: Path) -> str | None:
     try:
+        said = request.read_text()
         request.unlink()
     except FileNotFoundError:
-        return False
-    return True
+        return None
+    return said

@@ -106,8 +106,8 @@ class Engines:
                 self._tend_starting(slot)
             elif slot.child.poll() is not None and self._has_restarts(slot):
                 self._replace(slot, "ended")
-            elif take_request(self._path.parent, slot.index, slot.incarnation) and self._has_restarts(slot):
-                self._replace(slot, "answers wrongly or not at all")
+            elif (why := take_request(self._path.parent, slot.index, slot.incarnation)) is not None and self._has_restarts(slot):
+                self._replace(slot, f"answers wrongly or not at all: {why}")
         self._announce()
 
     def serving(self) -> bool:

@@ -34,7 +34,7 @@ class EngineCare:
     ``report_unwell`` returns at once."""
 
     recover: Callable[[], None]
-    report_unwell: Callable[[str], None]
+    report_unwell: Callable[[str, str], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -165,7 +165,7 @@ class EngineRouter:
 
     def _report(self, slot: _Slot) -> None:
         if self._care is not None and slot in self._slots:
-            self._care.report_unwell(slot.client.url)
+            self._care.report_unwell(slot.client.url, slot.last_error)
 
     async def _recover(self, care: EngineCare) -> None:
         """Concurrent callers share one recovery."""

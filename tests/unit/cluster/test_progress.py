@@ -77,7 +77,7 @@ def test_fine_tuning_shows_its_own_measures(tmp_path: Path) -> None:
         "step 2/2  loss 0.5000  accuracy 1.000  held-out loss 0.2500  s/step 3.00",
     ]
     summary = progress.summary()
-    assert "loss: +0.7500 over the first 2 steps" in summary and "accuracy: +0.7500" in summary and "reward" not in summary
+    assert "loss: +0.7500 over 2 steps" in summary and "accuracy: +0.7500" in summary and "reward" not in summary
 
 
 def test_time_left_counts_whole_steps() -> None:

@@ -76,6 +76,16 @@ def test_no_entrance_takes_it(
     assert not (folder / "out").exists() and not (folder / "out.jsonl").exists()
 
 
+def test_scores_that_are_no_numbers_are_no_answer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = make_qwen2(tmp_path / "model", num_layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert score(folder) == 1
+    assert "log-probs of line 1 are not finite" in capfd.readouterr().err
+    assert not (folder / "out.jsonl").exists()
+
+
 def test_tensors_that_nobody_reads_are_said(tmp_path: Path) -> None:
     """Of the layers: a head of another kind or a buffer of old exports is no sign of another model."""
     folder = make_qwen2(tmp_path / "model", num_layers=1)

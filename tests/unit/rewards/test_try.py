@@ -64,6 +64,14 @@ def test_a_file_that_ends_its_process_is_refused(run: list[str], tmp_path: Path,
     assert "mine.py: importing it ended the process with status 0" in capsys.readouterr().err
 
 
+def test_a_function_that_the_rows_do_not_suit_is_refused(
+    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text("def nothing():\n    return 1.0\n")
+    assert main([*run, f"reward.name={tmp_path}/mine.py:nothing"]) == 2
+    assert "mine.py:nothing() cannot be called with this row" in capsys.readouterr().err
+
+
 def test_a_file_without_answers_is_no_success(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*run, *answers(tmp_path)]) == 2
     assert "answers.jsonl holds no rows" in capsys.readouterr().err

@@ -228,7 +228,7 @@ def test_bad_endpoints_are_refused_at_birth() -> None:
 
 def test_engines_may_come_later_where_somebody_looks_after_them(start_peer: Callable[..., Peer], rng: random.Random) -> None:
     peer, prompts = start_peer(), some_prompts(rng, 3)
-    care = EngineCare(recover=lambda: None, report_unwell=lambda url: None)
+    care = EngineCare(recover=lambda: None, report_unwell=lambda url, why: None)
     service = HttpRolloutService([], RolloutConfig(request_timeout_s=20.0), VOCAB, care=care)
     try:
         service.use([peer.url], version=0)
