@@ -331,7 +331,7 @@ def test_stopped_child_is_ended_too(launch) -> None:
 
 
 def test_trainer_that_hangs_after_the_others_are_done(launch) -> None:
-    run = launch({"0": "done 1", "1": "done 1", "2": "done 999"}, "none", "failure_timeout_s=4")
+    run = launch({"0": "done 1", "1": "done 1", "2": "done 999"}, "none", "failure_timeout_s=10")
     # Ranks 0 and 1 leave; rank 2 sees rank 0 close its connection, which is only a consequence when nothing else failed.
     assert run.finish() == 1
     assert run.last_lines[0].startswith('rlx: FAILED trainer rank 2 in phase "update policy" of step')
