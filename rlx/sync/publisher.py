@@ -44,6 +44,7 @@ from rlx.types.weights import CanaryReport, TensorInfo, WeightManifest
 class PublisherTarget:
     """The engines, their model (Hugging Face name -> shape; tied tensors once) and how to reach them.
 
+    Tensors in ``constant`` never change: engines that hold them are sent the others (but a folder is always whole).
     ``transport`` is "stream", "broadcast", "ipc", "shm" or "disk" (through ``folder``), ``backend`` "gloo" or "nccl" (of the
     first two), ``device`` the sender's.
     """
@@ -52,6 +53,7 @@ class PublisherTarget:
     expected: Mapping[str, tuple[int, ...]]
     backend: str
     device: torch.device
+    constant: frozenset[str] = frozenset()
     keys: EngineKeys = field(default_factory=EngineKeys)
     transport: str = "broadcast"
     sharing: Sharing | None = None
@@ -85,9 +87,12 @@ class Publisher:
         self._failure: str | None = None
         self._num_syncs = 0
         self._sent: dict[int, tuple[TensorInfo, ...]] = {}  # by stage, in the last publication
+        self._has_constants = False  # whether every engine holds what never changes
+        self._last_left_out: frozenset[str] | None = None
 
     def publish(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> WeightManifest:
         """Bring every engine to the weights in ``tensors``, labelled ``version``; returns what was delivered, on every rank.
+        Of what never changes that is nothing from the second publication on.
 
         On a sender ``tensors`` yields the stage's full tensors under Hugging Face names (not written to again until
         publish returns); on other ranks it yields anything and is driven to its end, for its gathers are collective.
@@ -102,7 +107,7 @@ class Publisher:
         except SyncError as error:
             self._failure = str(error)
             raise
-        delivered = ledger.tensors
+        delivered, self._has_constants = ledger.tensors, True
         return WeightManifest(
             version=version,
             tensors=delivered,
@@ -125,6 +130,8 @@ class Publisher:
         sharing = self._target.sharing
         if sharing is not None:
             memory = sharing.memory
+            # What comes back of weights is empty. Only the lead knows whether its engines give any, so all say that they may.
+            self._has_constants &= tags is not None and WEIGHTS not in tags
             self._crew.together(
                 "release", "release memory", lambda: self._crew.lead_asks(lambda engine: memory.release(engine, tags))
             )
@@ -150,9 +157,12 @@ class Publisher:
             tensors = proof.watch(what, tensors)
         if self._target.transport != "disk":
             self._lead_together(what, "begin", lambda engine: engine.control.begin_update())
-        ledger = Ledger(self._target.expected)
+        left_out = self._left_out()
+        repeats, self._last_left_out = left_out == self._last_left_out, left_out
+        ledger = Ledger({name: shape for name, shape in self._target.expected.items() if name not in left_out})
+        tensors = (each for each in tensors if each[0] not in left_out)  # the proof has seen all
         for stage in range(self._place.num_stages):
-            self._send_stage(stage, version, tensors, ledger)
+            self._send_stage(stage, version, tensors, ledger, repeats)
         self._crew.together(what, "verify", ledger.check_complete)
         if self._target.transport != "disk":
             self._lead_together(what, "end", lambda engine: engine.control.end_update())
@@ -164,6 +174,10 @@ class Publisher:
         if canary is None:
             return ledger, None
         return ledger, CanaryProof(self._crew, canary, self._config.canary_tolerance, sharing, proved).run(what, wanted)
+
+    def _left_out(self) -> frozenset[str]:
+        """What engines hold already."""
+        return self._target.constant if self._has_constants and self._target.transport != "disk" else frozenset()
 
     def _lead_together(self, what: str, phase: str, call: Callable[[Engine], None]) -> None:
         self._crew.together(what, phase, lambda: self._crew.lead_asks(call))
@@ -205,8 +219,8 @@ class Publisher:
             opened = open_group(stage, self._engines, target.backend, target.device, self._config.timeout_s)
             self._lane = (StreamLane if target.transport == "stream" else BroadcastLane)(opened, target.device)
 
-    def _send_stage(self, stage: int, version: int, tensors: Iterator[tuple[str, Tensor]], ledger: Ledger) -> None:
-        """One stage's turn; afterwards every rank's ledger holds its tensors."""
+    def _send_stage(self, stage: int, version: int, tensors: Iterator[tuple[str, Tensor]], ledger: Ledger, repeats: bool) -> None:
+        """One stage's turn; afterwards every rank's ledger holds its tensors. ``repeats``: they are the last publication's."""
         mine = self._place.stage == stage
 
         def send() -> list[tuple[str, list[int], str]] | None:
@@ -218,7 +232,7 @@ class Publisher:
                     pass
                 return None
             before = len(ledger.tensors)
-            StageSender(self._lane, stage, self._config).send(tensors, ledger, version)
+            StageSender(self._lane, stage, self._config).send(tensors, ledger, version, repeats)
             sent, last = ledger.tensors[before:], self._sent.get(stage)
             self._sent[stage] = sent
             return None if sent == last else [(info.name, list(info.shape), info.dtype) for info in sent]

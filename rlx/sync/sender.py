@@ -41,14 +41,14 @@ class StageSender:
         self._stage = stage
         self._config = config
 
-    def send(self, tensors: Iterator[tuple[str, Tensor]], ledger: Ledger, version: int) -> None:
+    def send(self, tensors: Iterator[tuple[str, Tensor]], ledger: Ledger, version: int, repeats: bool) -> None:
         """Deliver every tensor to every engine; returns when all have loaded all.
 
         The chunk that completes the engines' model carries the version and flushes the caches. Raises SyncError naming
         side, stage, phase and tensor. ``tensors`` is driven to its end in any case: its gathers are collective, and the
-        stage's other ranks would wait for this one.
+        stage's other ranks would wait for this one. ``repeats``: they are those of the last publication.
         """
-        self._lane.begin(version)
+        self._lane.begin(version, repeats)
         try:
             self._send(tensors, ledger, version)
         except Exception:

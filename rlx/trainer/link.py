@@ -32,12 +32,13 @@ from rlx.types.weights import CanaryReport, WeightManifest
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkOptions:
     """How weights reach engines: ``transport`` (never auto), with ``folder`` for the one that needs it. ``shares``: the engines
-    are on the trainers' devices."""
+    are on the trainers' devices. ``constant``: tensors that never change (a frozen tower's)."""
 
     sync: SyncConfig
     transport: str
     folder: SyncFolder | None = None
     shares: bool = False
+    constant: frozenset[str] = frozenset()
 
 
 class EngineLink:
@@ -150,6 +151,7 @@ class EngineLink:
         return PublisherTarget(
             endpoints=self._endpoints,
             expected=self._expected,
+            constant=self._options.constant,
             backend="nccl" if self._context.device.type == "cuda" else "gloo",
             device=self._context.device,
             keys=self._keys,

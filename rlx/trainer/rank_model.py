@@ -25,7 +25,7 @@ from rlx.models.classifier import export_classifier, load_score
 from rlx.models.heads import token_head, value_head
 from rlx.models.hf.companions import Companions
 from rlx.models.hf.files import prevailing
-from rlx.models.hf.io import export_hf, stage_weights
+from rlx.models.hf.io import constant_names, export_hf, stage_weights
 from rlx.models.megatron_io import load_megatron, load_weights
 from rlx.parallel.checkpoint import load_trainable, save_trainable
 from rlx.parallel.context import ParallelContext
@@ -121,6 +121,11 @@ class RankModel:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors of this pipeline stage under their Hugging Face names."""
         return stage_weights(self.chunks, self.arch, self.context)
+
+    def constant_weights(self) -> frozenset[str]:
+        """Names of what a model that learns never changes, of all stages. Collective."""
+        mine = frozenset() if self.trainable is None else constant_names(self.chunks, self.arch, self.context)
+        return frozenset[str]().union(*self.context.gather_objects(mine))
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer into ``folder``, which rank 0 makes."""

@@ -69,7 +69,8 @@ class Worker:
         shares = config.cluster.colocated
         self.memory = self._make_memory(LEVELS[offload_level(config, context.device.type)], shares)
         disk = sync_folder(config.run.dir, config.sync.dir, loader.companions) if config.transport == "disk" else None
-        options = LinkOptions(sync=config.sync, transport=config.transport, folder=disk, shares=shares)
+        constant = self.policy.constant_weights()
+        options = LinkOptions(sync=config.sync, transport=config.transport, folder=disk, shares=shares, constant=constant)
         canary = self._canary(config.run.seed, config.engine_precision, image_folder(config.run.dir))
         self.engines = EngineLink(options, context, expected_shapes(self.policy.arch), canary, self.memory)
 

@@ -61,7 +61,8 @@ class CanaryReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """What one publication of weights delivered: every tensor once. ``canary`` is None where none was due."""
+    """What one publication of weights delivered, each tensor once; not those that engines hold and that never change. ``canary``
+    is None where none was due."""
 
     version: int
     tensors: tuple[TensorInfo, ...]

@@ -27,6 +27,7 @@ def make_publisher(
     transport: str = "broadcast",
     sharing: Sharing | None = None,
     folder: Path | None = None,
+    constant: frozenset[str] = frozenset(),
     **sync,
 ) -> Publisher:
     """``sync`` are keys of SyncConfig."""
@@ -39,6 +40,7 @@ def make_publisher(
         transport=transport,
         folder=None if folder is None else SyncFolder(path=folder, companions=Companions.of(engine.model)),
         sharing=sharing,
+        constant=constant,
     )
     place = PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)
     config = SyncConfig(**({"bucket_bytes": 30_000, "timeout_s": 60} | sync))

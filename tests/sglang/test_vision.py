@@ -90,8 +90,10 @@ class Case:
 
         return asyncio.run(run())
 
-    def publisher(self, model: PreTrainedModel, judge: PreTrainedModel, transport: str, *, sees: bool = True) -> Publisher:
-        """Of ``model``, whose scores are said to be those of ``judge``."""
+    def publisher(
+        self, model: PreTrainedModel, judge: PreTrainedModel, transport: str, *, sees: bool = True, frozen: bool = False
+    ) -> Publisher:
+        """Of ``model``, whose scores are said to be those of ``judge``; ``frozen``: its tower never changes."""
         folder = self.store.folder
         canary = CanarySpec(
             vocab_size=VOCAB,
@@ -103,7 +105,12 @@ class Case:
             images=self.store if sees else None,
         )
         named = SimpleNamespace(state_dict=lambda: weights(model))
-        return make_publisher(self.engine, named, canary, transport=transport, bucket_bytes=1_000_000)
+        constant = frozenset(tower_of(model) if frozen else ())
+        return make_publisher(self.engine, named, canary, transport=transport, constant=constant, bucket_bytes=1_000_000)
+
+
+def tower_of(model: PreTrainedModel) -> set[str]:
+    return {name for name in weights(model) if name.startswith("visual.")}
 
 
 def with_tower(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
@@ -113,8 +120,9 @@ def with_tower(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedMode
     return found
 
 
-def publish(publisher: Publisher, model: PreTrainedModel, version: int) -> None:
-    publisher.publish(version, iter(weights(model).items()))
+def publish(publisher: Publisher, model: PreTrainedModel, version: int) -> set[str]:
+    """The names of what was sent."""
+    return {info.name for info in publisher.publish(version, iter(weights(model).items())).tensors}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -170,6 +178,20 @@ def test_the_same_image_is_seen_by_a_tower_that_has_moved(case: Case) -> None:
     publisher = case.publisher(moved, moved, "stream")
     for version in (2, 3):
         publish(publisher, moved, version)
+        assert case.worst(moved, 1) < TOLERANCE and case.worst(moved, 2) < TOLERANCE
+    publisher.close()
+
+
+@pytest.mark.parametrize("transport", ["stream", "broadcast", "shm"])
+def test_a_frozen_tower_is_sent_once(case: Case, transport: str) -> None:
+    """Also to an engine whose tower was another; the same image is seen by it and by text that moves."""
+    first = make(case.model.config.model_type, 9)
+    publisher = case.publisher(first, first, transport, frozen=True)
+    assert publish(publisher, first, 1) == weights(first).keys() and case.worst(first, 2) < TOLERANCE
+    publisher._canary = None  # of these versions the scores say enough
+    for version in (2, 3):
+        moved = with_tower(make(case.model.config.model_type, 20 + version), first)
+        assert publish(publisher, moved, version) == weights(moved).keys() - tower_of(moved)
         assert case.worst(moved, 1) < TOLERANCE and case.worst(moved, 2) < TOLERANCE
     publisher.close()
 

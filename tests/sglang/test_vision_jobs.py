@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from rlx.arch.families.registry import read_architecture
+from rlx.arch.sizes import expected_shapes
 from rlx.obs.metrics import read_metrics
 from tests.e2e.job import ROOT, rlx
 from tests.models_vision import make, save
@@ -57,3 +60,6 @@ def test_engines_and_trainers_see_the_same(tmp_path: Path, engine: str, layout: 
     for row in rows:
         assert row.metrics["mismatch/logprob_abs_mean"] < 1e-5 and row.metrics["sync/canary_difference"] < 1e-5
         assert row.metrics["sync/canary_doubts"] == 0
+    shapes = expected_shapes(read_architecture(model))
+    sent = {name: shape for name, shape in shapes.items() if learns == "train" or not name.startswith("visual.")}
+    assert {row.metrics["sync/bytes"] for row in rows} == {4 * sum(map(math.prod, sent.values()))}

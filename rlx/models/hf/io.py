@@ -74,6 +74,14 @@ def slots(chunks: Sequence[nn.Module], arch: Architecture, context: ParallelCont
 _SLOTS: WeakKeyDictionary[nn.Module, tuple[Slot, ...]] = WeakKeyDictionary()
 
 
+def constant_names(chunks: Sequence[nn.Module], arch: Architecture, context: ParallelContext) -> frozenset[str]:
+    """Hugging Face names of this rank's tensors of a vision tower that do not learn. Other parameters without a gradient (a
+    router's bias) may be moved by rules of their own."""
+    towers = (chunk.vision for chunk in chunks if isinstance(getattr(chunk, "vision", None), nn.Module))
+    kept = {id(parameter) for tower in towers for parameter in tower.parameters() if not parameter.requires_grad}  # type: ignore[union-attr]
+    return frozenset(name for slot in slots(chunks, arch, context) if id(slot.parameter) in kept for name in slot.hf_names)
+
+
 def _slots_of(chunk: nn.Module, arch: Architecture, context: ParallelContext) -> Iterator[Slot]:
     table = weight_table(arch)
     for name, parameter in chunk.named_parameters():

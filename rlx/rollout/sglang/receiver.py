@@ -4,8 +4,8 @@ SGLang loads this file by ``--custom-weight-loader rlx_receiver.load`` and calls
 ``/update_weights_from_tensor`` that name it; it knows torch and nothing else, since servers may live in another environment
 than rlx. The tensor in such a request is empty, its name a text (JSON):
 
-    {"group": G, "bucket": [[name, dtype, shape], ...]}   one bucket comes; remember it as the group's next
-    {"group": G, "stream": N}                             the N buckets that were remembered come again, new weights in them
+    {"group": G, "bucket": [[name, dtype, shape], ...], "number": N}   one bucket comes; remember it as the group's Nth, the last
+    {"group": G, "stream": N}                                          the N that are remembered come again, new weights in them
 
 A bucket is one broadcast of bytes from rank 0, its tensors laid end to end. The first time the model's own ``load_weights`` puts
 them in place, watched: where it does nothing but copy stretches of the bucket into parameters, those copies are remembered and
@@ -174,6 +174,7 @@ def _take(model: Model, group: dist.ProcessGroup, name: str, request: dict[str, 
     """Receive and load; what went wrong. What was announced is received in any case: the trainer sends it."""
     if "bucket" in request:
         known = _buckets.setdefault(name, [])
+        del known[request["number"] :]
         known.append(Bucket(_entries(request["bucket"])))
         todo = known[-1:]
     else:

@@ -33,8 +33,8 @@ class Lane(Protocol):
     @property
     def verb(self) -> str: ...
 
-    def begin(self, version: int) -> None:
-        """A publication starts."""
+    def begin(self, version: int, repeats: bool) -> None:
+        """A publication starts. ``repeats``: it is of the tensors of the last one."""
 
     def flatten_below_bytes(self, configured: int) -> int:
         """Tensors smaller than this travel in one buffer."""

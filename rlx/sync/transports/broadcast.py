@@ -25,7 +25,7 @@ class BroadcastLane:
         self._opened = opened
         self._device = device
 
-    def begin(self, version: int) -> None:
+    def begin(self, version: int, repeats: bool) -> None:
         """Each chunk speaks for itself."""
 
     def flatten_below_bytes(self, configured: int) -> int:

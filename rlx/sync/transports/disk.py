@@ -58,7 +58,7 @@ class DiskLane:
             shutil.rmtree(self._incoming, ignore_errors=True)
             self._incoming.mkdir(parents=True)
 
-    def begin(self, version: int) -> None:
+    def begin(self, version: int, repeats: bool) -> None:
         """Each chunk speaks for itself."""
 
     def flatten_below_bytes(self, configured: int) -> int:

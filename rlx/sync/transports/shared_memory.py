@@ -33,7 +33,7 @@ class SharedMemoryLane:
         self._engines = engines
         self._device = device
 
-    def begin(self, version: int) -> None:
+    def begin(self, version: int, repeats: bool) -> None:
         """Each chunk speaks for itself."""
 
     def flatten_below_bytes(self, configured: int) -> int:

@@ -2,8 +2,9 @@
 
 The first publication announces every chunk in a request of its own, and both sides remember them. From the second on one request
 opens the stream, while the first chunk is gathered: all engines take the same chunks again, in the same order, without further
-words. Who waits for whom: a chunk is flattened once the one before the last has left, and leaves when the last one has; so two
-buffers exist at once. At the end every engine rank says how it went. Caches are flushed by the publisher, not by these requests.
+words. A publication of other tensors (what never changes is left out after the first) begins anew. Who waits for whom: a chunk is
+flattened once the one before the last has left, and leaves when the last one has; so two buffers exist at once. At the end every
+engine rank says how it went. Caches are flushed by the publisher, not by these requests.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ class StreamLane:
         self._asked: Mapping[str, Future[None]] = {}
         self._leaving: tuple[dist.Work, Tensor] | None = None
 
-    def begin(self, version: int) -> None:
-        """A publication starts. What the last one sent will be sent again."""
+    def begin(self, version: int, repeats: bool) -> None:
+        """A publication starts. One that repeats sends what the last one sent; any other begins new books on both sides."""
+        if not repeats:
+            self._books.clear()
         self._is_known = bool(self._books)
         self._version, self._number = version, 0
         if self._is_known:
@@ -63,7 +66,8 @@ class StreamLane:
             self._books.append(chunk.infos)
             self._completes = version is not None
             rows = [[info.name, info.dtype, list(info.shape)] for info in chunk.infos]
-            self._ask({"group": self._opened.name, "bucket": rows}, completes=version is not None)
+            request = {"group": self._opened.name, "bucket": rows, "number": number}
+            self._ask(request, completes=version is not None)
         else:
             self._check(number, chunk)
             is_last = number + 1 == len(self._books)

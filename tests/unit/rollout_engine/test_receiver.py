@@ -212,6 +212,23 @@ def test_images_are_forgotten_where_a_tower_comes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(receiver, "_device", lambda model, group: torch.device("cpu"))
     monkeypatch.setattr(receiver, "_buckets", {})
     model = Model(lambda model, name, tensor: model.norm.data.copy_(tensor))
-    for request in ({"bucket": [[tensor, "float32", [HIDDEN]]]}, {"stream": 1}):
+    for request in ({"bucket": [[tensor, "float32", [HIDDEN]]], "number": 0}, {"stream": 1}):
         assert receiver._take(model, None, "group", request) == ""  # type: ignore[arg-type]
     assert len(calls) == (2 if forgets else 0)
+
+
+def test_a_bucket_with_the_number_of_one_that_is_known_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ends the books: a publication of other tensors begins them anew."""
+    monkeypatch.setattr(receiver, "_received", lambda group, buckets, device: [torch.ones(24, dtype=torch.uint8)] * len(buckets))
+    monkeypatch.setattr(receiver, "_device", lambda model, group: torch.device("cpu"))
+    monkeypatch.setattr(receiver, "_buckets", {})
+    model = Model(lambda model, name, tensor: model.norm.data.copy_(tensor))
+
+    def take(request: dict[str, object]) -> str:
+        return receiver._take(model, None, "group", request)  # type: ignore[arg-type]
+
+    for names in (("a", "b", "c"), ("d", "e")):
+        for number, name in enumerate(names):
+            assert take({"bucket": [[name, "float32", [HIDDEN]]], "number": number}) == ""
+        assert [bucket.entries[0].name for bucket in receiver._buckets["group"]] == list(names)
+    assert take({"stream": 2}) == "" and take({"stream": 3}).startswith("3 buckets were announced, 2 are known")
