@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
@@ -15,7 +16,7 @@ from rlx.arch.layout import layout_problems
 from rlx.config.hub.located import model_folder
 from rlx.config.load import ConfigError
 from rlx.data.images.grid import place_images
-from rlx.data.images.pixels import file_key, image_grid
+from rlx.data.images.intake import ImageIntake, image_rules
 from rlx.data.rows import placed, read_jsonl
 from rlx.models.hf.whole import check_weights
 from rlx.processes.environment import hide_gpus
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="IN.jsonl",
-        help='{"input_ids": [...]} a line; "images": [FILE.png, ...] too',
+        help='{"input_ids": [...]} a line; "images": [FILE, ...] too, relative ones beside IN.jsonl',
     )
     parser.add_argument("--out", required=True, type=Path, metavar="OUT.jsonl", help='{"logprobs": [...]} a line, length L-1')
     for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
@@ -48,14 +49,18 @@ def main(args: argparse.Namespace) -> int:
         check_out(args.out)
         args.model = str(model_folder("--model", args.model))
         arch = read_architecture(args.model)
-        read_asked(args.tokens, arch)
-        check_weights(args.model, arch)
         num_ranks = dims_of(args, arch).world_size
     except (ValueError, ConnectionError) as error:
         raise ConfigError([str(error)]) from error
     argv = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key in _OPTIONS and value is not None]
     hide_gpus(args.device)
-    return run_local_ranks(this_module("rlx.cli.score_rank", *argv), num_ranks)
+    with TemporaryDirectory(prefix="rlx-score-") as images:
+        try:
+            read_asked(args.tokens, args.model, arch, Path(images))
+            check_weights(args.model, arch)
+        except ValueError as error:
+            raise ConfigError([str(error)]) from error
+        return run_local_ranks(this_module("rlx.cli.score_rank", f"--images={images}", *argv), num_ranks)
 
 
 _OPTIONS = ("model", "tokens", "out", "tp", "pp", "cp", "ep", "etp", "dtype", "device", "max_tokens")
@@ -87,45 +92,38 @@ def dims_of(args: argparse.Namespace, arch: Architecture) -> ParallelDims:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What an input file holds: the sequences, the images of each, and the images' files by key."""
+    """What an input file holds: the sequences and the images of each."""
 
     sequences: list[list[int]]
     images: list[tuple[ImageSpan, ...]]
-    files: dict[str, Path]
 
 
-def read_asked(file: Path, arch: Architecture) -> Asked:
-    """The sequences of an input file. ValueError names the line that is not what it should be."""
+def read_asked(file: Path, model: str, arch: Architecture, folder: Path) -> Asked:
+    """The sequences of an input file; their images are taken in as ``model`` wants them, into ``folder`` (those that are there
+    already are known). ValueError names the line that is not what it should be."""
     if not os.path.isfile(file):
         raise ValueError(f"--tokens: no such file: {file}")
-    asked = Asked(sequences=[], images=[], files={})
+    asked, intake = Asked(sequences=[], images=[]), None
     for where, row in read_jsonl(file):
-        tokens, paths = row.get("input_ids"), row.get("images", [])
+        tokens, sources = row.get("input_ids"), row.get("images", [])
         if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
             raise ValueError(f"{where}: input_ids must be a list of at least one whole number")
-        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise ValueError(f"{where}: images must be a list of paths of PNG files")
+        if not isinstance(sources, list):
+            raise ValueError(f"{where}: images must be a list of paths (or of images in base64)")
         with placed(where):
             arch.check_ids(tokens)
-            asked.images.append(_images(paths, tokens, arch, asked.files))
+            if sources and arch.vision is None:
+                raise ValueError(f"images for a model of text (model_type {arch.model_type!r})")
+            spans: tuple[ImageSpan, ...] = ()
+            if sources and arch.vision is not None:
+                intake = intake or ImageIntake(image_rules(model, arch.vision, None, None), folder)
+                taken = [intake.take(source, file.parent) for source in sources]
+                spans = place_images(tokens, [(image.key, image.grid) for image in taken], arch.vision)
+            asked.images.append(spans)
         asked.sequences.append(tokens)
     if not asked.sequences:
         raise ValueError(f"{file} holds no lines")
     return asked
-
-
-def _images(paths: list[str], tokens: list[int], arch: Architecture, files: dict[str, Path]) -> tuple[ImageSpan, ...]:
-    """Where the images stand: at the first placeholders; their files are added to ``files``."""
-    if not paths:
-        return ()
-    if arch.vision is None:
-        raise ValueError(f"images for a model of text (model_type {arch.model_type!r})")
-    found = []
-    for path in map(Path, paths):
-        key = file_key(path)
-        files[key] = path
-        found.append((key, image_grid(path, arch.vision)))
-    return place_images(tokens, found, arch.vision)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 
 from rlx.arch.architecture import Architecture
 from rlx.cli.score import Asked, dims_of
+from rlx.data.images.pixels import image_file
 from rlx.models.build import BuildOptions
 from rlx.models.hf.companions import Companions
 from rlx.parallel.context import build_context, connect, shut_down
@@ -29,7 +31,7 @@ def score(
     """Join the world, build this rank's part, score. The rows, on rank 0; None elsewhere."""
     connect(init_method="env://", rank=where.rank, world_size=where.world_size, device=device, timeout_s=_TIMEOUT_S)
     context = build_context(dims_of(args, arch), device, seed=0, timeout_s=_TIMEOUT_S)
-    options = BuildOptions(precision=precision_of(args.dtype), images=asked.files.__getitem__)
+    options = BuildOptions(precision=precision_of(args.dtype), images=partial(image_file, args.images))
     model = ModelLoader(options, Companions.of(args.model), context).load(args.model)
     rows = score_sequences(model, asked.sequences, args.max_tokens, asked.images)
     shut_down()

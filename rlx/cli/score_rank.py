@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from rlx.arch.families.registry import read_architecture
 from rlx.cli.score import add_arguments, read_asked
@@ -17,7 +18,7 @@ from rlx.processes.environment import rank_environment
 
 def main(args: argparse.Namespace) -> int:
     arch = read_architecture(args.model)
-    asked = read_asked(args.tokens, arch)
+    asked = read_asked(args.tokens, args.model, arch, args.images)
     where = rank_environment()
     device = take_device(args.device, where.local_rank)
     # It imports Megatron, which is to find the device settled.
@@ -37,4 +38,5 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="rlx score", description=__doc__)
     add_arguments(parser)
+    parser.add_argument("--images", required=True, type=Path, help="the folder in which they are taken in already")
     sys.exit(main(parser.parse_args()))

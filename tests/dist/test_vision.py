@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from rlx.arch.families.registry import read_architecture
 from rlx.cli.score import read_asked
+from rlx.data.images.intake import ImageIntake
 from rlx.data.images.pixels import image_file
 from tests.dist.launch import ROOT, run_ranks
-from tests.dist.vision_folders import GRIDS, folder_of, grid_of, sequences
+from tests.dist.vision_folders import GRIDS, IMAGE, START, folder_of, grid_of, sequences
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -96,6 +97,11 @@ def test_what_is_frozen_has_no_gradient_and_changes_none(results: dict[str, Any]
     assert over(results, learns, 1e-4) == {}
 
 
+@pytest.mark.parametrize("learns", ["frozen", "projector"])
+def test_what_is_frozen_is_known_by_name(results: dict[str, Any], learns: str) -> None:
+    assert all(found[f"{learns} constant"] for found in results["one"].values())
+
+
 def test_features_of_a_frozen_tower_are_made_once_a_batch(results: dict[str, Any]) -> None:
     """Two scores and an update: a frozen tower sees each image once, one that learns once a pack and pass."""
     once = sum(math.prod(grid_of(name)) for name in GRIDS)
@@ -120,12 +126,13 @@ def test_weights_come_back_bit_for_bit(results: dict[str, Any], how: str) -> Non
 
 @pytest.mark.slow
 def test_rlx_score_takes_images(root: Path) -> None:
-    """The first placeholders of a line are images, those that follow are text; files of any name."""
+    """The first placeholders of a line are images, those that follow are text; files of any name and format, beside the lines."""
     keys, case = json.loads((root / "keys.json").read_text()), CASES[1]
-    files = {name: shutil.copy(image_file(root / "images", key), root / f"{name}.image") for name, key in keys.items()}
+    for name, key in keys.items():
+        Image.open(image_file(root / "images", key)).save(root / f"{name}.image", "BMP")
     rows = [
         {"input_ids": sequence.token_ids}
-        | ({"images": [str(files[name]) for name, _ in sequence.images]} if sequence.images else {})
+        | ({"images": [f"{name}.image" for name, _ in sequence.images]} if sequence.images else {})
         for sequence in sequences()
     ]
     asked, answered = root / "asked.jsonl", root / "answered.jsonl"
@@ -151,22 +158,41 @@ def test_rlx_score_takes_images(root: Path) -> None:
     ("change", "words"),
     [
         ({"images": "a.png"}, "images must be a list of paths"),
-        ({"images": ["none.png"]}, "none.png cannot be read"),
+        ({"images": ["none.png"]}, "none.png: No such file"),
+        ({"images": [3]}, "an image must be a path, bytes or base64"),
         ({"images": ["wide", "wide", "wide"]}, "image 2 is 45 tokens, but input_ids have 1 of 262"),
-        ({"images": ["config.json"]}, "cannot be read"),
+        ({"images": ["config.json"]}, "config.json: no image of a known format"),
     ],
 )
-def test_what_rlx_score_cannot_take_is_named_with_its_line(root: Path, change: dict[str, Any], words: str) -> None:
-    arch = read_architecture(folder_of(root, CASES[0], "fp32"))
+def test_what_rlx_score_cannot_take_is_named_with_its_line(
+    root: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    model = folder_of(root, CASES[0], "fp32")
     keys = json.loads((root / "keys.json").read_text())
     (root / "config.json").write_text("{}")
     if isinstance(change["images"], list):
-        places = [image_file(root / "images", keys[name]) if name in keys else root / name for name in change["images"]]
-        change = {"images": [str(place) for place in places]}
+        change = {"images": [str(image_file(root / "images", keys.get(n))) if n in keys else n for n in change["images"]]}
     asked = root / "wrong.jsonl"
     asked.write_text(json.dumps({"input_ids": sequences()[0].token_ids} | change) + "\n")
     with pytest.raises(ValueError, match=f"wrong.jsonl:1.*{words}"):
-        read_asked(asked, arch)
+        read_asked(asked, str(model), read_architecture(model), tmp_path)
+
+
+def test_rlx_score_resizes_as_training_does_and_only_once(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = folder_of(root, CASES[0], "fp32"), tmp_path / "asked.jsonl"
+    Image.new("L", (100, 60)).save(tmp_path / "small.jpg")
+    asked.write_text(json.dumps({"input_ids": [START, *[IMAGE] * 8, 5, IMAGE], "images": ["small.jpg"]}) + "\n")
+    first = read_asked(asked, str(model), read_architecture(model), tmp_path / "images")
+    [[span]] = first.images
+    assert (span.start, span.grid) == (1, (1, 4, 8))
+    with Image.open(image_file(tmp_path / "images", span.key)) as kept:
+        assert (kept.size, kept.mode) == ((112, 56), "RGB")
+    monkeypatch.setattr(ImageIntake, "_take", None)  # ranks know what is there
+    assert read_asked(asked, str(model), read_architecture(model), tmp_path / "images") == first
+    (model / "preprocessor_config.json").rename(tmp_path / "away.json")
+    with pytest.raises(ValueError, match=r"asked.jsonl:1: .*preprocessor_config.json"):
+        read_asked(asked, str(model), read_architecture(model), tmp_path / "images")
+    (tmp_path / "away.json").rename(model / "preprocessor_config.json")
 
 
 def test_images_for_a_model_of_text_are_refused(root: Path) -> None:
@@ -174,4 +200,4 @@ def test_images_for_a_model_of_text_are_refused(root: Path) -> None:
     asked = root / "text.jsonl"
     asked.write_text(json.dumps({"input_ids": [1, 2], "images": ["a.png"]}) + "\n")
     with pytest.raises(ValueError, match=r"text.jsonl:1.*images for a model of text"):
-        read_asked(asked, arch)
+        read_asked(asked, "none", arch, root)

@@ -112,6 +112,8 @@ def _write(model: Any, root: Path, case: str, seed: int) -> None:
             scale = 0.2 if is_norm else 1.2 / parameter[0].numel() ** 0.5
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator) + (1.0 if is_norm else 0.0))
     model.save_pretrained(folder_of(root, case, "fp32"))
+    sizes = {"patch_size": PATCH, "merge_size": MERGE, "min_pixels": (PATCH * MERGE) ** 2}
+    (folder_of(root, case, "fp32") / "preprocessor_config.json").write_text(json.dumps(sizes))
     model.to(torch.bfloat16).save_pretrained(folder_of(root, case, "bf16"))
 
 

@@ -7,7 +7,6 @@ where ``key`` is the SHA-256 of the file's bytes.
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,14 +30,6 @@ def image_folder(run_dir: str | Path) -> Path:
 def image_file(folder: Path, key: str) -> Path:
     """The canonical file of the image with this key."""
     return folder / key[:2] / f"{key}.png"
-
-
-def file_key(file: Path) -> str:
-    """The key of a file's content. ValueError where it cannot be read."""
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def image_grid(file: Path, vision: Vision) -> tuple[int, int, int]:

@@ -116,6 +116,7 @@ def learnt(root: Path, folder: Path, context: ParallelContext, part: BatchPart, 
         passes = [model.score(fresh.all_packs()), model.score(fresh.all_packs())]
         found[learns] = compare(gradients(model, fresh), wanted)
         same = all(torch.equal(a, b) for (_, a), (_, b) in zip(*passes, strict=True))
+        found[f"{learns} constant"] = sorted(model.constant_weights()) == sorted(set(dict(model.weights())) - wanted.keys())
         found[f"{learns} patches"] = [sum(len(patches) for patches in seen), same]
     return found
 

@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from rlx.arch.vision import Vision
 from rlx.data.images.grid import num_image_tokens, pack_positions, place_images, positions
-from rlx.data.images.pixels import file_key, image_file, image_folder, pixels
+from rlx.data.images.pixels import image_file, image_folder, pixels
 from rlx.types.rollout import ImageSpan
 
 
@@ -136,9 +136,6 @@ def test_what_is_no_canonical_image_is_named(tmp_path: Path) -> None:
         asked(stored(tmp_path, noise(42, 42)), (1, 3, 3))
     with pytest.raises(ValueError, match=f"{'ab' * 32}.png cannot be read"):
         asked("ab" * 32)
-    assert file_key(image_file(tmp_path, good)) == good
-    with pytest.raises(ValueError, match="cannot be read"):
-        file_key(tmp_path / "none.png")
     with pytest.raises(ValueError, match="JPEG in RGB"):
         asked(stored(tmp_path, noise(28, 56), "JPEG"))
     with pytest.raises(ValueError, match="PNG in L"):
