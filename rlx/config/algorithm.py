@@ -75,6 +75,9 @@ class AlgorithmConfig:
         4.0, "dynamic sampling: prompts asked for, at most this x data.prompts_per_step", minimum=1
     )
     overlong_filter: bool = option(False, "leave answers cut off by the length limit out of the loss")
+    max_staleness: int | None = option(
+        None, "leave answers out of the loss that weights of more than this many publications ago began; none: keep", minimum=0
+    )
     overlong_buffer: float = by_algorithm(
         "share of rollout.max_new_tokens over which a length penalty grows; 0: off", minimum=0, maximum=1
     )

@@ -36,7 +36,8 @@ _FOLLOWED: Mapping[str, str] = {
     "algorithm": """loss advantages epochs num_mini_batches gamma lam clip_low clip_high dual_clip value_clip
         loss_aggregation loss_constant
         whiten_advantages normalize_by_std entropy_coefficient kl_placement kl_estimator kl_controller kl_target kl_horizon
-        dynamic_sampling dynamic_max_factor overlong_filter overlong_buffer overlong_penalty mismatch_correction mismatch_high
+        dynamic_sampling dynamic_max_factor overlong_filter overlong_buffer overlong_penalty max_staleness
+        mismatch_correction mismatch_high
         mismatch_low mismatch_reject_low mismatch_reject_high prime_beta""",
     "finetune": "epochs examples_per_step turns beta label_smoothing center_coefficient",
     "optimizer": _RATES,

@@ -29,6 +29,11 @@ CUT_OFF: AnswerFilter = ("overlong_filtered", lambda trajectory, reward: traject
 SURPLUS = "surplus"
 
 
+def stale(oldest: int) -> AnswerFilter:
+    """Leaves out answers with a token of weights before the version ``oldest``."""
+    return ("stale", lambda trajectory, reward: trajectory.oldest_version < oldest)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRules:
     """``prompts_per_step`` groups make a batch. ``sources`` are the names whose rewards are also reported one by one."""
@@ -49,10 +54,12 @@ class BatchRules:
     def group_filters(self) -> tuple[GroupFilter, ...]:
         return (NO_SIGNAL,) if self.algorithm.dynamic_sampling else ()
 
-    @property
-    def answer_filters(self) -> tuple[AnswerFilter, ...]:
-        """An answer that was cut off has had its part in its group's baseline when it leaves."""
-        return (CUT_OFF, *UNTRAINABLE) if self.algorithm.overlong_filter else UNTRAINABLE
+    def answer_filters(self, version: int) -> tuple[AnswerFilter, ...]:
+        """Those of a batch that the weights ``version`` learn from. An answer that is too old or was cut off has had its part in
+        its group's baseline when it leaves."""
+        algorithm = self.algorithm
+        found = () if algorithm.max_staleness is None else (stale(version - algorithm.max_staleness),)
+        return (*found, *((CUT_OFF,) if algorithm.overlong_filter else ()), *UNTRAINABLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +100,9 @@ class Batcher:
         share = max(len(self._useful), 1) / num_seen
         return min(self._rules.max_prompts - num_seen, max(missing, min(wanted, round(missing / share))))
 
-    def add(self, groups: Sequence[ScoredGroup]) -> Batch | None:
-        """The batch, once there are groups enough or no more prompts are to be asked; then the next one begins."""
+    def add(self, groups: Sequence[ScoredGroup], version: int = 0) -> Batch | None:
+        """The batch, once there are groups enough or no more prompts are to be asked; then the next one begins. ``version`` is
+        that of the present weights."""
         self._num_rounds += 1
         self._seen += groups
         for group in groups:
@@ -105,18 +113,18 @@ class Batcher:
                 self._left_out[reason] += 1
         if len(self._useful) < self._rules.prompts_per_step and len(self._seen) < self._rules.max_prompts:
             return None
-        batch = self._make()
+        batch = self._make(version)
         self._seen, self._useful, self._left_out, self._num_rounds = [], [], Counter(), 0
         return batch
 
-    def _make(self) -> Batch:
+    def _make(self, version: int) -> Batch:
         rules = self._rules
         useful = _in_order(self._useful)
         chosen = tuple(useful[: rules.prompts_per_step])
         left_out = self._left_out + Counter({SURPLUS: len(useful) - len(chosen)})
         shaped, penalties = _with_length_penalty(rules, [one.group for one in chosen])
         advantages = _advantages(rules, shaped, [one.baseline for one in chosen])
-        samples, drops = to_train_batch(shaped, advantages, rules.answer_filters)
+        samples, drops = to_train_batch(shaped, advantages, rules.answer_filters(version))
         seen, verdicts = _in_order(self._seen), InvalidVerdicts()
         for one in seen:
             verdicts.note(one.verdicts)

@@ -156,7 +156,7 @@ class PPOTrainer:
     def _next_batch(self, step: int) -> Batch:
         batch = None
         while batch is None:
-            batch = self.batcher.add(self.stream.next(self.batcher.num_wanted, step))
+            batch = self.batcher.add(self.stream.next(self.batcher.num_wanted, step), self.weight_version)
         return batch
 
 

@@ -138,6 +138,19 @@ def test_filtered_answers_leave_the_loss_but_not_the_baseline() -> None:
     assert found.drops == {"overlong_filtered": 1} and found.metrics["drops/overlong_filtered"] == 1.0
 
 
+def test_answers_of_old_weights_leave_the_loss_but_not_the_baseline() -> None:
+    prompt = Prompt(prompt_id=0, token_ids=(1,), text="")
+    old, mixed, fresh = (answered((1,), (7, 7), versions=versions) for versions in ((3, 3), (3, 4), (4, 4)))
+    rewards = tuple(Reward(value=value) for value in (1.0, 0.0, 0.0))
+    group = ScoredGroup(group=RolloutGroup(prompt=prompt, trajectories=(old, mixed, fresh), rewards=rewards))
+    for allowed, present, num_stale in ((None, 9, 0), (0, 4, 2), (1, 4, 0), (1, 5, 2), (0, 5, 3)):
+        found = Batcher(rules_of(prompts=1, name="dr_grpo", max_staleness=allowed)).add([group], present)
+        assert found is not None and len(found.samples) == 3 - num_stale
+        assert found.drops == ({"stale": num_stale} if num_stale else {})
+        if num_stale == 2:
+            assert list(found.samples.scalar_advantages or ()) == pytest.approx([-1 / 3])
+
+
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_a_batch_of_empty_answers_is_empty_and_has_the_counts(name: str) -> None:
     empty = answered((1,), ())
