@@ -192,8 +192,9 @@ def patches(file: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, ids: Sequence[int], spans: Sequence[ImageSpan], folder: Path) -> torch.Tensor:
-    """float64 [L, V] of one sequence, by embeddings and positions that are given: ids outside of spans are text."""
+def hidden(model: PreTrainedModel, ids: Sequence[int], spans: Sequence[ImageSpan], folder: Path) -> torch.Tensor:
+    """What the output layer gets, [L, D] of one sequence, by embeddings and positions that are given: ids outside of spans are
+    text."""
     tokens = torch.tensor([list(ids)])
     inner: Any = model.model
     embeddings = inner.get_input_embeddings()(tokens).clone()
@@ -205,7 +206,15 @@ def logits(model: PreTrainedModel, ids: Sequence[int], spans: Sequence[ImageSpan
         types[0, stretch] = 1
     grids = torch.tensor([span.grid for span in spans]) if spans else None
     positions, _ = inner.get_rope_index(tokens, mm_token_type_ids=types, image_grid_thw=grids)
-    found: torch.Tensor = model(inputs_embeds=embeddings, position_ids=positions).logits[0].double()
+    found: torch.Tensor = inner(inputs_embeds=embeddings, position_ids=positions).last_hidden_state[0]
+    return found
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Sequence[int], spans: Sequence[ImageSpan], folder: Path) -> torch.Tensor:
+    """float64 [L, V] of one sequence."""
+    output: Any = model.get_output_embeddings()
+    found: torch.Tensor = output(hidden(model, ids, spans, folder)).double()
     return found
 
 

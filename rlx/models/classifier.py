@@ -1,4 +1,7 @@
-"""Reward models as Hugging Face folders: ``...ForSequenceClassification`` with one label, whose logit is the score."""
+"""Reward models as Hugging Face folders: ``...ForSequenceClassification`` with one label, whose logit is the score.
+
+Transformers has no such class for models that see: their folders hold the model without its output layer, and the score's head.
+"""
 
 from __future__ import annotations
 
@@ -84,6 +87,7 @@ def _describe(folder: Path) -> None:
     ends = config.get("eos_token_id")
     if config.get("pad_token_id") in (ends if isinstance(ends, list) else [ends]):
         config["pad_token_id"] = None
-    config["architectures"] = [classifier_class(config["model_type"])]
+    # Transformers has no class for models that see, but a server must not take the folder for one that generates.
+    config["architectures"] = [classifier_class(config["model_type"]) or f"{config['model_type']}ForSequenceClassification"]
     config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -27,9 +27,10 @@ def model_problems(models: Mapping[str, LoadedModel], engines: EngineSettings) -
                 check_score(model.folder, arch)
         except ValueError as error:
             yield f"{key}: {error}"
-    if policy.has_head and classifier_class(read_architecture(policy.folder).model_type) is None:
-        model_type = read_architecture(policy.folder).model_type
-        yield f"model.path: transformers has no sequence classification for {model_type!r} to export to"
+    if policy.has_head:
+        arch = read_architecture(policy.folder)
+        if arch.vision is None and classifier_class(arch.model_type) is None:
+            yield f"model.path: transformers has no sequence classification for {arch.model_type!r} to export to"
     loads = engines.rollout.server_args.get("load_format", engines.rollout.server_args.get("load-format"))
     is_sglang = engines.num_started and engines.rollout.engine == "sglang"
     if is_sglang and is_megatron_checkpoint(policy.folder) and loads != "dummy":

@@ -68,6 +68,8 @@ class LanguageModel:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         generates = not any(name.endswith(_CLASSIFIER) for name in config.architectures or ())
+        if not generates and has_tower(folder):
+            raise ValueError(f"{folder} holds a reward model that sees images, which transformers has no class for")
         vision = read_architecture(folder).vision if generates and has_tower(folder) else None
         auto: Any = AutoModelForSequenceClassification
         if generates:
