@@ -12,9 +12,11 @@ from hypothesis import settings
 # Before torch is imported anywhere: the tests start many processes on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell's background jobs ignore Ctrl-C, and so would every process that the tests start and interrupt.
+# A shell's background jobs ignore Ctrl-C, and those of nohup a closed terminal; so would every process that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config: pytest.Config) -> None:
