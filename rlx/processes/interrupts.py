@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,6 +15,19 @@ from rlx.processes.stopping import REQUEUE_STATUS
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A scheduler may send its SIGTERM twice at once, which is one request.
 SAME_S = 5.0
+
+
+@contextmanager
+def keep_handlers() -> Iterator[None]:
+    """Installs the present handlers again behind what is called inside (main thread only): a library may put its own below
+    Python's, unseen. Ray's ends a process 3 s after a SIGTERM that the process heeds."""
+    before = {number: signal.getsignal(number) for number in (*_ENDING, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 class Interrupts:

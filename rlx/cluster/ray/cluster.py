@@ -31,6 +31,7 @@ from rlx.placement.ray_nodes import (
 from rlx.placement.seats import Demand, Seats
 from rlx.processes.children import JOB_ID, LAUNCH_ID
 from rlx.processes.environment import HANDED_ON, QUIET, hidden_gpus
+from rlx.processes.interrupts import keep_handlers
 from rlx.processes.threads import VARIABLES, thread_variables
 
 _POLL_S = 0.2
@@ -67,13 +68,15 @@ class RayCluster:
             self._folder = Path(tempfile.mkdtemp(prefix="rlx-ray-"))
             own: dict[str, Any] = {"num_cpus": own_cpus(config, demand, len(os.sched_getaffinity(0))), "include_dashboard": False}
             try:
-                ray.init("local", object_store_memory=_STORE_BYTES, _temp_dir=str(self._folder), **own, **shared)
+                with keep_handlers():
+                    ray.init("local", object_store_memory=_STORE_BYTES, _temp_dir=str(self._folder), **own, **shared)
             except BaseException:
                 self.leave()
                 raise
             return
         try:
-            ray.init(where.address, **shared)
+            with keep_handlers():
+                ray.init(where.address, **shared)
         except ConnectionError as error:
             raise ConnectionError(_refusal(where, error)) from error
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from rlx.processes.interrupts import SAME_S, Interrupts
+from rlx.processes.interrupts import SAME_S, Interrupts, keep_handlers
 
 INT, TERM, USR1, LATER = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, 0
 
@@ -51,3 +51,14 @@ def test_the_first_sigterm_asks_to_save_where_the_run_can(
         found = (interrupts.ask_to_save(), interrupts.is_set(), interrupts.is_urgent(), interrupts.status, interrupts.name)
     assert found == (asked, ended, urgent, status, name)
     assert signal.getsignal(USR1) is before
+
+
+def test_handlers_of_a_library_do_not_stay() -> None:
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        ours = signal.getsignal(signal.SIGUSR1)
+        with keep_handlers():
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGUSR1) is ours
+    finally:
+        signal.signal(signal.SIGUSR1, before)
