@@ -122,6 +122,7 @@ class CommandLane:
         self._silence_s = max(silence_s, _LEAST_SILENCE_S)
         self._channels = {rank: Channel(connection, self._silence_s) for rank, connection in sorted(connections.items())}
         self._heard = dict.fromkeys(self._channels, time.monotonic())
+        self._look_at = 0.0
         self._queue: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
         self._waker, self._woken = socket.socketpair()
         self._guard = threading.Lock()
@@ -231,6 +232,9 @@ class CommandLane:
 
     def _check_silence(self) -> None:
         now = time.monotonic()
+        if now < self._look_at:  # answers of many ranks come one by one
+            return
+        self._look_at = now + _LOOK_S
         silent = [rank for rank, heard in self._heard.items() if now - heard > self._silence_s]
         if silent:
             raise LaneError(
