@@ -51,13 +51,18 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if config.is_finetuning:
         raise ConfigError([f"finetune.objective: {config.finetune.objective} has no reward to try"])
-    kept = TemporaryDirectory(prefix="rlx-images-")
+    with TemporaryDirectory(prefix="rlx-images-") as images:
+        return _tried(config, args, Path(images))
+
+
+def _tried(config: Config, args: argparse.Namespace, folder: Path) -> int:
+    """As ``main``, with a folder for the images of rows."""
     try:
         problems = list(trial_problems(("reward.name", name) for name in user_functions(config.reward)))
         if problems:
             raise ConfigError(problems)
         tokenizer = tokenizer_of(config.model, config.data)
-        images = image_reader(config.model.path, config.data, tokenizer, Path(kept.name))
+        images = image_reader(config.model.path, config.data, tokenizer, folder)
         groups = _answered(config, tokenizer, images, args)
         skips, stops = config.reward.skip_special_tokens, config.rollout.stop_token_ids
         decode = answer_decoder(tokenizer, config.model.path, stops, skip_special_tokens=skips)
@@ -74,7 +79,6 @@ def main(args: argparse.Namespace) -> int:
         pass  # their lines are out
     finally:
         service.close()
-        kept.cleanup()
     print(f"rlx: {len(groups)} verdicts, {len(groups) - num_valid} invalid", file=sys.stderr)
     return int(num_valid < len(groups))
 

@@ -35,7 +35,7 @@ _ATTENTION = "flash_over_windows"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ImageReader:
+class TowerImages:
     """Where a chunk with a tower finds its images, and which part of a pack's tokens it embeds. ``files`` gives the canonical
     file of a key."""
 
@@ -64,7 +64,7 @@ def add_tower(
     if learns == "train":
         tower.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     model.vision = tower
-    model.image_reader = ImageReader(  # type: ignore[assignment]
+    model.image_reader = TowerImages(  # type: ignore[assignment]
         vision=vision,
         files=files,
         device=context.device,
@@ -101,7 +101,7 @@ def embedded(model: nn.Module, batch: LocalBatch) -> Tensor | None:
 
 @torch.no_grad()
 def _constant_features(
-    tower: Any, spans: Sequence[ImageSpan], reader: ImageReader, kept: dict[tuple[int, str], Tensor]
+    tower: Any, spans: Sequence[ImageSpan], reader: TowerImages, kept: dict[tuple[int, str], Tensor]
 ) -> Tensor:
     """The same of a tower that does not learn, whose features are made once a batch: for scores and for every update."""
     missing = [span for span in spans if (id(tower), span.key) not in kept]
@@ -112,7 +112,7 @@ def _constant_features(
     return torch.cat([kept[id(tower), span.key] for span in spans]).to(reader.device)
 
 
-def _features(tower: Any, spans: Sequence[ImageSpan], reader: ImageReader) -> Tensor:
+def _features(tower: Any, spans: Sequence[ImageSpan], reader: TowerImages) -> Tensor:
     """One row a placeholder, image by image."""
     if reader.files is None:
         raise ValueError("there are images in the batch, but this model was told of no files")

@@ -46,7 +46,7 @@ class Shown:
         return (*self.tokens, *((picture.key, picture.start) for picture in self.pictures))
 
 
-class ImageReader:
+class RequestImages:
     """Images of requests by their files or bytes; those last used are kept, for a group asks about the same."""
 
     def __init__(self, vision: Vision) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rlx.rollout.embedded.fields import Fields
-from rlx.rollout.embedded.images import ImageReader, Picture
+from rlx.rollout.embedded.images import Picture, RequestImages
 from rlx.rollout.embedded.model import ModelInfo
 from rlx.rollout.embedded.sequence import SamplingParams, Sequence
 
@@ -62,7 +62,7 @@ class RequestParser:
         self._info = info
         self._tokenizer = tokenizer
         self._fresh_seed = fresh_seed
-        self._images = None if info.vision is None else ImageReader(info.vision)
+        self._images = None if info.vision is None else RequestImages(info.vision)
 
     def parse(self, body: Mapping[str, object]) -> CheckedRequest:
         """Turn a body of ``/generate`` into sequences, prompt-major. ValueError says which field is wrong and what would be

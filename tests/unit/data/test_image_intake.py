@@ -16,11 +16,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from rlx.data.images.intake import ImageIntake, ImageRules, image_rules
 from rlx.data.images.pixels import image_file, pixels
-from tests.unit.data.test_images import vision
+from tests.tower import tower
 
 
 def rules(**limits: int) -> ImageRules:
-    return ImageRules(vision=vision(), **{"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 40} | limits)
+    return ImageRules(vision=tower(), **{"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 40} | limits)
 
 
 def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -57,7 +57,7 @@ def test_an_image_is_kept_once_and_read_to_the_bit(tmp_path: Path) -> None:
     assert len(list((tmp_path / "images").rglob("*.png"))) == 1
     with Image.open(image_file(tmp_path / "images", found.key)) as kept:
         assert np.array_equal(np.asarray(kept), np.asarray(picture))
-    assert pixels(image_file(tmp_path / "images", found.key), found.at(3), vision()).shape == (48, 1176)
+    assert pixels(image_file(tmp_path / "images", found.key), found.at(3), tower()).shape == (48, 1176)
     assert store.files((found.at(3),)) == [str(image_file(tmp_path / "images", found.key))]
 
 
@@ -154,14 +154,12 @@ def processor(folder: Path, **changes: object) -> str:
 
 def test_rules_come_from_the_models_processor(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no preprocessor_config\.json or processor_config\.json"):
-        image_rules(str(tmp_path), vision(), None, None)
+        image_rules(str(tmp_path), tower(), None, None)
     edges = {"size": {"shortest_edge": 784, "longest_edge": 7840}}
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": edges}))
-    assert image_rules(str(tmp_path), vision(), None, None).max_pixels == 7840
-    assert image_rules(processor(tmp_path), vision(), None, None) == ImageRules(
-        vision=vision(), min_pixels=3136, max_pixels=50176
-    )
-    assert image_rules(processor(tmp_path), vision(), 4000, 5000).min_pixels == 4000
+    assert image_rules(str(tmp_path), tower(), None, None).max_pixels == 7840
+    assert image_rules(processor(tmp_path), tower(), None, None) == ImageRules(vision=tower(), min_pixels=3136, max_pixels=50176)
+    assert image_rules(processor(tmp_path), tower(), 4000, 5000).min_pixels == 4000
     for changes, words in (
         ({"patch_size": 16}, "patch_size is 16; this family is trained with 14"),
         ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
@@ -169,6 +167,6 @@ def test_rules_come_from_the_models_processor(tmp_path: Path) -> None:
         ({"max_pixels": "many"}, "max_pixels must be a number of pixels"),
     ):
         with pytest.raises(ValueError, match=words):
-            image_rules(processor(tmp_path, **changes), vision(), None, None)
+            image_rules(processor(tmp_path, **changes), tower(), None, None)
     with pytest.raises(ValueError, match=r"data\.min_pixels = 9000 and data\.max_pixels = 50"):
-        image_rules(processor(tmp_path), vision(), 9000, 50)
+        image_rules(processor(tmp_path), tower(), 9000, 50)

@@ -16,24 +16,10 @@ from PIL import Image
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from rlx.arch.vision import Vision
 from rlx.data.images.grid import num_image_tokens, pack_positions, place_images, positions
 from rlx.data.images.pixels import image_file, image_folder, pixels
 from rlx.types.rollout import ImageSpan
-
-
-def vision(**changes: int) -> Vision:
-    sizes: dict[str, Any] = {
-        "depth": 1,
-        "hidden_size": 32,
-        "num_heads": 4,
-        "mlp_size": 48,
-        "patch": 14,
-        "temporal": 2,
-        "merge": 2,
-    } | changes
-    ids: dict[str, Any] = {"image_token": 7, "video_token": 8, "start_token": 9, "end_token": 10}
-    return Vision(activation="silu", **sizes, **ids)
+from tests.tower import tower
 
 
 def theirs(length: int, spans: list[ImageSpan], merge: int) -> torch.Tensor:
@@ -87,13 +73,13 @@ def test_positions_of_a_pack_are_those_of_its_sequences() -> None:
 def test_the_first_placeholders_are_images() -> None:
     images = [("ab" * 32, (1, 2, 4)), ("cd" * 32, (1, 2, 2))]
     ids = [1, 7, 7, 7, 2, 7, 3]  # two images right behind each other, then a placeholder that is text
-    spans = place_images(ids, images, vision())
+    spans = place_images(ids, images, tower())
     assert [(span.key, span.start) for span in spans] == [("ab" * 32, 1), ("cd" * 32, 3)]
-    assert place_images(ids, [], vision()) == ()
+    assert place_images(ids, [], tower()) == ()
     with pytest.raises(ValueError, match="image 2 is 2 tokens, but input_ids have 1 of 7"):
-        place_images(ids, [images[0], images[0]], vision())
+        place_images(ids, [images[0], images[0]], tower())
     with pytest.raises(ValueError, match="image 1 is 1 tokens, but input_ids have 0"):
-        place_images([1, 2], images[1:], vision())
+        place_images([1, 2], images[1:], tower())
 
 
 def stored(folder: Path, image: Image.Image, form: str = "PNG") -> str:
@@ -120,13 +106,13 @@ def test_patches_are_those_of_transformers_to_the_bit(tmp_path: Path, patch: int
         grid = (1, height * merge, width * merge)
         assert tuple(wanted["image_grid_thw"][0].tolist()) == grid
         span = ImageSpan(key=stored(folder, image), start=0, grid=grid)
-        found = pixels(image_file(folder, span.key), span, vision(patch=patch, merge=merge, temporal=temporal))
+        found = pixels(image_file(folder, span.key), span, tower(patch=patch, merge=merge, temporal=temporal))
         assert found.dtype == np.float32 and np.array_equal(found, wanted["pixel_values"])
 
 
 def test_what_is_no_canonical_image_is_named(tmp_path: Path) -> None:
     def asked(key: str, grid: tuple[int, int, int] = (1, 2, 4)) -> None:
-        pixels(image_file(tmp_path, key), ImageSpan(key=key, start=0, grid=grid), vision())
+        pixels(image_file(tmp_path, key), ImageSpan(key=key, start=0, grid=grid), tower())
 
     good = stored(tmp_path, noise(28, 56))
     asked(good)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from rlx.arch.vision import Vision
 from rlx.config.schema import RolloutConfig
 from rlx.data.images.pixels import image_file
 from rlx.rollout.generate import HttpRolloutService
@@ -21,23 +20,11 @@ from rlx.rollout.sglang.answers import Asked, EngineError, parse_scores
 from rlx.rollout.sglang.client import EngineClient, RetryPolicy
 from rlx.rollout.sglang.image_request import KNOWS_FORM, NO_SUCH_FILE, PROBE
 from rlx.types.rollout import ImageSpan, Prompt, SamplingSpec
+from tests.tower import tower
 from tests.unit.rollout_client.peer import VOCAB, Answer, Behaviour, Peer, answer_to, draw, expected
 
 IMAGE = 17
-VISION = Vision(
-    depth=1,
-    hidden_size=4,
-    num_heads=1,
-    mlp_size=4,
-    activation="silu",
-    patch=14,
-    temporal=2,
-    merge=2,
-    image_token=IMAGE,
-    video_token=18,
-    start_token=19,
-    end_token=20,
-)
+VISION = tower(IMAGE)
 SPAN = ImageSpan(key="ab" * 32, start=2, grid=(1, 2, 4))
 PROMPT = (3, 19, IMAGE, IMAGE, 20, 5)
 SPEC = SamplingSpec(max_new_tokens=6)

@@ -9,27 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from rlx.arch.vision import Vision
 from rlx.data.images.pixels import image_file, pixels
 from rlx.rollout.images import ImageStore, check_places
 from rlx.sync.proof.canary import MAX_TOKENS, MIN_TOKENS, canary_sequences, compare, is_due, judge
 from rlx.sync.proof.tensor_compare import Findings, merge
+from tests.tower import tower
 
 IMAGE = 60
-VISION = Vision(
-    depth=1,
-    hidden_size=4,
-    num_heads=1,
-    mlp_size=4,
-    activation="silu",
-    patch=14,
-    temporal=2,
-    merge=2,
-    image_token=IMAGE,
-    video_token=61,
-    start_token=62,
-    end_token=63,
-)
+VISION = tower(IMAGE)
 
 
 def test_sequences_are_fixed_and_inside_the_vocabulary():
