@@ -225,6 +225,7 @@ class OptimizerConfig:
     warmup_steps: int = option(0, "optimizer steps of linear warm-up, from 0 in the first on, as in transformers", minimum=0)
     decay_steps: int | None = option(None, "optimizer steps to min_lr; none: run.steps x steps an iteration", minimum=1)
     schedule: str = option("constant", "shape after warm-up", choices=("constant", "linear", "cosine"))
+    vision_lr_scale: float = option(1.0, "factor on lr and min_lr for what of a vision tower learns", above=0)
     weight_decay: float = option(0.0, "decoupled weight decay", minimum=0)
     beta1: float = option(0.9, "Adam", minimum=0, below=1)
     beta2: float = option(0.95, "Adam", minimum=0, below=1)

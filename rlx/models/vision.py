@@ -61,6 +61,7 @@ def add_tower(
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(learns == "train" or (learns == "projector" and name.startswith(_PROJECTOR)))
         parameter.sequence_parallel = dims.sequence_parallel
+        parameter.of_vision_tower = True
     if learns == "train":
         tower.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     model.vision = tower

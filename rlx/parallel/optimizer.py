@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from torch import Tensor, nn
 
 from rlx.config.schema import OptimizerConfig
@@ -45,22 +45,7 @@ class Trainable:
             DistributedDataParallel(model_config, ddp, chunk, disable_bucketing=index > 0, pg_collection=context.groups)
             for index, chunk in enumerate(self.chunks)
         ]
-        self.optimizer: MegatronOptimizer = _make_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=config.lr,
-                min_lr=config.min_lr,
-                weight_decay=config.weight_decay,
-                adam_beta1=config.beta1,
-                adam_beta2=config.beta2,
-                adam_eps=config.eps,
-                clip_grad=config.clip_grad,
-                bf16=model_config.bf16,
-                params_dtype=model_config.params_dtype,
-                use_distributed_optimizer=config.distributed,
-            ),
-            self.wrapped,
-        )
+        self.optimizer = _optimizer(self.wrapped, config)
         decay_steps = config.decay_steps or max(total_steps, config.warmup_steps + 1)
         self.schedule = OptimizerParamScheduler(
             self.optimizer,
@@ -144,6 +129,30 @@ class Trainable:
 
     def _parts(self) -> list[Any]:
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
+
+
+def _optimizer(wrapped: Sequence[nn.Module], config: OptimizerConfig) -> MegatronOptimizer:
+    model_config: Any = wrapped[0].config
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=model_config.bf16,
+        params_dtype=model_config.params_dtype,
+        use_distributed_optimizer=config.distributed,
+    )
+    overrides = get_standard_config_overrides(settings)
+    if config.vision_lr_scale != 1:
+        scale = config.vision_lr_scale
+        # Groups without any of a rank's parameters are there too: the schedule and checkpoints are the same on all stages.
+        overrides[ParamKey(attr="of_vision_tower")] = ParamGroupOverride(max_lr=config.lr * scale, min_lr=config.min_lr * scale)
+    optimizer: MegatronOptimizer = _make_optimizer(settings, list(wrapped), overrides)
+    return optimizer
 
 
 _METADATA = {"singleton_local_shards": False}

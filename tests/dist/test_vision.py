@@ -118,6 +118,21 @@ def test_a_checkpoint_goes_on_under_another_layout(results: dict[str, Any], lear
         assert same and apart < 1e-2
 
 
+def test_a_tower_learns_at_its_own_rate(results: dict[str, Any]) -> None:
+    """A step of what ``vision_lr_scale`` is for is a quarter of the step without it, any other step the same."""
+    found = {(layout, how): pair for layout, cases in results.items() for how, pair in cases[CASES[0]]["scaled"].items()}
+    assert len(found) == 4 * len(QUICK)
+    assert {where: pair for where, pair in found.items() if not (pair[0] <= 1e-3 and 0.2 <= pair[1] <= 0.26)} == {}
+
+
+def test_the_rate_of_a_tower_follows_the_schedule(results: dict[str, Any]) -> None:
+    """Warm-up and decay to min_lr, on stages without a tower too."""
+    for layout, cases in results.items():
+        rates = cases[CASES[0]]["rates"]
+        assert [pair[-1] for pair in rates] == pytest.approx([0.0, 1.0, 0.75, 0.5, 0.25]), layout
+        assert all(pair[0] == pytest.approx(pair[-1] / 4) for pair in rates), layout
+
+
 @pytest.mark.parametrize("how", ["fp32", "bf16"])
 def test_weights_come_back_bit_for_bit(results: dict[str, Any], how: str) -> None:
     wrong = {f"{case} under {layout}": m[how] for layout, cases in results.items() for case, m in cases.items() if m.get(how)}

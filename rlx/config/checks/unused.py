@@ -137,6 +137,16 @@ _ALWAYS = (
     Rule("cluster.nvlink_gpus", lambda config: config.cluster.gpus_per_node is None, "cluster.gpus_per_node is not given"),
     _schedule("optimizer"),
     _schedule("critic_optimizer"),
+    *(
+        Rule(f"{section}.vision_lr_scale", lambda config: config.model.vision == "frozen", "model.vision is frozen")
+        for section in ("optimizer", "critic_optimizer")
+    ),
+)
+_OF_TOWERS = (
+    "model.vision",
+    "batching.max_patches_per_micro_batch",
+    "optimizer.vision_lr_scale",
+    "critic_optimizer.vision_lr_scale",
 )
 
 
@@ -176,8 +186,8 @@ def unused_keys(config: Config, arch: Architecture) -> list[str]:
         rules.append(Rule("model.moe_aux_loss_coefficient moe_z_loss_coefficient", _always, "model.path has no experts"))
         rules.append(Rule("parallel.etp", _always, "model.path has no experts"))
     if arch.vision is None:
-        rules.append(Rule("model.vision", _always, "model.path has no vision tower"))
-        rules.append(Rule("batching.max_patches_per_micro_batch", _always, "model.path has no vision tower"))
+        # First: that the tower is frozen is no reason where there is none.
+        rules = [*(Rule(key, _always, "model.path has no vision tower") for key in _OF_TOWERS), *rules]
     lines, said = [], set[str]()
     changed = _changed(config)
     for rule in rules:

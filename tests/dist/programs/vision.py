@@ -4,6 +4,7 @@ and out."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ from tests.dist.programs.families import compare, in_and_out, merged
 from tests.dist.programs.layouts import context_of, main, plan_of
 from tests.dist.vision_folders import folder_of, grid_of, sequences
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE, TOWER_SCALE = 1e-3, 0.25
+PLAIN = OptimizerConfig(distributed=False, lr=LEARNING_RATE)
+NUM_STEPS = 4
 PACK_TOKENS = 160  # several sequences a pack, several packs
 
 
@@ -86,7 +89,7 @@ def replicas_differ(model: RankModel) -> float:
 
 
 def model_of(
-    root: Path, folder: Path, context: ParallelContext, learns: str, recompute: str = "none", *, distributed: bool = False
+    root: Path, folder: Path, context: ParallelContext, learns: str, recompute: str = "none", optimizer: OptimizerConfig = PLAIN
 ) -> RankModel:
     arch = read_architecture(folder)
     options = BuildOptions(vision=learns, images=partial(image_file, root / "images"), recompute=recompute)
@@ -98,7 +101,7 @@ def model_of(
         head=token_head(context, arch),
         context=context,
         companions=Companions.of(folder),
-        trainable=Trainable(chunks, OptimizerConfig(distributed=distributed, lr=LEARNING_RATE), context, 1),
+        trainable=Trainable(chunks, optimizer, context, NUM_STEPS),
     )
 
 
@@ -123,6 +126,40 @@ def learnt(root: Path, folder: Path, context: ParallelContext, part: BatchPart, 
 
 def weights(model: RankModel) -> dict[str, Tensor]:
     return merged({name: tensor.clone() for name, tensor in model.weights()}, model.context)
+
+
+def scaled(root: Path, folder: Path, context: ParallelContext, batch: RankBatch) -> dict[str, Any]:
+    """What ``vision_lr_scale`` does. By what learns and who holds the optimizer: how far a step of what it is for is from a
+    scaled step, and of all else from the same step, in learning rates; and how far what it is for went."""
+    found = {}
+    for learns, begins in (("train", "visual."), ("projector", "visual.merger.")):
+        for distributed in (False, True):
+            moved = []
+            for scale in (1.0, TOWER_SCALE):
+                optimizer = replace(PLAIN, distributed=distributed, vision_lr_scale=scale)
+                model = model_of(root, folder, context, learns, optimizer=optimizer)
+                before = weights(model)
+                gradients(model, batch)
+                assert model.trainable is not None and model.trainable.step().learning_rate == LEARNING_RATE
+                moved.append({name: tensor - before[name] for name, tensor in weights(model).items()})
+            usual, changed = moved
+            factors = {name: TOWER_SCALE if name.startswith(begins) else 1.0 for name in usual}
+            apart = max(float((changed[name] - factors[name] * usual[name]).abs().max()) for name in usual)
+            went = max(float(changed[name].abs().max()) for name in usual if name.startswith(begins))
+            found[f"{learns} {'distributed' if distributed else 'plain'}"] = [apart / LEARNING_RATE, went / LEARNING_RATE]
+    return found
+
+
+def scheduled(root: Path, folder: Path, context: ParallelContext) -> list[list[float]]:
+    """The learning rates of all groups of parameters, step by step down to ``min_lr``."""
+    schedule = replace(PLAIN, vision_lr_scale=TOWER_SCALE, warmup_steps=1, schedule="linear", min_lr=LEARNING_RATE / 4)
+    trainable = model_of(root, folder, context, "train", optimizer=schedule).trainable
+    assert trainable is not None
+    rates = []
+    for _ in range(NUM_STEPS + 1):
+        rates.append(sorted({group["lr"] / LEARNING_RATE for group in trainable.optimizer.param_groups}))
+        trainable.schedule.step(1)
+    return rates
 
 
 def train_and_save(model: RankModel, batch: RankBatch, folder: Path) -> None:
@@ -173,14 +210,15 @@ def run_case(root: Path, case: str, expected: dict[str, Any], context: ParallelC
         "fp32": in_and_out(folder, "fp32", context, None),
         "bf16": in_and_out(folder_of(root, case, "bf16"), "bf16", context, folder.parent / "export" if how["exports"] else None),
     }
-    for learns in ("train", "projector"):
-        saved = folder.parent / learns
+    for learns, scale in (("train", TOWER_SCALE), ("projector", 1.0)):
+        saved, optimizer = folder.parent / learns, replace(PLAIN, vision_lr_scale=scale)
         if how["saves"]:
-            train_and_save(model_of(root, folder, context, learns), batch, saved)
+            train_and_save(model_of(root, folder, context, learns, optimizer=optimizer), batch, saved)
         if how["loads"]:
-            found[f"{learns} checkpoint"] = load_and_train(
-                model_of(root, folder, context, learns, distributed=True), batch, saved
-            )
+            model = model_of(root, folder, context, learns, optimizer=replace(optimizer, distributed=True))
+            found[f"{learns} checkpoint"] = load_and_train(model, batch, saved)
+    if how["scales"]:
+        found |= {"scaled": scaled(root, folder, context, batch), "rates": scheduled(root, folder, context)}
     if how["learns"]:
         found |= learnt(root, folder, context, part, expected["grads"])
     return found
@@ -195,6 +233,7 @@ def program(arguments: dict[str, Any], world_size: int) -> None:
         how |= {step: name == arguments[step] for step in ("exports", "saves", "loads", "learns")}
         with context_of(layout, world_size) as context:
             for case in arguments["cases"][name]:
+                how["scales"] = case == arguments["cases"][name][0]
                 results.setdefault(name, {})[case] = run_case(root, case, reference[case], context, how)
             if context.rank == 0:
                 Path(arguments["out"]).write_text(json.dumps(results))

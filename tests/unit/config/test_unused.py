@@ -48,6 +48,7 @@ LOSS = ("algorithm.kl_placement=loss", "algorithm.kl_coefficient=0.1")
         (["model.moe_z_loss_coefficient=1"], "model.moe_z_loss_coefficient: changes nothing: model.path has no experts"),
         (["model.vision=train"], "model.vision: changes nothing: model.path has no vision tower"),
         (["batching.max_patches_per_micro_batch=9"], "batching.max_patches_per_micro_batch: "),
+        (["optimizer.vision_lr_scale=0.1"], "optimizer.vision_lr_scale: changes nothing: model.path has no vision tower"),
         (["evaluation.every=5"], "evaluation.every: changes nothing: there is no evaluation.data"),
         (["cluster.ray_wait_s=5"], "cluster.ray_wait_s: "),
         (["rollout.endpoints=['http://a:1']", "rollout.num_engines=2"], "rollout.num_engines: "),
