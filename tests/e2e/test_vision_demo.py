@@ -43,7 +43,7 @@ def test_two_steps_of_the_vision_demo(tmp_path: Path) -> None:
     keys = {name: checksums(demo, name) for name in SETS}
     assert len({key for found in keys.values() for key in found}) == sum(map(len, keys.values()))
     few = ["run.steps=2", "data.prompts_per_step=4", "evaluation.max_prompts=8", "run.export_hf=false", "checkpoint.at_end=false"]
-    rows = train(demo, tmp_path / "run", *few, "model.vision=train", timeout_s=500)
+    rows = train(demo, tmp_path / "run", *few, timeout_s=500)
     assert len(rows) == 2
     assert all(row["mismatch/logprob_abs_mean"] <= 1e-4 for row in rows)
     assert {"eval/reward_mean", "eval/blank/reward_mean"} <= rows[-1].keys()
@@ -59,9 +59,10 @@ def vision_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("layout", ["tp", "pp"])
-def test_reward_alone_teaches_to_name_what_is_seen(layout: str, vision_demo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("learns", ["train", "frozen"])
+def test_reward_alone_teaches_to_name_what_is_seen(learns: str, layout: str, vision_demo: Path, tmp_path: Path) -> None:
     other = "pp" if layout == "tp" else "tp"
-    overrides = [f"parallel.{layout}=2", f"parallel.{other}=1"]
+    overrides = [f"model.vision={learns}", f"parallel.{layout}=2", f"parallel.{other}=1"]
     few = ["run.export_hf=false", "checkpoint.at_end=false"]
     rows = train(vision_demo, tmp_path / "run", *overrides, *few, timeout_s=1800)
     rewards = [row["reward/mean"] for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from rlx.arch.families.registry import read_architecture
 from rlx.config.checks.unused import schedule_warnings, unused_keys
 from rlx.config.load import load_config, on_paper
+from tests.tower import tower
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -99,6 +101,15 @@ def test_schedules_that_do_not_fit_the_run(run_yaml: Path, overrides: list[str],
 )
 def test_what_is_used_is_not_named(run_yaml: Path, tmp_path: Path, overrides: list[str]) -> None:
     assert unused(run_yaml, *(word.replace("DATA", str(tmp_path / "train.jsonl")) for word in overrides)) == []
+
+
+@pytest.mark.parametrize("section", ["optimizer", "critic_optimizer"])
+@pytest.mark.parametrize(("learns", "is_used"), [("frozen", False), ("projector", True), ("train", True)])
+def test_the_rate_of_a_tower_is_for_one_that_learns(run_yaml: Path, section: str, learns: str, is_used: bool) -> None:
+    config = load_config(run_yaml, [f"model.vision={learns}", f"{section}.vision_lr_scale=0.1"])
+    arch = replace(read_architecture(config.model.path), vision=tower())
+    said = f"{section}.vision_lr_scale: changes nothing: model.vision is frozen"
+    assert unused_keys(config, arch) == ([] if is_used else [said])
 
 
 @pytest.mark.parametrize("recipe", sorted((CONFIGS / "recipes").glob("[!b]*.yaml")), ids=lambda path: path.stem)
