@@ -26,6 +26,24 @@ def expected_shapes(arch: Architecture) -> Mapping[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCost:
+    """What attention between a sequence's tokens costs, counted in tokens: how many of them take as many operations in
+    everything else. ``pair`` is the cost of one token seeing one in one layer; ``num_full`` layers see all earlier tokens,
+    ``num_windowed`` the last ``window``."""
+
+    pair: float
+    num_full: int
+    num_windowed: int = 0
+    window: int = 1
+
+    def of(self, num_tokens: int) -> float:
+        """Of a sequence of so many tokens."""
+        seen, within = num_tokens * (num_tokens + 1) / 2, min(num_tokens, self.window)
+        seen_in_window = within * (within + 1) / 2 + self.window * (num_tokens - within)
+        return self.pair * (self.num_full * seen + self.num_windowed * seen_in_window)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """Parameters of ``arch`` by where they live: ``embedding`` and ``output`` (the output layer, 0 where it is tied), and of one
     layer ``attention`` (with the norms), ``dense_mlp``, ``moe_mlp`` (all of an MoE layer's but its routed experts) and
@@ -59,6 +77,27 @@ class Sizes:
         passes = 4 if learns else 1
         body = (self.total - self.tower - self.embedding) / shares
         return passes * self.tower / (3 * body)
+
+    @property
+    def active(self) -> float:
+        """Parameters that a token is multiplied by: of the experts those that it is sent to, and the vocabulary's once."""
+        layers, sparse, experts = self.arch.num_layers, self.num_moe_layers, self.arch.experts
+        share = 0.0 if experts is None else experts.top_k / experts.num_experts
+        body = layers * self.attention + (layers - sparse) * self.dense_mlp + sparse * (self.moe_mlp + share * self.experts)
+        return body + (self.output or self.embedding)
+
+    @property
+    def attention_cost(self) -> AttentionCost:
+        """Operations on pairs of tokens as against those on single ones."""
+        arch, latent = self.arch, self.arch.latent
+        widths = 2 * arch.head_dim if latent is None else latent.plain_dim + latent.rope_dim + latent.value_dim
+        windowed = 0 if arch.window is None else sum(arch.windowed_layers) if arch.windowed_layers else arch.num_layers
+        return AttentionCost(
+            pair=arch.num_heads * widths / self.active,
+            num_full=arch.num_layers - windowed,
+            num_windowed=windowed,
+            window=arch.window or 1,
+        )
 
     @property
     def attention_width(self) -> int:

@@ -277,7 +277,10 @@ def plan_examples(examples: Sequence[Example], *, dims: ParallelDims, budget: Bu
         dims=dims,
         num_mini_batches=1,
         max_tokens=budget.max_tokens,
-        images=budget.load_of([[span for side in example for span in side.images] for example in examples]),
+        load=budget.load_of(
+            [[len(side.token_ids) for side in example] for example in examples],
+            [[span for side in example for span in side.images] for example in examples],
+        ),
     )
     (whole,) = plan.mini_batches
     sides = len(examples[0])

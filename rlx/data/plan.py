@@ -8,8 +8,8 @@ Invariants (tests/unit/data/test_plan.py holds one test for each):
 3. a micro-batch holds at most ``max_tokens`` tokens, padding counted, and ``max_patches`` of different images, unless it holds a
    single sample;
 4. which samples form a mini-batch does not depend on the layout: they are cut in order, sizes differing by at most one;
-5. samples are balanced over ranks: no two ranks differ by more than the longest padded sample of the mini-batch (with images:
-   than the one of most work, tokens and patches);
+5. work is balanced over ranks: no two ranks differ by more than the sample of most work (padded tokens, attention between them,
+   patches), and within a rank over its micro-batches as far as the budget allows, of which there are as few as fit;
 6. fewer samples than ranks are allowed: the rest get empty micro-batches;
 7. the same input gives the same plan;
 8. ``num_loss_tokens`` and ``num_sequences`` (those with tokens to learn from) count the whole mini-batch.
@@ -20,13 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heapreplace
 from itertools import pairwise
 from typing import Self
 
 from rlx.arch.families.registry import read_architecture
-from rlx.arch.sizes import sizes_of
+from rlx.arch.sizes import AttentionCost, sizes_of
 from rlx.config.schema import BatchingConfig, ModelConfig, ParallelConfig
+from rlx.data.balance import Room, deal, fewest_bins, pack
 from rlx.types.layout import BatchPlan, MiniBatchPlan, ParallelDims
 from rlx.types.rollout import ImageSpan
 from rlx.types.train_batch import BatchPart, MiniBatchPart, Rows
@@ -39,16 +39,18 @@ def round_up(number: int, multiple: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a micro-batch may hold and what images cost.
+    """What a micro-batch may hold and what its parts cost.
 
     max_tokens   tokens, padding counted
     max_patches  patches of different images; None: no limit of their own
     patch_cost   how many tokens take as long as the tower's work on a patch
+    attention    what attention between the tokens of a sequence costs; None: nothing
     """
 
     max_tokens: int
     max_patches: int | None = None
     patch_cost: float = 0.0
+    attention: AttentionCost | None = None
 
     @classmethod
     def of(cls, model: ModelConfig, parallel: ParallelConfig, batching: BatchingConfig) -> Self:
@@ -58,30 +60,37 @@ class Budget:
             max_tokens=batching.max_tokens_per_micro_batch,
             max_patches=batching.max_patches_per_micro_batch,
             patch_cost=sizes.patch_cost(parallel.tp * parallel.pp, learns=model.vision == "train"),
+            attention=sizes.attention_cost,
         )
 
-    def load_of(self, images: Sequence[Sequence[ImageSpan]]) -> ImageLoad | None:
-        """The images of each sample under this budget; None where no sample has any."""
-        if not any(images):
-            return None
-        patches = [{span.key: math.prod(span.grid) for span in of_one} for of_one in images]
-        return ImageLoad(patches=patches, max_patches=self.max_patches, patch_cost=self.patch_cost)
+    def load_of(self, lengths: Sequence[Sequence[int]], images: Sequence[Sequence[ImageSpan]] = ()) -> Load:
+        """What samples are under this budget: the lengths of each one's sequences, and its images."""
+        patches = [{span.key: math.prod(span.grid) for span in of_one} for of_one in images] if any(images) else []
+        costs = [0.0] * len(lengths)
+        if self.attention is not None:
+            costs = [sum(map(self.attention.of, sequences)) for sequences in lengths]
+        for index, of_one in enumerate(patches):
+            costs[index] += self.patch_cost * sum(of_one.values())
+        return Load(costs=list(map(round, costs)), patches=patches, max_patches=self.max_patches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageLoad:
-    """``patches[i]`` are those of each image of sample i, by its key; the rest as in ``Budget``."""
+class Load:
+    """``costs[i]`` is the work on sample i beside that on its tokens one by one, in tokens: attention between them, the tower's
+    on its images. ``patches[i]`` are those of each of its images, by its key; empty where no sample has any. ``max_patches`` as
+    in ``Budget``."""
 
-    patches: Sequence[Mapping[str, int]]
-    max_patches: int | None
-    patch_cost: float
+    costs: Sequence[int]
+    patches: Sequence[Mapping[str, int]] = ()
+    max_patches: int | None = None
 
-    def cost(self, index: int) -> int:
-        """The tower's work on the images of a sample, in tokens."""
-        return round(self.patch_cost * sum(self.patches[index].values()))
+    @property
+    def is_limited(self) -> bool:
+        """Whether images limit what may be together."""
+        return bool(self.patches) and self.max_patches is not None
 
     def fits(self, indices: Iterable[int]) -> bool:
-        """Whether these samples may be in one micro-batch."""
+        """Whether the images of these samples may be in one micro-batch."""
         together = {key: count for index in indices for key, count in self.patches[index].items()}
         return self.max_patches is None or sum(together.values()) <= self.max_patches
 
@@ -93,7 +102,7 @@ def plan_batch(
     dims: ParallelDims,
     num_mini_batches: int,
     max_tokens: int,
-    images: ImageLoad | None = None,
+    load: Load | None = None,
 ) -> BatchPlan:
     """Plan samples with ``lengths[i]`` tokens, ``loss_tokens[i]`` of them trained on; see the module's invariants.
 
@@ -110,11 +119,11 @@ def plan_batch(
             f"a sample of {longest} tokens does not fit batching.max_tokens_per_micro_batch = {max_tokens};"
             f" raise it to at least {longest}, or lower data.max_prompt_tokens or rollout.max_new_tokens"
         )
-    if images is not None:
-        _check_patches(images)
+    load = Load(costs=[0] * len(lengths)) if load is None else load
+    _check_patches(load)
     mini_batches = []
     for members in _cut_in_order(len(lengths), num_mini_batches):
-        micro_batches = _plan_ranks(members, lengths, dims, max_tokens, images)
+        micro_batches = _plan_ranks(members, lengths, dims, max_tokens, load)
         learnt = [loss_tokens[index] for index in members]
         num_sequences = sum(1 for count in learnt if count)
         plan = MiniBatchPlan(micro_batches=micro_batches, num_loss_tokens=sum(learnt), num_sequences=num_sequences)
@@ -143,72 +152,30 @@ def _cut_in_order(num_samples: int, num_parts: int) -> list[range]:
     return [range(start, end) for start, end in pairwise(borders)]
 
 
-def _check_patches(images: ImageLoad) -> None:
-    most = max((sum(patches.values()) for patches in images.patches), default=0)
-    if images.max_patches is not None and most > images.max_patches:
+def _check_patches(load: Load) -> None:
+    most = max((sum(patches.values()) for patches in load.patches), default=0)
+    if load.max_patches is not None and most > load.max_patches:
         raise ValueError(
-            f"the images of a sample have {most} patches, more than batching.max_patches_per_micro_batch = {images.max_patches};"
+            f"the images of a sample have {most} patches, more than batching.max_patches_per_micro_batch = {load.max_patches};"
             f" raise it to at least {most}, or use smaller images"
         )
 
 
 def _plan_ranks(
-    members: Sequence[int], lengths: Sequence[int], dims: ParallelDims, max_tokens: int, images: ImageLoad | None
+    members: Sequence[int], lengths: Sequence[int], dims: ParallelDims, max_tokens: int, load: Load
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     padded = {index: round_up(lengths[index], dims.sequence_multiple) for index in members}
-    work = padded if images is None else {index: size + images.cost(index) for index, size in padded.items()}
+    work = {index: size + load.costs[index] for index, size in padded.items()}
     capacity = max_tokens - max_tokens % dims.pack_multiple  # whatever is rounded up fits in exactly when it fits in this
-    per_rank = [_pack(rank, padded, capacity, images) for rank in _balance(work, dims.dp)]
-    num_micro_batches = max(1, *(len(packs) for packs in per_rank))
+    room = Room(sizes=padded, capacity=capacity, allows=load.fits if load.is_limited else None)
+    ranks = deal(work, dims.dp)
+    num_micro_batches = max(fewest_bins(rank, work, room) for rank in ranks)
     if dims.vpp > 1:
         num_micro_batches = round_up(num_micro_batches, dims.pp)
-    return tuple(_spread(packs, work, num_micro_batches) for packs in per_rank)
+    return tuple(_in_order(pack(rank, work, room, num_micro_batches), work) for rank in ranks)
 
 
-def _largest_first(indices: Sequence[int], sizes: dict[int, int]) -> list[int]:
-    return sorted(indices, key=lambda index: (-sizes[index], index))
-
-
-def _balance(work: dict[int, int], num_ranks: int) -> list[list[int]]:
-    """The sample of most work first, each to the rank with the least so far."""
-    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [(0, rank) for rank in range(num_ranks)]  # a heap
-    for index in _largest_first(list(work), work):
-        load, rank = loads[0]
-        ranks[rank].append(index)
-        heapreplace(loads, (load + work[index], rank))
-    return ranks
-
-
-def _pack(indices: Sequence[int], padded: dict[int, int], capacity: int, images: ImageLoad | None) -> list[list[int]]:
-    """First fit, longest first. A sample whose padding alone exceeds the budget gets a micro-batch of its own."""
-    packs: list[list[int]] = []
-    loads: list[int] = []
-    for index in _largest_first(indices, padded):
-        size = padded[index]
-        fitting = (pack for pack, load in enumerate(loads) if load + size <= capacity)
-        if images is not None:
-            fitting = (pack for pack in fitting if images.fits([*packs[pack], index]))
-        pack = next(fitting, None)
-        if pack is None:
-            packs.append([index])
-            loads.append(size)
-        else:
-            packs[pack].append(index)
-            loads[pack] += size
-    return packs
-
-
-def _spread(packs: list[list[int]], work: dict[int, int], num_micro_batches: int) -> tuple[tuple[int, ...], ...]:
-    """Halve the heaviest divisible pack until there are enough; then fill up with empty ones."""
-    packs = list(packs)
-    while len(packs) < num_micro_batches:
-        divisible = [pack for pack in packs if len(pack) > 1]
-        if not divisible:
-            packs.append([])
-            continue
-        heaviest = max(divisible, key=lambda pack: sum(work[index] for index in pack))
-        packs.remove(heaviest)
-        packs += [heaviest[::2], heaviest[1::2]]
-    packs.sort(key=lambda pack: (-sum(work[index] for index in pack), pack))
-    return tuple(tuple(sorted(pack)) for pack in packs)
+def _in_order(packs: list[list[int]], work: Mapping[int, int]) -> tuple[tuple[int, ...], ...]:
+    """Those of most work first on every rank: what runs at the same time is of one size."""
+    in_order = sorted(map(sorted, packs), key=lambda pack: (-sum(work[index] for index in pack), pack))
+    return tuple(map(tuple, in_order))

@@ -50,7 +50,7 @@ class Learner:
             dims=self._dims,
             num_mini_batches=self._algorithm.num_mini_batches,
             max_tokens=self._budget.max_tokens,
-            images=self._budget.load_of(samples.images),
+            load=self._budget.load_of([(length,) for length in samples.lengths], samples.images),
         )
         with phase("score", step), timer("score"):
             roles.policy.begin_training()

@@ -144,8 +144,8 @@ def test_images_have_a_budget_of_their_own_and_are_work(
     names = [data.draw(st.lists(st.sampled_from("abcdef"), max_size=2, unique=True)) for _ in lengths]
     images = [spans_of(of_one, sides) for of_one in names]
     most = max((sum(2 * sides[name] for name in of_one) for of_one in names), default=1) + data.draw(st.integers(1, 30))
-    load = Budget(max_tokens=max_tokens, max_patches=most, patch_cost=0.5).load_of(images)
-    plan = plan_batch(lengths, loss_tokens, dims=dims, num_mini_batches=num_mini_batches, max_tokens=max_tokens, images=load)
+    load = Budget(max_tokens=max_tokens, max_patches=most, patch_cost=0.5).load_of([()] * len(lengths), images)
+    plan = plan_batch(lengths, loss_tokens, dims=dims, num_mini_batches=num_mini_batches, max_tokens=max_tokens, load=load)
     found = Counter(index for mini in members(plan) for index in mini)
     assert found == Counter(range(len(lengths)))
     work = [
@@ -166,13 +166,13 @@ def test_a_group_pays_once_for_the_image_that_it_shares() -> None:
     budget = Budget(max_tokens=64, max_patches=30, patch_cost=0.1)
     shared, different = [spans_of("a", {"a": 12})] * 4, [spans_of(name, {name: 12}) for name in "abcd"]
     for images, num_packs in ((shared, 1), (different, 4)):
-        load = budget.load_of(images)
-        plan = plan_batch([8] * 4, [4] * 4, dims=ParallelDims(world_size=1), num_mini_batches=1, max_tokens=64, images=load)
+        load = budget.load_of([(8,)] * 4, images)
+        plan = plan_batch([8] * 4, [4] * 4, dims=ParallelDims(world_size=1), num_mini_batches=1, max_tokens=64, load=load)
         assert len(plan.mini_batches[0].micro_batches[0]) == num_packs
-    assert budget.load_of([(), ()]) is None
+    assert not budget.load_of([(8,), (8,)], [(), ()]).is_limited
 
 
 def test_images_that_never_fit_are_refused() -> None:
-    load = Budget(max_tokens=64, max_patches=23, patch_cost=0.1).load_of([spans_of("a", {"a": 12})])
+    load = Budget(max_tokens=64, max_patches=23, patch_cost=0.1).load_of([(8,)], [spans_of("a", {"a": 12})])
     with pytest.raises(ValueError, match=r"have 24 patches, more than batching.max_patches_per_micro_batch = 23"):
-        plan_batch([8], [4], dims=ParallelDims(world_size=1), num_mini_batches=1, max_tokens=64, images=load)
+        plan_batch([8], [4], dims=ParallelDims(world_size=1), num_mini_batches=1, max_tokens=64, load=load)
