@@ -27,7 +27,7 @@ def clear_devices(tags: Sequence[str], context: ParallelContext, fleet: Fleet, t
         if context.rank == 0:
             try:
                 for member in fleet.members:
-                    endpoint = Endpoint(url=member.url, tp=member.tp, incarnation=member.incarnation)
+                    endpoint = Endpoint(url=member.url, tp=member.tp, incarnation=member.incarnation, index=member.index)
                     with closing(EngineControl(member.url, timeout_s=timeout_s, keys=fleet.keys)) as control:
                         memory.release(Engine(endpoint=endpoint, control=control))
             except Exception as caught:  # the other ranks wait to hear of it

@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 
 from rlx.cluster.colocation import clear_devices
+from rlx.config.parts import EngineSettings
 from rlx.config.schema import Config
 from rlx.driver.lane import find_driver, lane_secret
 from rlx.engines.engine_plan import released_tags
 from rlx.engines.fleet import read_fleet, wait_for_fleet
 from rlx.obs.log import logger, phase
 from rlx.parallel.context import build_context, connect, shut_down
+from rlx.placement.from_config import trainers_of_engines
 from rlx.processes.environment import RankEnvironment, leave_launcher_store, rendezvous
 from rlx.sync.engine_memory import EngineMemory
 from rlx.trainer.finetune_worker import FinetuneWorker
@@ -42,7 +44,8 @@ def run_rank(config: Config, where: RankEnvironment, device: torch.device, endpo
             if shares:
                 tags = released_tags(config.cluster, config.rollout, device.type)
                 memory = clear_devices(tags, context, read_fleet(endpoints_file), config.sync.timeout_s)
-            worker = Worker(config, context)
+            nodes = where.world_size // where.ranks_here
+            worker = Worker(config, context, trainers_of_engines(EngineSettings.of(config), config.parallel, device.type, nodes))
             with phase("wait for engines"):
                 worker.engines.use(wait_for_fleet(endpoints_file, start_s).keys, memory)
         done = serve(channel, worker)

@@ -248,9 +248,9 @@ class SyncConfig:
 
     transport: str = option(
         "auto",
-        "stream: a group with every engine and rlx's receiver in it; broadcast: a group, SGLang's own way; ipc: the GPU's memory"
-        " shared; shm: host memory shared on one machine; disk: a folder; auto: co-located, ipc where one engine has the GPUs of"
-        " all senders, else shm; broadcast with rollout.endpoints, else stream",
+        "stream: a group with every engine and rlx's receiver in it; broadcast: a group, SGLang's own way; ipc: each trainer rank"
+        " shares its GPU's memory with the engine rank there; shm: host memory shared on one machine; disk: a folder; auto: ipc"
+        " where co-located, broadcast with rollout.endpoints, else stream",
         choices=("auto", "stream", "broadcast", "ipc", "shm", "disk"),
     )
     dir: str | None = option(None, "transport disk: a folder that trainers and engines see under this path; none: RUN_DIR/sync")
@@ -307,28 +307,15 @@ class Config:
         """``sync.transport`` with auto resolved."""
         if self.sync.transport != "auto":
             return self.sync.transport
-        if not self.cluster.colocated:
-            return "broadcast" if self.rollout.endpoints else "stream"
-        return "ipc" if self.one_engine_sees_all_senders else "shm"
+        if self.cluster.colocated:
+            return "ipc"
+        return "broadcast" if self.rollout.endpoints else "stream"
 
     @property
     def engine_precision(self) -> Precision:
         """That of engines: ``rollout.dtype`` with auto resolved."""
         dtype = self.model.dtype if self.rollout.dtype == "auto" else self.rollout.dtype
         return precision_of(dtype, fp32_head=self.model.fp32_head)
-
-    @property
-    def sender_ranks(self) -> range:
-        """The trainer ranks that send weights: the first one of each pipeline stage."""
-        stages = self.parallel.pp
-        return range(0, self.num_trainer_ranks, max(1, self.num_trainer_ranks // stages))
-
-    @property
-    def one_engine_sees_all_senders(self) -> bool:
-        """What CUDA IPC between co-located processes takes. Each sender's buffer lies on its own GPU, every engine rank opens it,
-        and can where that GPU is visible to it: all ranks of an engine see the engine's GPUs, those of trainer ranks 0 to tp - 1
-        where it is the only one."""
-        return self.rollout.num_engines == 1 and max(self.sender_ranks) < self.rollout.tp
 
     @property
     def num_trainer_ranks(self) -> int:

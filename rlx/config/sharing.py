@@ -17,8 +17,6 @@ MEM_FRACTION_STATIC = 0.6
 # What libraries and CUDA graphs of an engine keep when it gives everything back (measured: 1.7), and those of a resting trainer.
 ENGINE_RESERVE_BYTES = 2 * GIB
 RESTING_BYTES = 2 * GIB
-# On the sender's GPU, for each other rank of an engine that opens its buffers there.
-CONTEXT_BYTES = GIB // 2
 # The one that travels, laid flat; its tensors; the next one's, being gathered.
 NUM_CHUNKS = 3
 
@@ -73,14 +71,18 @@ def shared_phases(config: Config, found: Estimate, sizes: Sizes) -> tuple[Shared
     kept = "" if offload != "none" else ", gradients, optimizer"
     left = {"none": weights + optimizer, "optimizer": weights, "all": 0}[offload]
     reserve = ENGINE_RESERVE_BYTES
-    if config.transport == "ipc":
-        reserve += (config.rollout.tp - 1) * CONTEXT_BYTES
     loaded, caches = found.engine_weights, _cache_bytes(config, found)
     stays = {"none": loaded + caches, "kv_cache": loaded, "all": 0}[release]
     both = "weights; caches not counted" if mem_fraction_static(config) is None else "weights and key-value cache"
     words = {"none": both, "kv_cache": "weights", "all": "libraries"}
     held = caches if release == "none" else 0
-    chunks = NUM_CHUNKS * max(config.sync.bucket_bytes, config.model.precision.weight_bytes * sizes.embedding)
+    largest = config.model.precision.weight_bytes * sizes.embedding
+    travels = NUM_CHUNKS * max(config.sync.bucket_bytes, largest)
+    chunks = f"{NUM_CHUNKS} chunks of {travels / NUM_CHUNKS / GIB:.1f}"
+    if config.transport == "ipc":
+        area = max(2 * config.sync.bucket_bytes, largest)
+        travels = area + largest
+        chunks = f"an area of {area / GIB:.1f}, a tensor of {largest / GIB:.1f}"
     return (
         SharedPhase(
             name="rollout",
@@ -100,8 +102,8 @@ def shared_phases(config: Config, found: Estimate, sizes: Sizes) -> tuple[Shared
             name="publication",
             engine=reserve + loaded + held,
             engine_has=both if held else "weights",
-            trainer=RESERVE_BYTES + weights + (0 if kept == "" else optimizer) + chunks,
-            trainer_has=f"weights{kept}, {NUM_CHUNKS} chunks of {chunks / NUM_CHUNKS / GIB:.1f}",
+            trainer=RESERVE_BYTES + weights + (0 if kept == "" else optimizer) + travels,
+            trainer_has=f"weights{kept}, {chunks}",
         ),
     )
 

@@ -208,4 +208,4 @@ def _is_settled(held: Held, fleet: Fleet) -> bool:
 
 
 def _endpoints(fleet: Fleet) -> tuple[Endpoint, ...]:
-    return tuple(Endpoint(url=m.url, tp=m.tp, incarnation=m.incarnation) for m in fleet.members)
+    return tuple(Endpoint(url=m.url, tp=m.tp, incarnation=m.incarnation, index=m.index) for m in fleet.members)

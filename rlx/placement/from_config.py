@@ -40,6 +40,23 @@ def seats_of(engines: EngineSettings, parallel: ParallelConfig, trainer_nodes: i
     return plan_seats(machines_of(engines.cluster, trainer_nodes), demand_of(engines, parallel))
 
 
+def trainers_of_engines(
+    engines: EngineSettings, parallel: ParallelConfig, device: str, trainer_nodes: int
+) -> dict[int, list[int]]:
+    """By engine, the trainer rank on the GPU of each of its ranks; on CPUs, where any rank of the machine would do, all take
+    turns."""
+    count, tp = engines.num_trainer_ranks, engines.rollout.tp
+    if device != "cuda" or not engines.cluster.colocated:
+        return {index: [(index * tp + rank) % count for rank in range(tp)] for index in range(engines.num_started)}
+    if engines.cluster.gpus_per_node is None:  # one machine: engines take its GPUs in order
+        return {index: list(range(index * tp, index * tp + tp)) for index in range(engines.num_started)}
+    seats = seats_of(engines, parallel, trainer_nodes)
+    return {
+        index: [node * seats.ranks_per_node + gpu for node in seat.nodes for gpu in seat.gpus]
+        for index, seat in enumerate(seats.engines)
+    }
+
+
 def check_spanning(engines: EngineSettings, seats: Seats) -> None:
     """PlacementError for engines on several nodes that cannot be there."""
     spans = [len(seat.nodes) for seat in seats.engines if len(seat.nodes) > 1]

@@ -37,7 +37,7 @@ class Crew:
     def __init__(self, place: PublisherPlace, engines: tuple[Engine, ...], share: Share, timeout_s: float) -> None:
         self.place = place
         self.engines = engines
-        self._share = share
+        self.share = share
         self._timeout_s = timeout_s
         self.phase_s: dict[str, float] = defaultdict(float)
 
@@ -52,7 +52,7 @@ class Crew:
             error = caught
         problem = None if error is None else f"trainer rank {self.place.rank}: {error}"
         unwell = list(error.engines) if isinstance(error, SyncError) else []
-        answers = [json.loads(text) for text in self._share(json.dumps([problem, result, unwell])) if text is not None]
+        answers = [json.loads(text) for text in self.share(json.dumps([problem, result, unwell])) if text is not None]
         self.phase_s[phase] += time.monotonic() - began
         problems = [answer[0] for answer in answers if answer[0] is not None]
         if problems:

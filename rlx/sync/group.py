@@ -26,12 +26,13 @@ GRACE_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """One engine: its url, over how many ranks it splits the model (each of them joins every group) and which of its
-    lives this is: after a restart it has forgotten its groups and weights."""
+    """One engine: its url, over how many ranks it splits the model (each of them joins every group), which of its lives this is
+    (after a restart it has forgotten its groups and weights) and its number in the run."""
 
     url: str
     tp: int = 1
     incarnation: int = 0
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

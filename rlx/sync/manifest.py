@@ -5,6 +5,7 @@ SGLang answers "success" to unknown names, to extra rows and to missing tensors,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -29,6 +30,11 @@ class Ledger:
     def where(self) -> str:
         """The last tensor that was booked, for error messages."""
         return f"after tensor {next(reversed(self._sent))}" if self._sent else "at the first tensor"
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each tensor of the engines' model."""
+        return [math.prod(shape) for shape in self._expected.values()]
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:

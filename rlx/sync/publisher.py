@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rlx.config.schema import SyncConfig
+from rlx.obs.log import logger
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.sglang.control import EngineControl
 from rlx.sync.collective_phase import Crew, PublisherPlace, Share
@@ -31,10 +32,11 @@ from rlx.sync.model_check import check_model
 from rlx.sync.proof.by_checksums import ChecksumProof
 from rlx.sync.proof.canary import CanarySpec, canary_sequences, is_due
 from rlx.sync.proof.canary_run import CanaryProof
-from rlx.sync.sender import StageSender
+from rlx.sync.sender import StageSender, drain
 from rlx.sync.transports.base import Lane
 from rlx.sync.transports.broadcast import BroadcastLane
 from rlx.sync.transports.disk import DiskLane, SyncFolder
+from rlx.sync.transports.handover import Handover, Seats
 from rlx.sync.transports.shared_memory import SharedMemoryLane
 from rlx.sync.transports.stream import StreamLane
 from rlx.types.weights import CanaryReport, TensorInfo, WeightManifest
@@ -45,8 +47,8 @@ class PublisherTarget:
     """The engines, their model (Hugging Face name -> shape; tied tensors once) and how to reach them.
 
     Tensors in ``constant`` never change: engines that hold them are sent the others (but a folder is always whole).
-    ``transport`` is "stream", "broadcast", "ipc", "shm" or "disk" (through ``folder``), ``backend`` "gloo" or "nccl" (of the
-    first two), ``device`` the sender's.
+    ``transport`` is "stream", "broadcast", "ipc" (by ``seats``), "shm" or "disk" (through ``folder``), ``backend`` "gloo" or
+    "nccl" (of the first two), ``device`` this rank's.
     """
 
     endpoints: tuple[Endpoint, ...]
@@ -58,6 +60,7 @@ class PublisherTarget:
     transport: str = "broadcast"
     sharing: Sharing | None = None
     folder: SyncFolder | None = None
+    seats: Seats | None = None
 
 
 class Publisher:
@@ -82,6 +85,11 @@ class Publisher:
         self._place = place
         self._crew = Crew(place, self._engines, share, config.timeout_s)
         self._lane: Lane | None = None
+        self._transport = target.transport
+        self._handover: Handover | None = None
+        if target.transport == "ipc":
+            assert target.seats is not None, "the ipc transport needs to know who sits where"
+            self._handover = Handover(self._engines, target.seats, place.rank, target.device, config)
         self._proof = None if canary is None else ChecksumProof(self._crew, canary.precision)
         self._connected = False
         self._failure: str | None = None
@@ -94,8 +102,9 @@ class Publisher:
         """Bring every engine to the weights in ``tensors``, labelled ``version``; returns what was delivered, on every rank.
         Of what never changes that is nothing from the second publication on.
 
-        On a sender ``tensors`` yields the stage's full tensors under Hugging Face names (not written to again until
-        publish returns); on other ranks it yields anything and is driven to its end, for its gathers are collective.
+        On a sender (transport ipc: on every rank) ``tensors`` yields the stage's full tensors under Hugging Face names (not
+        written to again until publish returns); on other ranks it yields anything and is driven to its end, for its gathers are
+        collective.
         Raises SyncError (CanaryError when the canary fails) on all ranks; the engines then stay paused.
         """
         if self._failure is not None:
@@ -122,6 +131,8 @@ class Publisher:
         if self._lane is not None:
             self._lane.close()
             self._lane = None
+        if self._handover is not None:
+            self._handover.close()
         for engine in self._engines:
             engine.control.close()
 
@@ -155,16 +166,18 @@ class Publisher:
         canary, proof = (self._canary, self._proof) if due else (None, None)
         if proof is not None:
             tensors = proof.watch(what, tensors)
-        if self._target.transport != "disk":
+        if self._transport != "disk":
             self._lead_together(what, "begin", lambda engine: engine.control.begin_update())
         left_out = self._left_out()
         repeats, self._last_left_out = left_out == self._last_left_out, left_out
         ledger = Ledger({name: shape for name, shape in self._target.expected.items() if name not in left_out})
         tensors = (each for each in tensors if each[0] not in left_out)  # the proof has seen all
-        for stage in range(self._place.num_stages):
+        if self._handover is not None:
+            self._hand_over(self._handover, version, tensors, ledger, repeats)
+        for stage in range(self._place.num_stages) if self._handover is None else ():
             self._send_stage(stage, version, tensors, ledger, repeats)
         self._crew.together(what, "verify", ledger.check_complete)
-        if self._target.transport != "disk":
+        if self._transport != "disk":
             self._lead_together(what, "end", lambda engine: engine.control.end_update())
         proved = {} if proof is None else proof.judge(what)
         wanted = self._trainer_scores(what, canary) if canary is not None else []
@@ -177,7 +190,7 @@ class Publisher:
 
     def _left_out(self) -> frozenset[str]:
         """What engines hold already."""
-        return self._target.constant if self._has_constants and self._target.transport != "disk" else frozenset()
+        return self._target.constant if self._has_constants and self._transport != "disk" else frozenset()
 
     def _lead_together(self, what: str, phase: str, call: Callable[[Engine], None]) -> None:
         self._crew.together(what, phase, lambda: self._crew.lead_asks(call))
@@ -201,7 +214,14 @@ class Publisher:
             return
         expected = self._target.expected
         self._crew.together(what, "model", lambda: self._crew.lead_calls(lambda control: check_model(control, expected)))
-        for stage in range(self._place.num_stages):
+        if self._handover is not None:
+            refusals = [text for text in self._crew.together(what, "ipc", self._handover.refusal) if text]
+            if refusals:
+                logger.warning(
+                    "CUDA IPC is refused (%s); weights go through host memory, as with sync.transport=shm", refusals[0]
+                )
+                self._handover, self._transport = None, "shm"
+        for stage in range(self._place.num_stages) if self._handover is None else ():
             self._crew.together(what, "group", partial(self._open, stage))
         self._connected = True
 
@@ -209,15 +229,37 @@ class Publisher:
         if not self._place.is_sender or self._place.stage != stage:
             return
         target = self._target
-        if target.transport in ("ipc", "shm"):
-            device = target.device if target.transport == "ipc" else torch.device("cpu")
-            self._lane = SharedMemoryLane(self._engines, device)
-        elif target.transport == "disk":
+        if self._transport == "shm":
+            self._lane = SharedMemoryLane(self._engines)
+        elif self._transport == "disk":
             assert target.folder is not None, "the disk transport needs a folder"
             self._lane = DiskLane(self._engines, target.folder, stage, target.expected, self._config.timeout_s)
         else:
             opened = open_group(stage, self._engines, target.backend, target.device, self._config.timeout_s)
-            self._lane = (StreamLane if target.transport == "stream" else BroadcastLane)(opened, target.device)
+            self._lane = (StreamLane if self._transport == "stream" else BroadcastLane)(opened, target.device)
+
+    def _hand_over(
+        self, lane: Handover, version: int, tensors: Iterator[tuple[str, Tensor]], ledger: Ledger, repeats: bool
+    ) -> None:
+        """Every rank its part: to the engine ranks on its own device. Afterwards every rank's ledger holds all tensors."""
+        what, place = f"weight sync {version}", self._place
+        texts = self._crew.together(what, "area", lambda: lane.begin(ledger.sizes, repeats))
+        self._crew.together(what, "ask", lambda: lane.ask(texts, version))
+        for stage in range(place.num_stages):
+            mine = stage == place.stage
+
+            def send(stage: int = stage, mine: bool = mine) -> None:
+                try:
+                    infos = lane.send(stage, ledger.checked(tensors) if mine else None, self._crew.share)
+                except Exception as error:
+                    if mine:
+                        drain(tensors)
+                    at = "check" if isinstance(error, SyncError) else f"gather, {ledger.where}: {type(error).__name__}"
+                    raise SyncError(f"trainer side, stage {stage}, phase {at}: {error}") from error
+                ledger.record(() if mine else infos)
+
+            self._crew.together(what, f"send of stage {stage}", send)
+        self._crew.together(what, "load", lane.finish)
 
     def _send_stage(self, stage: int, version: int, tensors: Iterator[tuple[str, Tensor]], ledger: Ledger, repeats: bool) -> None:
         """One stage's turn; afterwards every rank's ledger holds its tensors. ``repeats``: they are the last publication's."""

@@ -52,7 +52,7 @@ class StageSender:
         try:
             self._send(tensors, ledger, version)
         except Exception:
-            self._drain(tensors)
+            drain(tensors)
             raise
 
     def _send(self, tensors: Iterator[tuple[str, Tensor]], ledger: Ledger, version: int) -> None:
@@ -100,12 +100,14 @@ class StageSender:
             unwell(engines),
         ) from next(iter((engines or found).values()))
 
-    def _drain(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        try:
-            for _ in tensors:
-                pass
-        except Exception as error:  # the failure that led here is the one to report
-            logger.warning("weight sync: gathering the rest after a failure failed as well: %s", error)
+
+def drain(tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Drive a stage's tensors to their end after a failure, which is the one to report: the gathers are collective."""
+    try:
+        for _ in tensors:
+            pass
+    except Exception as error:
+        logger.warning("weight sync: gathering the rest after a failure failed as well: %s", error)
 
 
 def _named(number: int, chunk: WeightChunk) -> str:

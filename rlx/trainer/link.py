@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from rlx.config.schema import SyncConfig
 from rlx.models.hf.companions import Companions
@@ -26,19 +27,23 @@ from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
+from rlx.sync.transports.handover import Seats, Spread
 from rlx.types.weights import CanaryReport, WeightManifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkOptions:
     """How weights reach engines: ``transport`` (never auto), with ``folder`` for the one that needs it. ``shares``: the engines
-    are on the trainers' devices. ``constant``: tensors that never change (a frozen tower's)."""
+    are on the trainers' devices. ``constant``: tensors that never change (a frozen tower's). ``sharers``: by engine, the trainer
+    rank on the device (or machine) of each of its ranks. ``weight_bytes``: the width of a weight."""
 
     sync: SyncConfig
     transport: str
     folder: SyncFolder | None = None
     shares: bool = False
     constant: frozenset[str] = frozenset()
+    sharers: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    weight_bytes: int = 4
 
 
 class EngineLink:
@@ -59,6 +64,10 @@ class EngineLink:
         self._endpoints: tuple[Endpoint, ...] = ()
         self._told = False
         self._num_doubts = 0
+
+    @property
+    def transport(self) -> str:
+        return self._options.transport
 
     def use(self, keys: EngineKeys, memory: EngineMemory) -> None:
         """Open every engine with these keys from now on; ``memory`` records what co-located ones gave back so far."""
@@ -157,8 +166,18 @@ class EngineLink:
             keys=self._keys,
             transport=self._options.transport,
             folder=self._options.folder,
+            seats=Seats(
+                by_engine=self._options.sharers,
+                spread=spread_over_stages(self._context) if self._context.dims.pp > 1 else None,
+                weight_bytes=self._options.weight_bytes,
+            ),
             sharing=Sharing(memory=self._engine_memory, make_room=self._memory.put_away) if self._options.shares else None,
         )
+
+
+def spread_over_stages(context: ParallelContext) -> Spread:
+    """Broadcasts along the pipeline, from the rank of this one's peers that is in the given stage."""
+    return lambda buffer, stage: dist.broadcast(buffer, group=context.groups.pp, group_src=stage)
 
 
 def sync_folder(run_dir: str, sync_dir: str | None, companions: Companions) -> SyncFolder:

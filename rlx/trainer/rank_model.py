@@ -118,9 +118,9 @@ class RankModel:
                 totals[name] = totals.get(name, torch.zeros_like(stat)) + stat
         return reduced(totals, self.context.groups.dp_cp, self.context.device)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors of this pipeline stage under their Hugging Face names."""
-        return stage_weights(self.chunks, self.arch, self.context)
+    def weights(self, *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors of this pipeline stage under their Hugging Face names: on its sender, or ``everywhere`` in the stage."""
+        return stage_weights(self.chunks, self.arch, self.context, everywhere=everywhere)
 
     def constant_weights(self) -> frozenset[str]:
         """Names of what a model that learns never changes, of all stages. Collective."""

@@ -41,9 +41,12 @@ from rlx.types.weights import WeightManifest
 
 
 class Worker:
-    """Policy, critic and reference, as the configuration asks, and the way to the engines."""
+    """Policy, critic and reference, as the configuration asks, and the way to the engines.
 
-    def __init__(self, config: Config, context: ParallelContext) -> None:
+    ``sharers``: by engine, the trainer rank on the device of each of its ranks.
+    """
+
+    def __init__(self, config: Config, context: ParallelContext, sharers: Mapping[int, Sequence[int]] | None = None) -> None:
         self.context = context
         self._update_rule, self._max_tokens = config.algorithm, config.batching.max_tokens_per_micro_batch
         self.algorithm = make_algorithm(config.algorithm)
@@ -70,7 +73,15 @@ class Worker:
         self.memory = self._make_memory(LEVELS[offload_level(config, context.device.type)], shares)
         disk = sync_folder(config.run.dir, config.sync.dir, loader.companions) if config.transport == "disk" else None
         constant = self.policy.constant_weights()
-        options = LinkOptions(sync=config.sync, transport=config.transport, folder=disk, shares=shares, constant=constant)
+        options = LinkOptions(
+            sync=config.sync,
+            transport=config.transport,
+            folder=disk,
+            shares=shares,
+            constant=constant,
+            sharers=sharers or {},
+            weight_bytes=model.precision.weight_bytes,
+        )
         canary = self._canary(config.run.seed, config.engine_precision, image_folder(config.run.dir))
         self.engines = EngineLink(options, context, expected_shapes(self.policy.arch), canary, self.memory)
 
@@ -233,7 +244,7 @@ class Worker:
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         self.memory.bring_back(("weights",))
-        return self.policy.weights()
+        return self.policy.weights(everywhere=self.engines.transport == "ipc")
 
     # Keeping
 

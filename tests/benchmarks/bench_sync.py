@@ -31,6 +31,7 @@ from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
+from rlx.sync.transports.handover import Seats
 from rlx.types.precision import FP32
 from rlx.types.weights import WeightManifest
 from tests.ports import free_port
@@ -57,7 +58,8 @@ WAYS: dict[str, tuple[str, int, int]] = {
     "rlx broadcast": ("broadcast", SyncConfig().bucket_bytes, SyncConfig().flatten_below_bytes),
     "one broadcast a tensor": ("broadcast", 1, 0),
     "serial flat 512 MiB buckets": ("broadcast", 512 * MIB, 2**40),
-    "shm / ipc": ("ipc", SyncConfig().bucket_bytes, 0),
+    "ipc": ("ipc", SyncConfig().bucket_bytes, 0),
+    "shm": ("shm", SyncConfig().bucket_bytes, 0),
     "disk": ("disk", SyncConfig().bucket_bytes, 0),
 }
 
@@ -87,6 +89,7 @@ def publisher_of(engine: RunningEngine, model: LlamaForCausalLM, way: tuple[str,
         device=torch.device("cpu"),
         keys=engine.keys,
         transport=transport,
+        seats=Seats(by_engine={0: [0]}),
         folder=SyncFolder(path=work / f"sync-{engine.kind}", companions=Companions.of(work / "model")),
     )
     canary = CanarySpec(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlx.config.schema import SyncConfig
 from rlx.models.hf.companions import Companions
@@ -27,6 +27,7 @@ from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
+from rlx.sync.transports.handover import Seats
 from rlx.types.precision import FP32
 
 VOCAB = 101
@@ -150,7 +151,7 @@ def stop_shared_engines() -> None:
         _running.pop().stop()
 
 
-def start_engines(folder: Path, count: int, model: LlamaForCausalLM) -> list[EngineProcess]:
+def start_engines(folder: Path, count: int, model: PreTrainedModel) -> list[EngineProcess]:
     model.save_pretrained(folder / "model")
     engines = []
     for index in range(count):
@@ -189,6 +190,7 @@ def make_publisher(
     canary: bool = True,
     folder: Path | None = None,
     transport: str = "stream",
+    seats: Seats | None = None,
 ) -> Publisher:
     """A publisher of ``model``: its scores are the canary's reference, its tensors those the search compares with.
     With ``folder`` weights go through it: ``folder``/sync, beside the model in ``folder``/model."""
@@ -206,11 +208,12 @@ def make_publisher(
         export=export,
     )
     target = PublisherTarget(
-        endpoints=tuple(Endpoint(url=url) for url in urls),
+        endpoints=tuple(Endpoint(url=url, index=index) for index, url in enumerate(urls)),
         expected=shapes(model),
         backend="gloo",
         device=torch.device("cpu"),
         transport="disk" if folder else transport,
+        seats=seats or Seats(by_engine={index: [place.rank] for index in range(len(urls))}),
         folder=SyncFolder(path=folder / "sync", companions=Companions.of(folder / "model")) if folder else None,
     )
     config = config or small_config()

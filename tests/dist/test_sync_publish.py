@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from rlx.config.schema import SyncConfig
 from rlx.rollout.sglang.control import EngineControl, EngineControlError
+from rlx.rollout.sglang.segments import own_segments
 from rlx.sync.errors import CanaryError, SyncError
 from rlx.sync.publisher import Publisher
 from tests.dist.sync_lab import (
@@ -35,7 +37,7 @@ def urls():
     return shared_engines().urls
 
 
-@pytest.fixture(params=["stream", "broadcast"])
+@pytest.fixture(params=["stream", "broadcast", "ipc"])
 def transport(request):
     return request.param
 
@@ -190,6 +192,7 @@ def test_what_does_not_fit_raises_before_continue(urls, publisher_of, plant, mes
         publisher.publish(5, iter(named(model)))
 
 
+@pytest.mark.parametrize("transport", ["stream", "broadcast"])
 def test_a_skipped_bucket_is_named(urls, publisher_of, transport, monkeypatch):
     model = new_model(3)
     call = "update_weights" if transport == "broadcast" else "update_weights_from_tensor"
@@ -208,6 +211,24 @@ def test_a_skipped_bucket_is_named(urls, publisher_of, transport, monkeypatch):
         publisher_of(urls, model, config=small_config(timeout_s=3)).publish(4, iter(named(model)))
     assert time.monotonic() - began < 15 and skipped
     assert re.search(r"model\.\S+ to model\.\S+", str(caught.value))
+
+
+@pytest.mark.parametrize("transport", ["ipc"])
+def test_an_engine_that_never_hears_of_it_is_named(urls, publisher_of, monkeypatch):
+    model = new_model(3)
+    real = EngineControl.update_weights_from_tensor
+    monkeypatch.setattr(
+        EngineControl,
+        "update_weights_from_tensor",
+        lambda self, *args, **kwargs: None if self.url == urls[1] else real(self, *args, **kwargs),
+    )
+    began = time.monotonic()
+    with pytest.raises(
+        SyncError, match=rf"phase load: trainer rank 0: engine side, phase load: {urls[1]}: nothing for 1.5 s"
+    ) as caught:
+        publisher_of(urls, model, config=small_config(timeout_s=3)).publish(4, iter(named(model)))
+    assert time.monotonic() - began < 15 and caught.value.engines == (urls[1],)
+    assert not list(Path("/dev/shm").glob(f"{own_segments().prefix.name}-*.book")), "nothing stays once it has failed"
 
 
 def test_an_iterator_that_fails_is_reported_with_its_place(urls, publisher_of):

@@ -20,6 +20,7 @@ from rlx.config.schema import SyncConfig
 from rlx.rollout.sglang.control import EngineControl
 from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.errors import CanaryError, SyncError
+from rlx.sync.transports.handover import Seats
 from tests.dist.sync_lab import (
     VOCAB,
     half,
@@ -52,7 +53,7 @@ def plant(scenario: str, stage: int, tensors):
     return tensors
 
 
-def stage_rank(rank: int, store: str, urls: list[str], scenarios: list[tuple[str, int]], answers) -> None:
+def stage_rank(rank: int, store: str, urls: list[str], scenarios: list[tuple[str, int]], transport: str, answers) -> None:
     """One trainer rank: publishes each scenario with a fresh publisher and reports what happened."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -65,7 +66,8 @@ def stage_rank(rank: int, store: str, urls: list[str], scenarios: list[tuple[str
     for version, (scenario, seed) in enumerate(scenarios, start=1):
         model = new_model(seed)
         place = PublisherPlace(stage=rank, num_stages=2, is_sender=True, is_lead=rank == 0, rank=rank)
-        publisher = make_publisher(urls, model, place=place, share=share)
+        seats = Seats(by_engine={0: [1], 1: [0]}, spread=lambda buffer, stage: dist.broadcast(buffer, src=stage))
+        publisher = make_publisher(urls, model, place=place, share=share, transport=transport, seats=seats)
         try:
             manifest = publisher.publish(version, iter(plant(scenario, rank, half(named(model), rank))))
             answers.put((rank, scenario, "ok", sorted(info.name for info in manifest.tensors)))
@@ -81,11 +83,11 @@ def stage_rank(rank: int, store: str, urls: list[str], scenarios: list[tuple[str
     dist.destroy_process_group()
 
 
-def run_stages(tmp_path, urls, scenarios):
+def run_stages(tmp_path, urls, scenarios, transport):
     """Stage 0 runs in this process, stage 1 in a spawned one."""
     context = mp.get_context("spawn")
     answers = context.Queue()
-    arguments = (str(tmp_path / "store"), urls, scenarios, answers)
+    arguments = (str(tmp_path / "store"), urls, scenarios, transport, answers)
     second = context.Process(target=stage_rank, args=(1, *arguments), daemon=True)
     second.start()
     try:
@@ -99,9 +101,10 @@ def run_stages(tmp_path, urls, scenarios):
     return {(rank, scenario): (outcome, detail) for rank, scenario, outcome, detail in got}
 
 
-def test_two_stages_deliver_halves_and_share_failures(urls, tmp_path):
+@pytest.mark.parametrize("transport", ["stream", "ipc"])
+def test_two_stages_deliver_halves_and_share_failures(urls, tmp_path, transport):
     scenarios = [("corrupt", 11), ("drop", 12), ("stray", 13), ("good", 14)]
-    outcomes = run_stages(tmp_path, urls, scenarios)
+    outcomes = run_stages(tmp_path, urls, scenarios, transport)
     for rank in range(2):
         outcome, text = outcomes[rank, "corrupt"]
         assert outcome == "CanaryError" and f"{LAST_STAGE_TENSOR} (by up to 0.5" in text and urls[0] in text
@@ -184,7 +187,7 @@ def test_canary_due_by_the_calendar(urls):
         publisher.close()
 
 
-@pytest.mark.parametrize(("transport", "num_before"), [("broadcast", 0), ("stream", 0), ("stream", 1)])
+@pytest.mark.parametrize(("transport", "num_before"), [("broadcast", 0), ("stream", 0), ("stream", 1), ("ipc", 0), ("ipc", 1)])
 def test_an_engine_killed_during_the_broadcast_is_named_in_time(urls, transport, num_before):
     """``num_before``: publications that went well, after which a stream goes on without asking."""
     shared = shared_engines()
@@ -201,7 +204,8 @@ def test_an_engine_killed_during_the_broadcast_is_named_in_time(urls, transport,
 
     try:
         began = time.monotonic()
-        with pytest.raises(SyncError, match=f"engine side, stage 0, phase {transport}, chunk") as caught:
+        phase = "engine side, phase load" if transport == "ipc" else f"engine side, stage 0, phase {transport}, chunk"
+        with pytest.raises(SyncError, match=phase) as caught:
             publisher.publish(7, killing())
         assert time.monotonic() - began < 12
         assert urls[1] in str(caught.value) and caught.value.engines == (urls[1],)

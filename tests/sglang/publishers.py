@@ -14,6 +14,7 @@ from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
+from rlx.sync.transports.handover import Seats
 from rlx.types.precision import FP32
 from tests.sglang.engines import RunningEngine
 from tests.sglang.models import VOCAB
@@ -41,6 +42,7 @@ def make_publisher(
         folder=None if folder is None else SyncFolder(path=folder, companions=Companions.of(engine.model)),
         sharing=sharing,
         constant=constant,
+        seats=Seats(by_engine={0: [0] * engine.tp}),
     )
     place = PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)
     config = SyncConfig(**({"bucket_bytes": 30_000, "timeout_s": 60} | sync))

@@ -30,19 +30,22 @@ from tests.sglang.test_protocol import TOLERANCE, weights, worst
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the engine
 
 
-def shared_publisher(engine: RunningEngine, model, room: list[str], **settings) -> tuple[Publisher, EngineMemory]:
+def shared_publisher(
+    engine: RunningEngine, model, room: list[str], transport: str = "ipc", **settings
+) -> tuple[Publisher, EngineMemory]:
     memory = EngineMemory((KEY_VALUES, WEIGHTS))
     sharing = Sharing(memory=memory, make_room=lambda: room.append("made"))
     canary = canary_of(lambda rows, images: [scores(model, row) for row in rows])
-    return make_publisher(engine, model, canary, transport="ipc", sharing=sharing, **settings), memory
+    return make_publisher(engine, model, canary, transport=transport, sharing=sharing, **settings), memory
 
 
-def test_publications_in_turns(engine: RunningEngine) -> None:
+@pytest.mark.parametrize("transport", ["ipc", "shm"])
+def test_publications_in_turns(engine: RunningEngine, transport: str) -> None:
     """Release, train, publish, serve: five times, with other weights each time."""
     room: list[str] = []
     for turn, (seed, bucket_bytes) in enumerate([(51, 30_000), (52, 1), (53, 10**9)], start=1):
         model = make("llama", seed)
-        publisher, _ = shared_publisher(engine, model, room, bucket_bytes=bucket_bytes)
+        publisher, _ = shared_publisher(engine, model, room, transport, bucket_bytes=bucket_bytes)
         try:
             for version in (2 * turn, 2 * turn + 1):
                 publisher.release()
@@ -69,17 +72,19 @@ def test_wrong_weights_are_caught(engine: RunningEngine) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tensor_that_does_not_fit_is_named(start, kind: str, first_weights: Path) -> None:
-    """The embedded engine refuses it; SGLang ends itself, and is to be replaced."""
+@pytest.mark.parametrize("transport", ["ipc", "shm"])
+def test_a_tensor_that_does_not_fit_is_named(start, kind: str, first_weights: Path, transport: str) -> None:
+    """The receiver says so, and so does the embedded engine; SGLang by itself ends, and is to be replaced."""
     engine = start(kind, first_weights).wait()
     name = "model.layers.0.self_attn.k_proj.weight"
     tensors = make("llama", 63).state_dict() | {name: torch.zeros(24, 40)}
     strange = type("Strange", (), {"state_dict": lambda self: tensors})()
-    publisher, _ = shared_publisher(engine, strange, [], canary_first=0, canary_every=0)
+    publisher, _ = shared_publisher(engine, strange, [], transport, canary_first=0, canary_every=0)
     try:
-        with pytest.raises(SyncError, match=rf"engine side, stage 0, phase load, chunk \d+ .*{engine.url}") as caught:
+        where = "engine side, phase load" if transport == "ipc" else r"engine side, stage 0, phase load, chunk \d+ "
+        with pytest.raises(SyncError, match=rf"{where}.*{engine.url}") as caught:
             publisher.publish(10, iter(tensors.items()))
-        assert caught.value.engines == ((engine.url,) if kind == "sglang" else ())
+        assert caught.value.engines == ((engine.url,) if (kind, transport) == ("sglang", "shm") else ())
     finally:
         publisher.close()
 

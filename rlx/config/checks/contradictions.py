@@ -291,14 +291,14 @@ def _colocation(config: Config) -> Iterator[str]:
         yield f"sync.transport: {config.transport} needs engines that rlx starts; use broadcast or disk with rollout.endpoints"
     if config.transport == "ipc" and not cluster.colocated and cluster.device != "cpu":
         yield "sync.transport: ipc needs engines on the trainers' GPUs: set cluster.colocated=true, or use broadcast"
-    if config.transport == "ipc" and cluster.device != "cpu" and not config.one_engine_sees_all_senders:
-        senders = ", ".join(map(str, config.sender_ranks))
+    several = max(cluster.nodes or 1, cluster.rollout_nodes + 1) > 1
+    is_local = config.transport == "ipc" and cluster.colocated and cluster.gpus_per_node is not None
+    if several and config.transport in ("ipc", "shm") and not is_local:
+        remedy = "; ipc does where cluster.colocated and cluster.gpus_per_node are given" if config.transport == "ipc" else ""
         yield (
-            f"sync.transport: ipc needs one engine on the GPUs of all senders, trainer rank(s) {senders}: set"
-            f" rollout.num_engines=1 and rollout.tp to at least {max(config.sender_ranks) + 1}, or use shm"
+            f"sync.transport: {config.transport} joins processes of one machine, cluster.nodes and rollout_nodes ask for"
+            f" more{remedy}"
         )
-    if config.transport in ("ipc", "shm") and max(cluster.nodes or 1, cluster.rollout_nodes + 1) > 1:
-        yield f"sync.transport: {config.transport} joins processes of one machine, cluster.nodes and rollout_nodes ask for more"
     if config.transport in ("stream", "broadcast") and cluster.colocated and cluster.device != "cpu":
         yield f"sync.transport: {config.transport} cannot join two processes on one GPU; use ipc or disk with cluster.colocated"
     if config.sync.dir is not None and config.transport != "disk":

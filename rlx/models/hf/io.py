@@ -152,38 +152,62 @@ def stage_weights(
     arch: Architecture,
     context: ParallelContext,
     read: Callable[[nn.Parameter], Tensor] = _value,
+    *,
+    everywhere: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The full Hugging Face tensors of this pipeline stage, on its sender; nothing on the others.
+    """The full Hugging Face tensors of this pipeline stage, on its sender and nothing on the others; or on all its ranks
+    (``everywhere``), in the same order.
 
     Collective over the stage: every rank must drive the iterator to its end. A split parameter is gathered whole, one at
-    a time, and experts of other ranks come to the sender one by one, so at most one parameter exists in full (beside what
+    a time, and experts of other ranks come one by one, so at most one parameter exists in full (beside what
     the consumer keeps). ``read`` gives what to export of a parameter, shaped like it: its value, or its gradient.
     """
-    is_first_replica = context.dp_rank == 0 and context.cp_rank == 0
-    holds_first_experts = context.groups.expt_dp.rank() == 0
+    gathers = everywhere or (context.dp_rank == 0 and context.cp_rank == 0)
+    gathers_experts = everywhere or context.groups.expt_dp.rank() == 0
     for slot in slots(chunks, arch, context):
         if slot.is_tied_copy:
             continue
-        if slot.expert is None and is_first_replica:
-            whole = _gather(slot, read, context.groups.tp, arch)
-            if context.is_sender:
+        if slot.expert is None and gathers:
+            whole = _gather(slot, read, context.groups.tp, arch, everywhere)
+            if everywhere or context.is_sender:
                 yield from zip(slot.hf_names, whole, strict=True)
-        elif slot.expert is not None and holds_first_experts:
-            whole = _gather(slot, read, context.groups.expt_tp, arch)
-            if context.groups.expt_tp.rank() == 0:
+        elif slot.expert is not None and gathers_experts:
+            whole = _gather(slot, read, context.groups.expt_tp, arch, everywhere)
+            if everywhere:
+                yield from _all_experts(slot, whole, context.groups.ep, arch)
+            elif context.groups.expt_tp.rank() == 0:
                 yield from _collect_experts(slot, whole, context.groups.ep, arch)
 
 
 def _gather(
-    slot: Slot, read: Callable[[nn.Parameter], Tensor], group: dist.ProcessGroup, arch: Architecture
+    slot: Slot, read: Callable[[nn.Parameter], Tensor], group: dist.ProcessGroup, arch: Architecture, everywhere: bool
 ) -> tuple[Tensor, ...]:
-    """A parameter's Hugging Face tensors on the group's first rank; nothing on the others."""
+    """A parameter's Hugging Face tensors on the group's first rank (or on all); nothing on the others."""
     weight = read(slot.parameter)
     pieces = [weight]
     if slot.row.is_split and group.size() > 1:
-        pieces = [torch.empty_like(weight) for _ in range(group.size())]
-        dist.all_gather(pieces, weight.contiguous(), group=group)
-    return export(slot.row, pieces, arch) if group.rank() == 0 else ()
+        pieces = _from_all(weight, group)
+    return export(slot.row, pieces, arch) if everywhere or group.rank() == 0 else ()
+
+
+def _from_all(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank's tensor, all of one shape, one behind the other in memory."""
+    whole = tensor.new_empty(group.size() * tensor.numel())
+    dist.all_gather_into_tensor(whole, tensor.contiguous().view(-1), group=group)
+    return list(whole.view(group.size(), *tensor.shape))
+
+
+def _all_experts(
+    slot: Slot, tensors: Sequence[Tensor], group: dist.ProcessGroup, arch: Architecture
+) -> Iterator[tuple[str, Tensor]]:
+    """The experts that stand in the same place on all ranks, in the order of the ranks."""
+    assert slot.expert is not None and arch.experts is not None
+    gathered = [_from_all(tensor, group) if group.size() > 1 else [tensor] for tensor in tensors]
+    each = arch.experts.num_experts // group.size()
+    for rank in range(group.size()):
+        names = slot.names_of(slot.expert + (rank - group.rank()) * each)
+        for name, found in zip(names, gathered, strict=True):
+            yield name, found[rank]
 
 
 def _collect_experts(

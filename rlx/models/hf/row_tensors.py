@@ -38,5 +38,22 @@ def export(row: Row, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tens
 
 
 def _join(pieces: Sequence[Tensor], dim: int) -> Tensor:
-    """One tensor of all; of a single one the piece itself, without a copy."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=dim)
+    """One tensor of all; without a copy where there is one, or where they lie one behind the other."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat(list(pieces), dim=dim) if dim or not _are_in_a_row(pieces) else _as_one(pieces)
+
+
+def _are_in_a_row(pieces: Sequence[Tensor]) -> bool:
+    if not all(piece.is_contiguous() and piece.numel() for piece in pieces):
+        return False
+    ends = [piece.data_ptr() + piece.nbytes for piece in pieces]
+    first = pieces[0].untyped_storage().data_ptr()
+    return ends[:-1] == [piece.data_ptr() for piece in pieces[1:]] and all(
+        piece.untyped_storage().data_ptr() == first for piece in pieces
+    )
+
+
+def _as_one(pieces: Sequence[Tensor]) -> Tensor:
+    first = pieces[0]
+    return first.as_strided((sum(map(len, pieces)), *first.shape[1:]), first.stride())

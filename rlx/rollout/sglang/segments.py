@@ -45,11 +45,15 @@ class Segments:
             )
         os.close(reading)
 
+    def new_path(self) -> Path:
+        """For a file in shared memory that its user removes, and the keeper once this process is gone."""
+        return SHARED_MEMORY / f"{self.prefix.name}-{next(self._numbers)}"
+
     def holding(self, content: Tensor) -> Tensor:
         """A copy of uint8 [n] in a segment of its own, which is there until this process and all readers have let go of it.
         OSError where there is no room for it."""
-        name = f"{self.prefix.name}-{next(self._numbers)}"
-        file = SHARED_MEMORY / name
+        file = self.new_path()
+        name = file.name
         try:
             with file.open("xb") as segment:
                 # All of it now: writing where there is no room ends a process without a word.

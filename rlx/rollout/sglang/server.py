@@ -18,7 +18,11 @@ from rlx.config.sharing import MEM_FRACTION_STATIC
 from rlx.rollout.flags import flags
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.server_args import server_args
-from rlx.rollout.sglang.shared_tensors import RECEIVER, RECEIVER_MODULE
+from rlx.rollout.sglang.shared_tensors import (
+    RECEIVER,
+    RECEIVER_MODULE,
+    RECEIVER_TRANSPORTS,
+)
 
 # SGLang 0.5.15 ends itself unless port + 10000 is a port as well, for a service that is off by default.
 ROOM_ABOVE_PORT = 10000
@@ -97,7 +101,7 @@ def sglang_command(engines: EngineSettings, site: SGLangSite) -> list[str]:
     if has_tower(engines.model_path):
         # Without it SGLang asks for a GPU to resize on, CPU or not; nothing is left to resize.
         defaults["disable_fast_image_processor"] = True
-    if engines.transport == "stream":
+    if engines.transport in RECEIVER_TRANSPORTS:
         loaders = given.pop("custom_weight_loader", None) or []
         defaults["custom_weight_loader"] = [*([loaders] if isinstance(loaders, str) else loaders), RECEIVER]
     if engines.cluster.colocated and site.device == "cuda":
@@ -135,7 +139,7 @@ def image_environment(engines: EngineSettings) -> dict[str, str]:
         return {}
     found = {"SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": IMAGES_PACKAGE}
     # SGLang keeps what a tower made of an image, through updates and flushes; only the receiver clears that.
-    keeps = engines.transport == "stream" or not engines.tower_learns
+    keeps = engines.transport in RECEIVER_TRANSPORTS or not engines.tower_learns
     return found if keeps else found | {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
 
 
@@ -153,7 +157,10 @@ def cuda_runtime_folders(python: str) -> list[str]:
 def write_modules(modules: Path, device: str) -> None:
     """What servers import beside their own environment: rlx's receiver and images, and on CPUs a package ``vllm``."""
     modules.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(Path(__file__).with_name("receiver.py"), modules / f"{RECEIVER_MODULE}.py")
+    receiver = modules / RECEIVER_MODULE
+    receiver.mkdir(exist_ok=True)
+    for source in sorted(Path(__file__).with_name("receiver").glob("*.py")):
+        shutil.copyfile(source, receiver / source.name)
     images = _package(modules / IMAGES_PACKAGE)
     for name in _IMAGE_MODULES:
         shutil.copyfile(Path(__file__).with_name(name), images / name)

@@ -29,6 +29,7 @@ LOAD_FORMAT = "flattened_bucket"
 # The load format of requests to ``rlx.rollout.sglang.receiver``, by the name under which engines import it.
 RECEIVER_MODULE = "rlx_receiver"
 RECEIVER = f"{RECEIVER_MODULE}.load"
+RECEIVER_TRANSPORTS = ("stream", "ipc")
 # Where ``reduce_tensor`` puts the GPU's number among the arguments; the number means another GPU in another process.
 _DEVICE = 6
 _DTYPES = ("uint8", "float64", "float32", "bfloat16", "float16")
@@ -88,10 +89,11 @@ def open_bucket(text: str) -> tuple[Tensor, tuple[TensorInfo, ...]]:
     return found["flattened_tensor"], infos
 
 
-def receiver_text(request: Mapping[str, object]) -> str:
-    """A request to ``rlx.rollout.sglang.receiver`` as a text of the same kind: its JSON is the name of an empty tensor."""
+def receiver_text(request: Mapping[str, object], memory: Tensor | None = None) -> str:
+    """A request to ``rlx.rollout.sglang.receiver`` as a text of the same kind: its JSON is the name of a tensor, ``memory``
+    (uint8 [n], in shared memory where it is the host's) or an empty one."""
     written = io.BytesIO()
-    _Pickler(written).dump([(json.dumps(request), torch.empty(0, dtype=torch.uint8))])
+    _Pickler(written).dump([(json.dumps(request), torch.empty(0, dtype=torch.uint8) if memory is None else memory)])
     return base64.b64encode(written.getvalue()).decode("ascii")
 
 

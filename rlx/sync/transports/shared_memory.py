@@ -1,7 +1,7 @@
-"""The lane of engines on the trainer's own GPUs: they open the trainer's memory instead of receiving a copy.
+"""The lane of engines on the sender's machine: they open segments of host memory that it shares.
 
-CUDA IPC on GPUs, named shared memory on the host; the same texts, requests and checks. Every chunk is one flat buffer of its own
-that nobody writes to again: torch keeps it until the engine, which waits for its copies first, has let go of it.
+Every chunk is one flat buffer of its own that nobody writes to again: torch keeps it until the engine, which waits for its copies
+first, has let go of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import shutil
 from concurrent.futures import Future
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from rlx.rollout.sglang.segments import SHARED_MEMORY
@@ -24,14 +23,12 @@ from rlx.types.weights import WeightChunk
 
 
 class SharedMemoryLane:
-    """From one stage's sender to ``engines``, all on its machine. The buffers are on ``device``: a GPU that the engines have
-    too, or the host."""
+    """From one stage's sender to ``engines``, all on its machine."""
 
     verb = "load"
 
-    def __init__(self, engines: tuple[Engine, ...], device: torch.device) -> None:
+    def __init__(self, engines: tuple[Engine, ...]) -> None:
         self._engines = engines
-        self._device = device
 
     def begin(self, version: int, repeats: bool) -> None:
         """Each chunk speaks for itself."""
@@ -42,17 +39,13 @@ class SharedMemoryLane:
 
     def depart(self, chunk: WeightChunk, version: int | None) -> Departure:
         """Copy the chunk into a fresh buffer and tell all engines where it is."""
-        if self._device.type == "cpu":
-            _check_room(chunk)
-        buffer = in_shared_memory(flatten(chunk).to(self._device))
-        if buffer.is_cuda:
-            torch.cuda.current_stream(self._device).synchronize()
+        _check_room(chunk)
+        buffer = in_shared_memory(flatten(chunk).cpu())
         pending = {engine.url: self._tell(engine, chunk, buffer, version) for engine in self._engines}
         return Departure(buffers=(buffer,), pending=pending)
 
     def arrived(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.ipc_collect()
+        """Torch frees what readers let go of."""
 
     def close(self) -> None:
         """Nothing is held between publications."""

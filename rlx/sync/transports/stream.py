@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlx.rollout.sglang.receiver import answers
+from rlx.rollout.sglang.receiver.group import answers
 from rlx.rollout.sglang.shared_tensors import RECEIVER, receiver_text
 from rlx.rollout.sglang.weight_group import broadcast_from_trainer
 from rlx.sync.chunks import flatten

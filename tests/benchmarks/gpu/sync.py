@@ -27,6 +27,7 @@ from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
+from rlx.sync.transports.handover import Seats
 from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
 from rlx.types.precision import BF16
@@ -67,6 +68,7 @@ def main(shape: str, model_dir: Path, url: str, ways: list[str]) -> None:
         expected=expected_shapes(arch),
         backend="nccl",
         device=context.device,
+        seats=Seats(by_engine={0: [0]}, weight_bytes=2),
         folder=SyncFolder(path=model_dir.parent / f"{shape}-versions", companions=Companions.of(model_dir)),
     )
     place = PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
@@ -88,6 +89,19 @@ def unlike(found: dict[str, Tensor], folder: Path) -> list[str]:
     return sorted(odd | (found.keys() ^ source.keys()))
 
 
+def unlike_everywhere(
+    chunks: Sequence[nn.Module], arch: Architecture, found: dict[str, Tensor], context: ParallelContext
+) -> list[str]:
+    """What ranks get otherwise where every rank of a stage gets all of its tensors: another value, another order."""
+    own = list(stage_weights(chunks, arch, context, everywhere=True))
+    odd = [f"{name} on rank {context.rank}" for name, tensor in own if not torch.equal(tensor, found[name])]
+    orders = context.gather_objects((context.pp_rank, [name for name, _ in own], odd))
+    first = {stage: names for stage, names, _ in reversed(orders)}
+    others = [f"the order of rank {rank}" for rank, (stage, names, _) in enumerate(orders) if names != first[stage]]
+    missing = found.keys() ^ {name for names in first.values() for name in names}
+    return [name for _, _, odd in orders for name in odd] + others + sorted(missing)
+
+
 def in_and_out(folder: Path, dtype: str, context: ParallelContext, exported_to: Path | None) -> list[str]:
     """What one way into Megatron and out again changes."""
     arch = read_architecture(folder)
@@ -95,6 +109,8 @@ def in_and_out(folder: Path, dtype: str, context: ParallelContext, exported_to: 
     load_hf(chunks, arch, folder, context)
     if exported_to is None:
         found = merged({name: tensor.clone() for name, tensor in stage_weights(chunks, arch, context)}, context)
+        if odd := unlike_everywhere(chunks, arch, found, context):
+            return odd
     else:
         export_hf(chunks, arch, companions=Companions.of(folder), target=exported_to, context=context)
         found = {name: tensor for file in exported_to.glob("*.safetensors") for name, tensor in load_file(file).items()}

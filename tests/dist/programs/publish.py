@@ -1,6 +1,7 @@
 """Ranks that load weights into Megatron models, publish them to running engines and export them.
 
-Arguments: ``cases``, a list of {layout, weights (folder), url, tp, api_key, admin_key, version, export (folder), transport}.
+Arguments: ``cases``, a list of {layout, weights (folder), url (or urls), tp, api_key, admin_key, version, export (folder),
+transport}.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
+from rlx.sync.transports.handover import Seats
+from rlx.trainer.link import spread_over_stages
 from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
 from rlx.types.precision import FP32
@@ -53,10 +56,11 @@ def publish(case: dict[str, Any], context: ParallelContext) -> None:
     model = RankModel(
         arch=arch, chunks=chunks, head=token_head(context, arch), context=context, companions=Companions.of(case["weights"])
     )
-    speaks = not context.dp_rank and not context.cp_rank
+    everywhere = case["transport"] == "ipc"
+    speaks = everywhere or (not context.dp_rank and not context.cp_rank)
 
     def weights():
-        return stage_weights(chunks, arch, context) if speaks else iter(())
+        return stage_weights(chunks, arch, context, everywhere=everywhere) if speaks else iter(())
 
     canary = CanarySpec(
         vocab_size=arch.vocab_size,
@@ -72,16 +76,21 @@ def publish(case: dict[str, Any], context: ParallelContext) -> None:
         is_lead=context.rank == 0,
         rank=context.rank,
     )
+    urls, world_size = case.get("urls") or [case["url"]], context.dims.world_size
     target = PublisherTarget(
-        endpoints=(Endpoint(url=case["url"], tp=case["tp"]),),
+        endpoints=tuple(Endpoint(url=url, tp=case["tp"], index=index) for index, url in enumerate(urls)),
         expected=expected_shapes(arch),
         backend="gloo",
         device=torch.device("cpu"),
         keys=EngineKeys(api_key=case["api_key"], admin_key=case["admin_key"]),
         transport=case["transport"],
+        seats=Seats(
+            by_engine={index: [(3 * index + rank) % world_size for rank in range(case["tp"])] for index in range(len(urls))},
+            spread=spread_over_stages(context) if context.dims.pp > 1 else None,
+        ),
     )
     # Small enough that even these models go in several chunks of both kinds.
-    config = SyncConfig(bucket_bytes=40_000, flatten_below_bytes=10_000, timeout_s=90)
+    config = SyncConfig(bucket_bytes=40_000, flatten_below_bytes=10_000, timeout_s=90, canary_tolerance=1e-4)
     publisher = Publisher(place, target, config, context.gather_objects, canary)
     # Other weights first: what the engine remembers of the first publication must serve the second.
     with disturbed(chunks):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from megatron.core.parallel_state import RankGenerator
 
 from rlx.arch.families.registry import read_architecture
 from rlx.arch.sizes import Sizes, sizes_of
@@ -14,15 +13,16 @@ from rlx.cli.check import plan
 from rlx.cli.main import main
 from rlx.config.load import ConfigError, load_config, on_paper
 from rlx.config.memory import GIB, RESERVE_BYTES, Estimate, estimate
+from rlx.config.parts import EngineSettings
 from rlx.config.schema import Config
 from rlx.config.sharing import (
-    CONTEXT_BYTES,
     ENGINE_RESERVE_BYTES,
     RESTING_BYTES,
     offload_level,
     release_level,
     shared_phases,
 )
+from rlx.placement.from_config import trainers_of_engines
 
 Problems = Callable[..., tuple[str, ...]]
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -49,7 +49,7 @@ def test_phases_by_hand() -> None:
     """auto: optimizer and gradients away, the engines give back everything."""
     phases, found, sizes = phases_of(recipe())
     weights = 2 * found.weights  # the reference's too
-    chunks = 3 * 2 * sizes.embedding  # the embedding travels alone, beyond sync.bucket_bytes
+    chunks = 2 * 2**29 + 2 * sizes.embedding  # the area, and the embedding as it comes
     assert list(phases) == ["rollout", "training", "publication"]
     assert phases["rollout"] == (ENGINE_RESERVE_BYTES + 48 * GIB, RESTING_BYTES + weights)
     assert phases["training"] == (ENGINE_RESERVE_BYTES, found.trainer)
@@ -73,7 +73,7 @@ def test_what_each_setting_moves() -> None:
 
     less, _, _ = phases_of(recipe("rollout.server_args={mem-fraction-static: 0.4}", "sync.bucket_bytes=4294967296"))
     assert less["rollout"][0] == ENGINE_RESERVE_BYTES + 32 * GIB
-    assert less["publication"][1] - base["publication"][1] == 3 * (4 * GIB - 2 * sizes.embedding)
+    assert less["publication"][1] - base["publication"][1] == 8 * GIB - GIB
 
     critic, found, _ = phases_of(recipe("algorithm.name=ppo", "cluster.offload=none"))
     models = 2 + recipe("algorithm.name=ppo").has_reference
@@ -83,7 +83,7 @@ def test_what_each_setting_moves() -> None:
     assert embedded["rollout"][0] == ENGINE_RESERVE_BYTES + found.engine_weights
 
     wide, found, _ = phases_of(recipe("rollout.num_engines=1", "rollout.tp=4"))
-    assert wide["training"] == (ENGINE_RESERVE_BYTES + 3 * CONTEXT_BYTES, found.trainer)
+    assert wide["training"] == (ENGINE_RESERVE_BYTES, found.trainer)
 
 
 @pytest.mark.parametrize("overrides", [["cluster.device=cpu"], ["cluster.colocated=false"], ["finetune.objective=sft"]])
@@ -98,7 +98,7 @@ def test_nothing_is_said_where_no_gpu_is_shared(overrides: list[str]) -> None:
          ["rollout takes about 167 GiB of 160", "cluster.offload=all", "server_args.mem_fraction_static"]),
         (["rollout.release=none"], ["training takes about 98", "rollout.release=all", "server_args.mem_fraction_static"]),
         (["rollout.release=kv_cache", "cluster.gpu_memory_gib=60"], ["training takes about 65", "rollout.release=all"]),
-        (["cluster.offload=none", "cluster.gpu_memory_gib=58", "sync.bucket_bytes=8589934592"],
+        (["cluster.offload=none", "cluster.gpu_memory_gib=58", "sync.bucket_bytes=12884901888"],
          ["publication takes about", "cluster.offload=optimizer", "sync.bucket_bytes"]),
         (["rollout.server_args={mem_fraction_static: 0.15}"], ["mem_fraction_static: 0.15 of 80 GiB", "15 GiB of weights"]),
     ],
@@ -129,22 +129,9 @@ def test_levels_that_auto_stands_for() -> None:
     assert offload_level(apart, "cuda") == release_level(apart.cluster, apart.rollout, "cuda") == "none"
 
 
-@pytest.mark.parametrize(
-    ("ranks", "pp", "engines", "tp", "transport"),
-    [
-        (1, 1, 1, 1, "ipc"),
-        (4, 1, 1, 1, "ipc"),  # the sender is rank 0, the engine sits on its GPU
-        (4, 1, 1, 4, "ipc"),
-        (2, 1, 2, 1, "shm"),  # engine 1 does not see the sender's GPU
-        (4, 1, 2, 2, "shm"),
-        (4, 2, 1, 4, "ipc"),  # senders are ranks 0 and 2
-        (4, 2, 1, 3, "ipc"),
-        (4, 2, 1, 2, "shm"),
-        (4, 4, 1, 4, "ipc"),
-    ],
-)
-def test_ipc_goes_where_one_engine_sees_the_gpus_of_all_senders(
-    problems: Problems, run_yaml: Path, ranks: int, pp: int, engines: int, tp: int, transport: str
+@pytest.mark.parametrize(("ranks", "pp", "engines", "tp"), [(1, 1, 1, 1), (2, 1, 2, 1), (4, 1, 2, 2), (4, 2, 1, 3), (4, 4, 4, 1)])
+def test_weights_go_by_ipc_wherever_engines_sit_on_the_trainers_gpus(
+    problems: Problems, run_yaml: Path, ranks: int, pp: int, engines: int, tp: int
 ) -> None:
     overrides = [
         "cluster.colocated=true",
@@ -154,16 +141,12 @@ def test_ipc_goes_where_one_engine_sees_the_gpus_of_all_senders(
         f"rollout.num_engines={engines}",
         f"rollout.tp={tp}",
     ]
-    config = load_config(run_yaml, overrides)
-    assert config.transport == transport
-    order = RankGenerator(tp=1, ep=1, dp=ranks // pp, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
-    assert list(config.sender_ranks) == order.get_ranks("pp")[0], "the first rank of each stage sends"
-    found = problems(*overrides, "sync.transport=ipc")
-    if transport == "ipc":
-        assert found == ()
-    else:
-        assert len(found) == 1 and f"rollout.tp to at least {max(config.sender_ranks) + 1}, or use shm" in found[0]
-    assert problems(*overrides, "sync.transport=shm") == problems(*overrides, "sync.transport=disk") == ()
+    assert load_config(run_yaml, overrides).transport == "ipc"
+    assert not any(problems(*overrides, f"sync.transport={transport}") for transport in ("ipc", "shm", "disk"))
+    several = ["cluster.nodes=2", *overrides[:2], "cluster.num_trainer_ranks=8", "rollout.num_engines=8"]
+    (problem,) = problems(*several)
+    assert "sync.transport: ipc joins processes of one machine" in problem and "cluster.gpus_per_node" in problem
+    assert not problems(*several, "cluster.gpus_per_node=4")
 
 
 @pytest.mark.parametrize(
@@ -178,3 +161,23 @@ def test_ipc_goes_where_one_engine_sees_the_gpus_of_all_senders(
 def test_what_cannot_be_co_located_is_refused(problems: Problems, overrides: list[str], words: list[str]) -> None:
     (problem,) = problems("cluster.colocated=true", "cluster.device=cuda", *overrides)
     assert all(word in problem for word in words), problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "nodes", "wanted"),
+    [
+        (["rollout.num_engines=4"], "cuda", 1, {0: [0], 1: [1], 2: [2], 3: [3]}),
+        (["rollout.num_engines=2", "rollout.tp=2"], "cuda", 1, {0: [0, 1], 1: [2, 3]}),
+        # One a node in turn, as they are seated.
+        (["rollout.num_engines=2", "rollout.tp=2", "cluster.gpus_per_node=2"], "cuda", 2, {0: [0, 1], 1: [2, 3]}),
+        (["rollout.num_engines=4", "cluster.gpus_per_node=2"], "cuda", 2, {0: [0], 1: [2], 2: [1], 3: [3]}),
+        (["rollout.num_engines=3", "rollout.tp=3"], "cpu", 1, {0: [0, 1, 2], 1: [3, 0, 1], 2: [2, 3, 0]}),
+    ],
+)
+def test_the_trainer_rank_on_the_gpu_of_each_engine_rank(
+    run_yaml: Path, overrides: list[str], device: str, nodes: int, wanted: dict[int, list[int]]
+) -> None:
+    shared = [] if device == "cpu" else ["cluster.colocated=true", "cluster.device=cuda"]
+    ranks = [f"cluster.nodes={nodes}", "cluster.num_trainer_ranks=4"]
+    config = load_config(run_yaml, [*shared, *ranks, *overrides])
+    assert trainers_of_engines(EngineSettings.of(config), config.parallel, device, nodes) == wanted

@@ -52,7 +52,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
 @pytest.fixture
 def link(events: Events) -> EngineLink:
     options = LinkOptions(sync=SyncConfig(), transport="shm", shares=True)
-    context: Any = SimpleNamespace(device=torch.device("cpu"), rank=0)
+    context: Any = SimpleNamespace(device=torch.device("cpu"), rank=0, dims=SimpleNamespace(pp=1))
     canary = CanarySpec(vocab_size=8, seed=0, precision=FP32, score_on_trainer=lambda rows, images: [], export=lambda: iter(()))
     memory: Any = events
     return EngineLink(options, context, {}, canary, memory)

@@ -1,24 +1,12 @@
-"""Runs inside an engine: takes a stage's weights off a broadcast group, bucket by bucket, at the speed of the wire.
+"""Buckets of weights, and how they get into an engine's model.
 
-SGLang loads this file by ``--custom-weight-loader rlx_receiver.load`` and calls ``load`` for requests to
-``/update_weights_from_tensor`` that name it; it knows torch and nothing else, since servers may live in another environment
-than rlx. The tensor in such a request is empty, its name a text (JSON):
-
-    {"group": G, "bucket": [[name, dtype, shape], ...], "number": N}   one bucket comes; remember it as the group's Nth, the last
-    {"group": G, "stream": N}                                          the N that are remembered come again, new weights in them
-
-A bucket is one broadcast of bytes from rank 0, its tensors laid end to end. The first time the model's own ``load_weights`` puts
-them in place, watched: where it does nothing but copy stretches of the bucket into parameters, those copies are remembered and
-repeated later, without the tens of microseconds that it takes for each tensor. Where it does anything else (a conversion, a
-derived tensor) it is called each time. While a bucket is copied the next one travels; two are held at once.
-
-At the end every rank tells all others how it went, so the trainer knows that the bytes are in place, not merely on their way.
-Nothing is raised: an exception would end the server, and the trainer hears of it in that answer.
+The first time the model's own loader puts them in place, watched: where it does nothing but copy stretches of the bucket into
+parameters, those copies are remembered and repeated later, without the tens of microseconds that it takes for each tensor. Where
+it does anything else (a conversion, a derived tensor) it is called each time.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ANSWER_BYTES = 1024
 # In the name of every tensor of a tower. A frozen one comes once, and what it made of images stays right.
 _TOWER = "visual."
+_told: set[str] = set()
 
 
 class Model(Protocol):
@@ -111,15 +97,20 @@ class Bucket:
 
     @property
     def num_bytes(self) -> int:
-        return sum(entry.num_bytes for entry in self.entries)
+        last = self.entries[-1]
+        return last.start + last.num_bytes
+
+    @property
+    def names(self) -> str:
+        return f"{self.entries[0].name} to {self.entries[-1].name}"
 
     def load(self, model: Model, bucket: Tensor) -> None:
         """By the model's own loader, watched."""
-        watch = _Watch(bucket, _storages(model))
+        watch = _Watch(bucket, storages_of(model))
         with watch:
             model.load_weights(self._named(bucket))
         self.copies = watch.copies if watch.is_plain else None
-        self.addresses = _addresses(model)
+        self.addresses = addresses_of(model)
 
     def fill(self, model: Model, bucket: Tensor, addresses: tuple[int, ...]) -> None:
         """Copy as before; by the loader where that is not enough or the parameters have moved."""
@@ -133,71 +124,17 @@ class Bucket:
         return iter([(entry.name, entry.of(bucket)) for entry in self.entries])
 
 
-_buckets: dict[str, list[Bucket]] = {}
-_told: set[str] = set()
-
-
-def load(model: Model, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Do what the request asks. ``named_tensors`` is one pair: the request and an empty tensor."""
-    request = json.loads(named_tensors[0][0])
-    name = request["group"]
-    try:
-        group = _group(name)
-        with torch.no_grad():
-            problem = _take(model, group, name, request)
-            _answer(group, problem, _device(model, group))
-    except RuntimeError as error:  # the trainer or another engine has gone: nobody is left to tell
-        print(f"rlx: weight group {name} broke: {error}", file=sys.stderr, flush=True)
-
-
-def forget_images() -> None:
-    """Drop what the tower made of images: SGLang keeps it by the images' content, through updates and flushes."""
+def forget_images(buckets: Sequence[Bucket]) -> None:
+    """Where a tower comes, drop what it made of images: SGLang keeps that by the images' content, through updates and flushes."""
+    if not any(_TOWER in entry.name for bucket in buckets for entry in bucket.entries):
+        return
     for module in ("sglang.srt.managers.mm_schedule", "sglang.srt.managers.mm_utils"):  # it has moved from the one to the other
         cache = getattr(sys.modules.get(module), "embedding_cache", None)
         if cache is not None:
             cache.clear()
 
 
-def answers(group: dist.ProcessGroup, device: torch.device, problem: str = "") -> list[str]:
-    """What each rank of the group says at the end of a request, in rank order; empty: all went well. Collective."""
-    said = problem.encode(errors="replace")[: ANSWER_BYTES - 1]
-    mine = torch.zeros(ANSWER_BYTES, dtype=torch.uint8)
-    mine[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8) if said else mine[:0]
-    own = mine.to(device)
-    every = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(every, own, group=group)
-    rows = torch.stack(every).cpu()
-    return [bytes(row[row != 0].tolist()).decode(errors="replace") for row in rows]
-
-
-def _take(model: Model, group: dist.ProcessGroup, name: str, request: dict[str, Any]) -> str:
-    """Receive and load; what went wrong. What was announced is received in any case: the trainer sends it."""
-    if "bucket" in request:
-        known = _buckets.setdefault(name, [])
-        del known[request["number"] :]
-        known.append(Bucket(_entries(request["bucket"])))
-        todo = known[-1:]
-    else:
-        todo = _buckets.get(name, [])
-        if len(todo) != request["stream"]:
-            return f"{request['stream']} buckets were announced, {len(todo)} are known of the group {name}"
-        _tell_once(name, todo)
-    if any(_TOWER in entry.name for bucket in todo for entry in bucket.entries):
-        forget_images()
-    problem = ""
-    addresses: tuple[int, ...] | None = None
-    for bucket, received in zip(todo, _received(group, todo, _device(model, group)), strict=True):
-        if problem:
-            continue
-        addresses = addresses or _addresses(model)  # the first buckets are on their way meanwhile
-        try:
-            bucket.load(model, received) if "bucket" in request else bucket.fill(model, received, addresses)
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error} (in {bucket.entries[0].name} to {bucket.entries[-1].name})"
-    return problem
-
-
-def _tell_once(name: str, buckets: Sequence[Bucket]) -> None:
+def tell_once(name: str, buckets: Sequence[Bucket]) -> None:
     """One line in the server's log: how publications go from now on."""
     if name in _told:
         return
@@ -210,54 +147,13 @@ def _tell_once(name: str, buckets: Sequence[Bucket]) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _received(group: dist.ProcessGroup, buckets: Sequence[Bucket], device: torch.device) -> Iterator[Tensor]:
-    """The bytes of each bucket; the next one is on its way while one is looked at."""
-
-    def begin(bucket: Bucket) -> tuple[Tensor, dist.Work]:
-        buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
-        work = dist.broadcast(buffer, group=group, group_src=0, async_op=True)
-        assert work is not None
-        return buffer, work
-
-    upcoming = begin(buckets[0]) if buckets else None
-    for number in range(len(buckets)):
-        assert upcoming is not None
-        buffer, work = upcoming
-        upcoming = begin(buckets[number + 1]) if number + 1 < len(buckets) else None
-        work.wait()
-        yield buffer
-
-
-def _answer(group: dist.ProcessGroup, problem: str, device: torch.device) -> None:
-    answers(group, device, problem)
-    if problem:
-        print(f"rlx: {problem}", file=sys.stderr, flush=True)
-
-
-def _group(name: str) -> dist.ProcessGroup:
-    """The group that the server joined under this name. What is known of groups that are gone is forgotten."""
-    groups = {str(known): group for group, known in c10d._world.pg_names.items()}
-    for gone in [known for known in _buckets if known not in groups]:
-        del _buckets[gone]
-    if name not in groups:
-        raise RuntimeError(f"this rank has not joined it; it is in {sorted(groups)}")
-    group = groups[name]
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
-def _device(model: Model, group: dist.ProcessGroup) -> torch.device:
-    if dist.get_backend(group) == "gloo":
-        return torch.device("cpu")
-    device: torch.device = next(iter(model.named_parameters()))[1].device
-    return device
-
-
-def _entries(rows: Sequence[Sequence[Any]]) -> tuple[Entry, ...]:
-    found, start = [], 0
-    for name, dtype, shape in rows:
-        found.append(Entry(name, getattr(torch, dtype), tuple(shape), start))
-        start += found[-1].num_bytes
+def entries_of(rows: Sequence[Sequence[Any]]) -> tuple[Entry, ...]:
+    """Of rows (name, dtype, shape): laid end to end; a fourth value says where a tensor starts instead."""
+    found: list[Entry] = []
+    end = 0
+    for name, dtype, shape, *start in rows:
+        found.append(Entry(name, getattr(torch, dtype), tuple(shape), start[0] if start else end))
+        end = found[-1].start + found[-1].num_bytes
     return tuple(found)
 
 
@@ -268,11 +164,11 @@ def _tensors(model: Model) -> Iterator[Tensor]:
         yield tensor
 
 
-def _addresses(model: Model) -> tuple[int, ...]:
+def addresses_of(model: Model) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for tensor in _tensors(model))
 
 
-def _storages(model: Model) -> set[int]:
+def storages_of(model: Model) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in _tensors(model) if tensor.numel()}
 
 
@@ -297,7 +193,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._bucket = bucket.untyped_storage().data_ptr()
         self._base = bucket.data_ptr()
-        self._storages = storages
+        self.storages_of = storages
         self.copies: list[Copy] = []
         self.is_plain = True
 
@@ -322,7 +218,7 @@ class _Watch(TorchDispatchMode):
             self.copies.append(copy)
 
     def _is_model(self, value: Any) -> bool:
-        return _storage(value) in self._storages
+        return _storage(value) in self.storages_of
 
     def _is_bucket(self, value: Any) -> bool:
         return _storage(value) == self._bucket
