@@ -60,7 +60,7 @@ def check(cases: list[tuple[str, dict, int]], start: Callable[..., RunningEngine
         weights = save(family, 90 + number, tmp_path / f"new-{number}")
         where = {"url": engine.url, "tp": tp, "api_key": engine.keys.api_key, "admin_key": engine.keys.admin_key}
         what = {"layout": layout, "weights": str(weights), "export": str(tmp_path / f"export-{number}"), "version": 3}
-        what["transport"] = "broadcast" if family == "llama" else "stream"
+        what["transport"] = {"llama": "broadcast", "qwen2": "ipc", "qwen3_moe": "ipc"}.get(family, "stream")
         published.append(where | what)
     run_ranks("tests.dist.programs.publish", 4, {"cases": published}, tmp_path / "published", timeout_s=500)
     for number, ((family, _, tp), engine) in enumerate(zip(cases, engines, strict=True)):

@@ -57,7 +57,7 @@ def test_phases_by_hand() -> None:
 
 
 def test_what_each_setting_moves() -> None:
-    base, found, sizes = phases_of(recipe())
+    base, found, _ = phases_of(recipe())
     everything, _, _ = phases_of(recipe("cluster.offload=all"))
     assert everything["rollout"] == (base["rollout"][0], RESTING_BYTES)
     assert everything["training"] == base["training"] and everything["publication"] == base["publication"]
