@@ -242,6 +242,7 @@ def sync_metrics(manifest: WeightManifest | None) -> dict[str, float]:
     if manifest is None:
         return {}
     metrics = {"seconds": manifest.seconds, "bytes": float(manifest.num_bytes), "version": float(manifest.version)}
+    metrics["publish_s"] = manifest.unproved_s
     if manifest.canary is not None:
         canary = manifest.canary
         metrics |= {"canary_difference": canary.difference, "canary_doubts": float(len(canary.doubts))}

@@ -59,6 +59,9 @@ class CanaryReport:
     doubts: tuple[str, ...] = ()
 
 
+_PROOF_PHASES = ("checksums", "canary", "second canary", "search")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
     """What one publication of weights delivered, each tensor once; not those that engines hold and that never change. ``canary``
@@ -70,3 +73,8 @@ class WeightManifest:
     seconds: float
     phase_s: Mapping[str, float] = field(default_factory=dict)
     canary: CanaryReport | None = None
+
+    @property
+    def unproved_s(self) -> float:
+        """From pause to continue, without what the verification took."""
+        return self.seconds - sum(self.phase_s.get(name, 0.0) for name in _PROOF_PHASES)

@@ -1,6 +1,6 @@
 """Everything that wants GPUs, measured in one run and printed as one table; needs stock SGLang.
 
-    python -m tests.benchmarks.bench_gpu --out OUT [--parts raw,scores,update,sync,rollout] [--gpus N]
+    python -m tests.benchmarks.bench_gpu --out OUT [--parts raw,scores,update,sync,rollout,colocated] [--gpus N]
 
 The trainer has the first GPU, servers share the others. With one GPU the parts raw and scores, which need two, are left out, and
 sync goes through CUDA IPC. Servers run in RLX_SGLANG_PYTHON where that is set. Exit status 1 when a part failed.
@@ -19,18 +19,18 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlx.rollout.flags import flags
-from rlx.rollout.sglang.server import ROOM_ABOVE_PORT, write_modules
+from rlx.rollout.sglang.server import ROOM_ABOVE_PORT, cuda_runtime_folders, write_modules
 from rlx.rollout.sglang.shared_tensors import RECEIVER
 from rlx.sync.ports import free_port
 from tests.benchmarks.gpu.models import write_config
 
-PARTS = ("raw", "scores", "update", "sync", "rollout")
+PARTS = ("raw", "scores", "update", "sync", "rollout", "colocated")
 # Unequal settings on trainer and server break the first broadcast; SGLang sets these for itself.
 HEALTHY_S = 200.0  # a cold machine compiles kernels first
 NCCL = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
@@ -45,6 +45,13 @@ SERVER: dict[str, object] = {
     "load-format": "dummy",
     "dtype": "bfloat16",
     "custom-weight-loader": [RECEIVER],
+}
+# On the trainers' GPUs: name -> layout of two trainer ranks, and engines as (GPUs of each).
+SHARED: dict[str, tuple[dict[str, int], tuple[tuple[int, ...], ...]]] = {
+    "TP2, two engines": ({"tp": 2}, ((0,), (1,))),
+    "TP2, one engine of TP2": ({"tp": 2}, ((0, 1),)),
+    "PP2, two engines": ({"pp": 2}, ((0,), (1,))),
+    "EP2, two engines": ({"ep": 2}, ((0,), (1,))),
 }
 # What each server may take of its GPU, beside the others there.
 FRACTIONS = {"1.5B": 0.22, "7B": 0.35, "30B-A3B-cut": 0.3}
@@ -170,6 +177,45 @@ class Bench:
             argv = [sys.executable, "-m", "tests.benchmarks.gpu.rollout", str(self.work / "1.5B"), self.servers["1.5B"].url]
             self.run("rollout", argv, 120, CUDA_VISIBLE_DEVICES="0")
 
+    def colocated(self, shape: str, names: Sequence[str]) -> None:
+        """Publications to engines on the trainers' GPUs, several sets of engines one after the other in one start."""
+        folder = write_config(shape, self.work / f"{shape}-shared")
+        with ExitStack() as stack:
+            engines: dict[tuple[tuple[int, ...], ...], list[Server]] = {}
+            for name in names:
+                seats = SHARED[name][1]
+                if seats not in engines:
+                    extra = {"tp-size": len(seats[0]), "max-total-tokens": 65536, "enable-memory-saver": True}
+                    logs = [self.out / f"shared-{shape}-{len(engines)}-{number}.log" for number in range(len(seats))]
+                    engines[seats] = [
+                        stack.enter_context(server(folder, log, 0.9, gpus, extra)) for log, gpus in zip(logs, seats, strict=True)
+                    ]
+            problems = [each.wait_healthy(HEALTHY_S) for servers in engines.values() for each in servers]
+            if any(problems):
+                tails = [each.log.read_text(errors="replace")[-2000:] for servers in engines.values() for each in servers]
+                self.fail(f"colocated {shape}", f"{problems}\n" + "\n".join(tails))
+                return
+            every = [each for servers in engines.values() for each in servers]
+            for each in every:
+                post(each.url, "release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+            for name in names:
+                layout, seats = SHARED[name]
+                for each in engines[seats]:
+                    post(each.url, "resume_memory_occupation", {"tags": ["kv_cache", "weights"]})
+                arguments = [f"{shape} {name}", str(folder), json.dumps(layout), ",".join(each.url for each in engines[seats])]
+                code = "import sys; from rlx.processes.local_ranks import run_local_ranks, this_module;"
+                code += "sys.exit(run_local_ranks(this_module('tests.benchmarks.gpu.colocated', *sys.argv[1:]), 2))"
+                self.run(f"colocated-{shape}-{name}", [sys.executable, "-c", code, *arguments, str(len(seats[0]))], 120)
+                for each in engines[seats]:
+                    with suppress(OSError):
+                        post(each.url, "release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+
+
+def post(url: str, path: str, body: dict[str, object]) -> None:
+    request = urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60):
+        pass
+
 
 def difference(found: Path, reference: Path) -> dict[str, float]:
     pairs = [
@@ -182,15 +228,28 @@ def difference(found: Path, reference: Path) -> dict[str, float]:
 
 
 @contextmanager
-def server(folder: Path, log: Path, fraction: float, gpu: int) -> Iterator[Server]:
+def server(
+    folder: Path, log: Path, fraction: float, gpus: Sequence[int], extra: Mapping[str, object] | None = None
+) -> Iterator[Server]:
     """A stock SGLang server with weights of its own making; may not be healthy yet."""
     port = free_port(room_above=ROOM_ABOVE_PORT)
     python = os.environ.get("RLX_SGLANG_PYTHON", sys.executable)
-    argv = [python, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port), *flags(SERVER)]
+    argv = [
+        python,
+        "-m",
+        "sglang.launch_server",
+        "--model-path",
+        str(folder),
+        "--port",
+        str(port),
+        *flags(SERVER | dict(extra or {})),
+    ]
     modules = folder.parent / "modules"
     write_modules(modules, "cuda")
     path = os.pathsep.join([str(modules), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONPATH": path}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "PYTHONPATH": path}
+    libraries = [os.environ.get("LD_LIBRARY_PATH"), *cuda_runtime_folders(python)]
+    env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
     with log.open("w") as file:
         argv += ["--mem-fraction-static", str(fraction)]
         child = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
@@ -212,6 +271,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--shapes", default="1.5B,7B,30B-A3B-cut", help=f"of the sync, among {', '.join(FRACTIONS)}")
+    parser.add_argument("--shared", default="llama-8B", help="shapes of the part colocated")
     parser.add_argument("--gpus", type=int, choices=range(1, 9), default=2, help="GPUs to use (%(default)s)")
     args = parser.parse_args()
     parts = [part for part in args.parts.split(",") if args.gpus > 1 or part in ("update", "sync", "rollout")]
@@ -229,10 +289,14 @@ def main() -> int:
                 folder = write_config(shape, work / shape)
                 log = args.out / f"server-{shape}.log"
                 gpu = 1 + number % (args.gpus - 1) if args.gpus > 1 else 0
-                bench.servers[shape] = stack.enter_context(server(folder, log, fraction, gpu))
-        for part in PARTS:
+                bench.servers[shape] = stack.enter_context(server(folder, log, fraction, [gpu]))
+        for part in PARTS[:-1]:
             if part in parts:
                 getattr(bench, part)()
+    if "colocated" in parts:  # once no other server is on the GPUs
+        for shape in args.shared.split(","):
+            experts = "experts" if "A3B" in shape else "dense"
+            bench.colocated(shape, [name for name in SHARED if name.startswith("EP") == (experts == "experts")])
     print(table(bench.results | {f"FAILED: {part}": "see above" for part in bench.failed}))
     return 1 if bench.failed else 0
 

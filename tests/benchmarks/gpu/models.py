@@ -54,6 +54,27 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 152064,
         "tie_word_embeddings": False,
     },
+    "3B": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "llama-8B": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
     # Qwen3-30B-A3B with 12 of its 48 layers: thousands of small tensors.
     "30B-A3B-cut": {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -84,11 +105,11 @@ def write_config(shape: str, folder: Path) -> Path:
     return folder
 
 
-def write_weights(folder: Path, dtype: torch.dtype, std: float = 0.02) -> None:
+def write_weights(folder: Path, dtype: torch.dtype, std: float = 0.02, device: str = "cpu") -> None:
     """Random weights beside the configuration; norms are 1."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     tensors = {}
     for name, extents in expected_shapes(read_architecture(folder)).items():
-        drawn = torch.randn(extents, generator=generator) * std
-        tensors[name] = (drawn + 1.0 if name.endswith("norm.weight") else drawn).to(dtype)
+        drawn = torch.randn(extents, generator=generator, device=device) * std
+        tensors[name] = (drawn + 1.0 if name.endswith("norm.weight") else drawn).to("cpu", dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
