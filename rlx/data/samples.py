@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rlx.types.image_arrays import ImageArrays
-from rlx.types.rollout import ImageSpan, Reward, RolloutGroup, Trajectory
-from rlx.types.train_batch import Ints, TrainBatch, TrainSample
+from rlx.types.rollout import ImageSpan, Reward, RolloutGroup, Segment, Trajectory
+from rlx.types.train_batch import Ints, TrainBatch
 
 AnswerFilter = tuple[str, Callable[[Trajectory, Reward], bool]]
 """(reason, whether an answer with this verdict is dropped for it)."""
@@ -63,9 +63,9 @@ class RolloutBatch:
             scalar_advantages=None if advantages is None else [advantages[index] for index in indices],
             weight_versions=[trajectory.oldest_version for trajectory in chosen],
         )
-        for sample, trajectory in zip(batch, chosen, strict=True):
-            _write(sample, trajectory)
-        return replace(batch, images=ImageArrays.of([trajectory.images for trajectory in chosen]))
+        _write(batch, (segment for trajectory in chosen for segment in trajectory.segments))
+        images = ImageArrays.of([trajectory.images for trajectory in chosen])
+        return batch if images is None else replace(batch, images=images)
 
 
 def to_train_batch(
@@ -116,13 +116,13 @@ def _checked_rewards(group: RolloutGroup) -> tuple[Reward, ...]:
     return group.rewards
 
 
-def _write(sample: TrainSample, trajectory: Trajectory) -> None:
-    """Write the trajectory's tokens into the sample's columns, which are zeros, without a Python object a token."""
+def _write(batch: TrainBatch, segments: Iterable[Segment]) -> None:
+    """Write the segments end to end into the batch's columns, which are zeros, without a Python object a token."""
     start = 0
-    for segment in trajectory.segments:
-        end = start + len(segment)
-        sample.token_ids[start:end] = np.asarray(segment.token_ids)
+    for segment in segments:
+        end = start + len(segment.token_ids)
+        batch.token_ids[start:end] = segment.token_ids
         if segment.is_sampled:
-            sample.loss_mask[start:end] = True
-            sample.rollout_logprobs[start:end] = np.asarray(segment.rollout_logprobs)
+            batch.loss_mask[start:end] = True
+            batch.rollout_logprobs[start:end] = segment.rollout_logprobs
         start = end

@@ -15,6 +15,7 @@ import threading
 from typing import Any
 
 _NONCE = 32
+_HEAD = struct.Struct("!QQ")
 _LENGTH = struct.Struct("!Q")
 _HELLO = struct.Struct("!I32s")
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
@@ -51,16 +52,18 @@ class Channel:
         with self._sending:
             num_sent = self._connection.sendmsg(parts[:64])  # small messages go at once
             for part in parts:
-                if num_sent < part.nbytes:
+                if num_sent >= part.nbytes:
+                    num_sent -= part.nbytes
+                else:
                     self._connection.sendall(part[num_sent:])
-                num_sent = max(0, num_sent - part.nbytes)
+                    num_sent = 0
 
     def receive(self) -> Any:
         """The next message. ``ChannelClosed`` at the end of the connection, TimeoutError for one that stops half-way."""
-        (num_buffers,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
-        sizes = struct.unpack(f"!{num_buffers + 1}Q", self._exactly((num_buffers + 1) * _LENGTH.size))
-        payload, *buffers = (self._exactly(size) for size in sizes)
-        return pickle.loads(payload, buffers=buffers)
+        size, num_buffers = _HEAD.unpack(self._exactly(_HEAD.size))
+        rest = self._exactly(num_buffers * _LENGTH.size + size)
+        buffers = [self._exactly(length) for (length,) in _LENGTH.iter_unpack(rest[:-size])]
+        return pickle.loads(memoryview(rest)[-size:], buffers=buffers)
 
     def _exactly(self, size: int) -> bytearray:
         data = bytearray(size)
@@ -74,12 +77,12 @@ class Channel:
 
 
 def pack(message: object) -> list[memoryview]:
-    """A message as it goes over the wire: number of buffers, all lengths, the pickle, the buffers."""
+    """A message as it goes over the wire: the pickle's length, number of buffers, their lengths, the pickle, the buffers."""
     found: list[pickle.PickleBuffer] = []
     payload = pickle.dumps(message, protocol=5, buffer_callback=found.append)
     raw = [buffer.raw() for buffer in found]
-    lengths = [_LENGTH.pack(len(raw)), _LENGTH.pack(len(payload)), *(_LENGTH.pack(view.nbytes) for view in raw)]
-    return [memoryview(b"".join([*lengths, payload])), *raw]
+    head = struct.pack(f"!{len(raw) + 2}Q", len(payload), len(raw), *(view.nbytes for view in raw))
+    return [memoryview(head + payload), *raw]
 
 
 def answer_challenge(connection: socket.socket, secret: str, rank: int) -> None:

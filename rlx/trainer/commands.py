@@ -42,6 +42,10 @@ class LoadBatch(Command["RankWorker", None]):
     title = "load batch"
     part: BatchPart
 
+    def __getstate__(self) -> tuple[BatchPart]:
+        """A dataclass's own looks up its fields each time, and this goes to every rank by itself."""
+        return (self.part,)
+
     def run(self, worker: RankWorker) -> None:
         worker.load_batch(self.part)
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlx.obs.log import WAITING, Phase, enter_phase
 from rlx.trainer.channel import Channel, ChannelClosed, answer_challenge
@@ -16,8 +16,7 @@ from rlx.trainer.commands import Command
 BEAT_S = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class Order(NamedTuple):
     """From the driver: run this as part of ``step``."""
 
     number: int
@@ -25,8 +24,7 @@ class Order:
     command: Command[Any, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answer(NamedTuple):
     """From a rank: what order ``number`` gave here; number 0 says that the models are loaded."""
 
     number: int

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import accumulate
+from pickle import PickleBuffer
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,23 +97,32 @@ class TrainBatch:
         """A batch whose sequences have these lengths; its token columns are zeros, to be written. Ids count from 0; what else
         is left out is 0."""
         num_sequences = len(lengths)
-        offsets = np.zeros(num_sequences + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        num_tokens = int(offsets[-1])
+        offsets = [0, *accumulate(lengths)]
+        num_tokens = offsets[-1]
         nothing = [0] * num_sequences
+        ids = (
+            range(num_sequences) if sample_ids is None else sample_ids,
+            group_ids,
+            nothing if weight_versions is None else weight_versions,
+        )
+        scores = [nothing if rewards is None else rewards, *(() if scalar_advantages is None else [scalar_advantages])]
         # One block: an allocator that gets three back returns them to the system, part after part, for pages of zeros.
         block = np.zeros(9 * num_tokens, np.uint8)
         return cls(
             token_ids=block[: 4 * num_tokens].view(np.int32),
             rollout_logprobs=block[4 * num_tokens : 8 * num_tokens].view(np.float32),
             loss_mask=block[8 * num_tokens :].view(np.bool_),
-            offsets=offsets,
-            sample_ids=np.array(range(num_sequences) if sample_ids is None else sample_ids, np.int64),
-            group_ids=np.array(group_ids, np.int64),
-            rewards=np.array(nothing if rewards is None else rewards, np.float64),
-            scalar_advantages=None if scalar_advantages is None else np.array(scalar_advantages, np.float64),
-            weight_versions=np.array(nothing if weight_versions is None else weight_versions, np.int64),
+            offsets=np.array(offsets, np.int64),
+            **_columns(np.array(ids, np.int64), np.array(scores, np.float64)),
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For protocol 5, in four buffers: a small one costs the driver as much as a large one, on every rank."""
+        scores = [self.rewards] if self.scalar_advantages is None else [self.rewards, self.scalar_advantages]
+        ids = [self.sample_ids, self.group_ids, self.weight_versions]
+        numbers = np.concatenate([self.offsets, *ids, *(column.view(np.int64) for column in scores)])
+        buffers = map(PickleBuffer, (numbers, self.token_ids, self.loss_mask, self.rollout_logprobs))
+        return _from_buffers, (len(scores), self.images, *buffers)
 
     def __len__(self) -> int:
         """Sequences, S."""
@@ -177,6 +188,33 @@ class TrainBatch:
         return (column[borders[index] : borders[index + 1]] for index in indices)
 
 
+def _from_buffers(num_scores: int, images: ImageArrays | None, numbers: Any, *columns: Any) -> TrainBatch:
+    """What ``TrainBatch.__reduce__`` took apart. The arrays are the buffers' own memory."""
+    token_ids, loss_mask, rollout_logprobs = columns
+    read = np.frombuffer(numbers, np.int64)
+    num_sequences = len(read) // (4 + num_scores)  # offsets have one number more
+    table = read[num_sequences + 1 :].reshape(3 + num_scores, num_sequences)
+    return TrainBatch(
+        token_ids=np.frombuffer(token_ids, np.int32),
+        loss_mask=np.frombuffer(loss_mask, np.bool_),
+        rollout_logprobs=np.frombuffer(rollout_logprobs, np.float32),
+        offsets=read[: num_sequences + 1],
+        images=images,
+        **_columns(table[:3], table[3:].view(np.float64)),
+    )
+
+
+def _columns(ids: Ints, scores: Floats) -> dict[str, Any]:
+    """The rows of two tables by the names of a ``TrainBatch``'s columns."""
+    return {
+        "sample_ids": ids[0],
+        "group_ids": ids[1],
+        "weight_versions": ids[2],
+        "rewards": scores[0],
+        "scalar_advantages": scores[1] if len(scores) > 1 else None,
+    }
+
+
 class Rows(Protocol):
     """A whole batch: what is planned of it, and its sequences, laid flat when they are asked for."""
 
@@ -194,8 +232,7 @@ class Rows(Protocol):
     def rows(self, indices: Sequence[int]) -> TrainBatch: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MiniBatchPart:
+class MiniBatchPart(NamedTuple):
     """One optimizer step on one data-parallel rank.
 
     ``micro_batch_sizes``: sequences of each micro-batch, 0 for an empty one; every rank has the same number of them.
@@ -219,3 +256,11 @@ class BatchPart:
     samples: TrainBatch
     mini_batches: tuple[MiniBatchPart, ...]
     group_ids: Ints
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _part_from_buffers, (self.dp_rank, self.samples, self.mini_batches, PickleBuffer(self.group_ids))
+
+
+def _part_from_buffers(dp_rank: int, samples: TrainBatch, mini_batches: tuple[MiniBatchPart, ...], group_ids: Any) -> BatchPart:
+    ids = np.frombuffer(group_ids, np.int64)
+    return BatchPart(dp_rank=dp_rank, samples=samples, mini_batches=mini_batches, group_ids=ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from rlx.trainer.batch import RankBatch, position_mask, position_rollout_logprob
 from rlx.types.batch import MicroBatch
 from rlx.types.layout import BatchPlan, ParallelDims
 from rlx.types.rollout import ImageSpan
-from rlx.types.train_batch import BatchPart, TrainBatch, TrainSample
+from rlx.types.train_batch import BatchPart, MiniBatchPart, TrainBatch, TrainSample
 from tests.batches import batch_of, train_sample
 from tests.unit.data.contexts import rank_context
 
@@ -81,7 +81,7 @@ def test_ranks_together_hold_every_row_once_in_the_order_of_their_micro_batches(
     plan = planned(batch, dims, num_mini_batches, max_tokens)
     found: list[int] = []
     for dp_rank in range(dp):
-        part = pickle.loads(pickle.dumps(part_of(batch, plan, dp_rank)))
+        part = pickle.loads(pickle.dumps(part_of(batch, plan, dp_rank), protocol=5))
         found += part.samples.sample_ids.tolist()
         assert part.group_ids.tolist() == batch.group_ids.tolist()
         held, samples = [], iter(part.samples)
@@ -114,7 +114,7 @@ def test_a_rank_packs_what_the_plan_says() -> None:
 def test_fewer_samples_than_ranks_leave_masked_padding() -> None:
     batch, dims = numbered([4]), ParallelDims(world_size=3)
     plan = planned(batch, dims)
-    parts = [pickle.loads(pickle.dumps(part_of(batch, plan, dp_rank))) for dp_rank in range(3)]
+    parts = [pickle.loads(pickle.dumps(part_of(batch, plan, dp_rank), protocol=5)) for dp_rank in range(3)]
     assert [len(part.samples) for part in parts] == [1, 0, 0]
     (pack,) = packs_of(parts[2], dims, 0)
     assert pack.sample_ids == (-1,) and not pack.loss_mask_T.any()
@@ -135,7 +135,7 @@ def test_a_rank_gets_the_images_of_its_own_rows() -> None:
     assert batch.images is not None and batch.images.keys.shape == (2, 32) and batch.images.key_index.tolist() == [0, 1, 0]
     plan = planned(batch, dims)
     for dp_rank in (0, 1):
-        part = pickle.loads(pickle.dumps(part_of(batch, plan, dp_rank)))
+        part = pickle.loads(pickle.dumps(part_of(batch, plan, dp_rank), protocol=5))
         assert [sample.images for sample in part.samples] == [spans[index] for index in part.samples.sample_ids]
     assert batch.rows([1]).images is None and numbered([3]).images is None
     both = batch.rows([2, 0])
@@ -144,6 +144,25 @@ def test_a_rank_gets_the_images_of_its_own_rows() -> None:
     starts = dict(zip(pack.sample_ids, pack.cu_seqlens_S1.tolist(), strict=False))
     wanted = [(span.key, starts[index] + span.start) for index in pack.sample_ids for span in spans[index]]
     assert [(span.key, span.start) for span in pack.images] == wanted
+
+
+@pytest.mark.parametrize("critic", [False, True])
+def test_a_part_travels_in_five_buffers_and_arrives_writable(critic: bool) -> None:
+    """However many columns there are: the driver pays for each buffer, on each rank."""
+    batch = numbered([4, 0, 3])
+    whole = replace(batch, scalar_advantages=None) if critic else batch
+    sent = BatchPart(dp_rank=1, samples=whole, mini_batches=(MiniBatchPart((2, 1), 5, 2),), group_ids=batch.group_ids)
+    buffers: list[pickle.PickleBuffer] = []
+    payload = pickle.dumps(sent, protocol=5, buffer_callback=buffers.append)
+    assert len(buffers) == 5 and len(payload) < 400
+    part = pickle.loads(payload, buffers=[bytearray(buffer.raw()) for buffer in buffers])
+    assert (part.dp_rank, part.mini_batches, part.group_ids.tolist()) == (1, sent.mini_batches, batch.group_ids.tolist())
+    for entry in fields(TrainBatch):
+        here, there = getattr(part.samples, entry.name), getattr(whole, entry.name)
+        if there is None:
+            assert here is None
+        else:
+            assert here.dtype == there.dtype and here.tobytes() == there.tobytes() and here.flags.writeable
 
 
 def test_a_part_of_another_rank_is_refused() -> None:
