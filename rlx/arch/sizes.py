@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.experts import DENSE_ROWS, PROJECTOR_ROWS, TOWER_ROWS, layers_of
 from rlx.arch.families.registry import weight_table
+from rlx.arch.weights import Row
 
 _MLP, _EXPERT = "decoder.layers.{layer}.mlp.", "{expert}"
 
 
 def expected_shapes(arch: Architecture) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of every Hugging Face tensor of the model."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, row in weight_table(arch).items():
-        experts = range(arch.experts.num_experts) if arch.experts is not None and _EXPERT in name else range(1)
-        for layer, expert in itertools.product(layers_of(name, arch), experts):
-            for hf_name, shape in zip(row.hf_names, row.hf_shapes(arch), strict=True):
-                shapes[hf_name.format(layer=layer, expert=expert)] = shape
-    return shapes
+    return {
+        hf_name: shape
+        for name, row in weight_table(arch).items()
+        for hf_names, shapes in names_of(name, row, arch)
+        for hf_name, shape in zip(hf_names, shapes, strict=True)
+    }
+
+
+def names_of(name: str, row: Row, arch: Architecture) -> Iterator[tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]:
+    """Names and shapes of the Hugging Face tensors of the row of this Megatron name, for each layer and expert that has it."""
+    experts = range(arch.experts.num_experts) if arch.experts is not None and _EXPERT in name else range(1)
+    shapes = row.hf_shapes(arch)
+    for layer, expert in itertools.product(layers_of(name, arch), experts):
+        yield tuple(hf_name.format(layer=layer, expert=expert) for hf_name in row.hf_names), shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -156,4 +156,5 @@ def _engines(config: Config) -> str:
         return f"rollouts replayed from {config.rollout.replay}"
     if config.rollout.endpoints:
         return f"{len(config.rollout.endpoints)} running engines"
-    return f"{config.rollout.num_engines} {config.rollout.engine} engines"
+    fp8 = " of FP8 weights" if config.rollout.fp8 else ""
+    return f"{config.rollout.num_engines} {config.rollout.engine} engines{fp8}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlx.arch.engine_format import engine_format
 from rlx.arch.sizes import Sizes
 from rlx.arch.vision import Vision
 from rlx.config.schema import Config
@@ -55,7 +56,6 @@ def estimate(config: Config, sizes: Sizes) -> Estimate:
     others = weights if config.has_reference else 0
     if config.trains_critic:
         others += weights + gradients + optimizer
-    engine_width = 0 if config.is_finetuning else config.engine_precision.weight_bytes
     tokens = config.batching.max_tokens_per_micro_batch / layout.cp
     return Estimate(
         weights=int(weights),
@@ -65,8 +65,13 @@ def estimate(config: Config, sizes: Sizes) -> Estimate:
         activations=int(_activations(config, sizes, tokens, width)),
         patches=int(_patches(config, sizes.arch.vision, width)),
         logits=0 if config.finetune.objective == "rm" else int(tokens * sizes.arch.vocab_size / layout.tp * (width + 2 * 4)),
-        engine_weights=int(engine_width * sizes.total / config.rollout.tp),
+        engine_weights=0 if config.is_finetuning else _engine_weights(config, sizes) // config.rollout.tp,
     )
+
+
+def _engine_weights(config: Config, sizes: Sizes) -> int:
+    width = config.engine_precision.weight_bytes
+    return engine_format(sizes.arch, fp8=True).num_bytes(width) if config.rollout.fp8 else width * sizes.total
 
 
 def _stage(config: Config, sizes: Sizes, etp: int) -> tuple[float, float]:

@@ -29,7 +29,7 @@ _FOLLOWED: Mapping[str, str] = {
     "parallel": "tp pp vpp cp ep etp sequence_parallel",
     "data": "prompts_per_step label_key template_date",
     "data.sources.NAME": "label_key",
-    "rollout": """engine num_engines tp python endpoints dtype samples_per_prompt max_new_tokens temperature top_p top_k
+    "rollout": """engine num_engines tp python endpoints dtype fp8 samples_per_prompt max_new_tokens temperature top_p top_k
         stop_token_ids max_concurrent_requests request_timeout_s max_retries start_timeout_s release max_restarts record replay
         server_args""",
     "reward": "name args num_workers timeout_s memory_mb skip_special_tokens max_abs",

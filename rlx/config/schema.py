@@ -18,7 +18,7 @@ from rlx.config.options import option, required
 from rlx.config.sources import EvaluationConfig as EvaluationConfig
 from rlx.config.sources import SourceConfig
 from rlx.types.layout import ParallelDims
-from rlx.types.precision import PRECISIONS, Precision, precision_of
+from rlx.types.precision import PRECISIONS, Precision, in_fp8, precision_of
 
 MOST = 2**16  # ranks, machines, engines: a plan of more than anybody has must not be what fills the memory
 
@@ -178,6 +178,7 @@ class RolloutConfig:
     python: str | None = option(None, "interpreter of the environment that holds sglang; none: rlx's own")
     endpoints: list[str] = option([], "URLs of servers that already run; then none is started")
     dtype: str = option("auto", "engine weights; auto: model.dtype", choices=("auto", *PRECISIONS))
+    fp8: bool = option(False, "SGLang holds the matrices of the layers in FP8, blocks of 128 x 128; weights are sent so")
     samples_per_prompt: int = option(1, "answers to each prompt", minimum=1)
     max_new_tokens: int = option(256, "response limit", minimum=1)
     temperature: float = option(1.0, "0 is greedy", minimum=0)
@@ -260,7 +261,9 @@ class SyncConfig:
     canary_first: int = option(3, "verify after each of the first N syncs", minimum=0)
     canary_every: int = option(10, "then after every N-th; 0: never", minimum=0)
     canary_tolerance: float | None = option(
-        None, "mean |log-prob| difference beyond which tensors are compared; none: 1e-3 in fp32, 0.1 in bf16", minimum=0
+        None,
+        "mean |log-prob| difference beyond which tensors are compared; none: 1e-3 in fp32, 0.1 in bf16, 0.75 in fp8",
+        minimum=0,
     )
 
 
@@ -315,7 +318,8 @@ class Config:
     def engine_precision(self) -> Precision:
         """That of engines: ``rollout.dtype`` with auto resolved."""
         dtype = self.model.dtype if self.rollout.dtype == "auto" else self.rollout.dtype
-        return precision_of(dtype, fp32_head=self.model.fp32_head)
+        found = precision_of(dtype, fp32_head=self.model.fp32_head)
+        return in_fp8(found) if self.rollout.fp8 else found
 
     @property
     def num_trainer_ranks(self) -> int:

@@ -14,6 +14,7 @@ from rlx.config.parts import EngineSettings
 from rlx.config.schema import ClusterConfig, RolloutConfig
 from rlx.config.sharing import release_level
 from rlx.engines.fleet import Fleet, Member
+from rlx.engines.fp8 import check_fp8, write_fp8_folder
 from rlx.engines.manager import EnginePlan
 from rlx.engines.nccl import check_nccl
 from rlx.processes.environment import attached_keys
@@ -23,6 +24,7 @@ from rlx.rollout.sglang.server import (
     ROOM_ABOVE_PORT,
     SGLangSite,
     Span,
+    fp8_environment,
     image_environment,
     sglang_command,
     sglang_environment,
@@ -92,6 +94,8 @@ def _plan_embedded(engines: EngineSettings, site: EngineSite) -> EnginePlan:
 def _plan_sglang(engines: EngineSettings, site: EngineSite) -> EnginePlan:
     rollout, device = engines.rollout, _device(engines.cluster)
     python = rollout.python or sys.executable
+    if rollout.fp8:
+        check_fp8(device)
     if device == "cuda" and engines.transport in _GROUP_TRANSPORTS:
         check_nccl(python)
     port, modules = free_port(site.host, room_above=ROOM_ABOVE_PORT), site.run_dir / "engines" / "modules"
@@ -105,6 +109,7 @@ def _plan_sglang(engines: EngineSettings, site: EngineSite) -> EnginePlan:
         python=python,
         releases=device == "cuda" and bool(released_tags(engines.cluster, rollout, device)),
         span=site.span,
+        model_path=str(write_fp8_folder(engines, site.run_dir)) if rollout.fp8 else None,
     )
     env = sglang_environment(
         _without_own_code(site.env),
@@ -114,7 +119,7 @@ def _plan_sglang(engines: EngineSettings, site: EngineSite) -> EnginePlan:
         modules=modules,
         devices=site.gpus or (_gpus_of(engines, site.index) if device == "cuda" else ()),
     )
-    env |= image_environment(engines)
+    env |= image_environment(engines) | fp8_environment(engines, env)
     return EnginePlan(argv=sglang_command(engines, server), env=env, port=port, host=site.host, span=site.span)
 
 

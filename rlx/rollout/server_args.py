@@ -30,14 +30,17 @@ _OF_SGLANG = {
     "nccl_init_addr",
 }
 
+_OF_FP8 = {"quantization", "load_format"}
+
 
 def server_args(rollout: RolloutConfig) -> dict[str, Any]:
     """The arguments, names with underscores. ValueError for one that rlx sets itself or that the engine would not start with;
     what only SGLang knows of its own is left to it."""
     given = {name.replace("-", "_"): value for name, value in rollout.server_args.items()}
     is_embedded = rollout.engine == "embedded"
+    own = _OF_EMBEDDED if is_embedded else _OF_SGLANG | (_OF_FP8 if rollout.fp8 else set())
     for name in given:
-        if name in (_OF_EMBEDDED if is_embedded else _OF_SGLANG):
+        if name in own:
             raise ValueError(f"rollout.server_args.{name} is set by rlx itself; remove it")
     if is_embedded:
         _parse(given)

@@ -19,7 +19,8 @@ from rlx.types.weights import TensorInfo, WeightChunk
 def chunks(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, flatten_below_bytes: int) -> Iterator[WeightChunk]:
     """Yield every tensor exactly once, in chunks of at most ``bucket_bytes`` (a larger tensor travels alone).
 
-    Tensors under ``flatten_below_bytes`` go into flattened chunks, the others into plain ones. Streaming: a tensor is
+    Tensors under ``flatten_below_bytes`` go into flattened chunks, and so do those of 8 bits, a type that not every group can
+    broadcast; the others into plain ones. Streaming: a tensor is
     drawn only when the chunks before it are out, and less than two buckets plus one tensor wait here at any time.
     """
     if bucket_bytes < 1:
@@ -27,7 +28,7 @@ def chunks(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, flatten_bel
     small = _Bucket(bucket_bytes, flattened=True)
     large = _Bucket(bucket_bytes, flattened=False)
     for name, tensor in tensors:
-        bucket = small if tensor.nbytes < flatten_below_bytes else large
+        bucket = small if tensor.nbytes < flatten_below_bytes or tensor.dtype.itemsize == 1 else large
         if not bucket.fits(tensor):
             yield bucket.take()
         bucket.add(name, tensor)

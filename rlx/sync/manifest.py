@@ -13,16 +13,17 @@ from torch import Tensor
 
 from rlx.sync.chunks import tensor_info
 from rlx.sync.errors import SyncError
-from rlx.types.weights import TensorInfo
+from rlx.types.weights import TensorInfo, torch_dtype
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Ledger:
-    """Checks tensors against ``expected`` (Hugging Face name -> shape) and records them."""
+    """Checks tensors against ``expected`` (Hugging Face name -> shape) and records them. ``dtypes`` are those of tensors that
+    must have one certain type, by torch's name."""
 
-    def __init__(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        self._expected = expected
+    def __init__(self, expected: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str] | None = None) -> None:
+        self._expected, self._dtypes = expected, dtypes or {}
         self._sent: dict[str, TensorInfo] = {}
         self._num_departed = 0
 
@@ -76,5 +77,8 @@ class Ledger:
             raise SyncError(f"tensor {name} is sent twice")
         if tuple(tensor.shape) != tuple(shape):
             raise SyncError(f"tensor {name} has shape {list(tensor.shape)}, the engines' model needs {list(shape)}")
-        if tensor.dtype not in WIRE_DTYPES:
+        wanted = self._dtypes.get(name)
+        if wanted is not None and tensor.dtype != torch_dtype(wanted):
+            raise SyncError(f"tensor {name} has dtype {tensor.dtype}, the engines' model needs {wanted}")
+        if wanted is None and tensor.dtype not in WIRE_DTYPES:
             raise SyncError(f"tensor {name} has dtype {tensor.dtype}; only float32, bfloat16 and float16 can be sent")

@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from rlx.arch.engine_format import EngineFormat
 from rlx.config.schema import SyncConfig
 from rlx.obs.log import logger
 from rlx.rollout.keys import EngineKeys
 from rlx.rollout.sglang.control import EngineControl
 from rlx.sync.collective_phase import Crew, PublisherPlace, Share
 from rlx.sync.engine_memory import KEY_VALUES, WEIGHTS, Sharing
+from rlx.sync.engine_tensors import EngineTensors
 from rlx.sync.errors import SyncError
 from rlx.sync.group import Endpoint, Engine, open_group
 from rlx.sync.manifest import Ledger
@@ -44,7 +46,8 @@ from rlx.types.weights import CanaryReport, TensorInfo, WeightManifest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublisherTarget:
-    """The engines, their model (Hugging Face name -> shape; tied tensors once) and how to reach them.
+    """The engines, their model as trainers have it (Hugging Face name -> shape; tied tensors once) and how to reach them.
+    ``fp8`` names the matrices that engines hold in FP8.
 
     Tensors in ``constant`` never change: engines that hold them are sent the others (but a folder is always whole).
     ``transport`` is "stream", "broadcast", "ipc" (by ``seats``), "shm" or "disk" (through ``folder``), ``backend`` "gloo" or
@@ -55,6 +58,7 @@ class PublisherTarget:
     expected: Mapping[str, tuple[int, ...]]
     backend: str
     device: torch.device
+    fp8: frozenset[str] = frozenset()
     constant: frozenset[str] = frozenset()
     keys: EngineKeys = field(default_factory=EngineKeys)
     transport: str = "broadcast"
@@ -75,9 +79,10 @@ class Publisher:
     ) -> None:
         if not target.endpoints:
             raise ValueError("weight sync needs at least one engine (rollout.num_engines or rollout.endpoints)")
-        self._target = target
+        self._target, self._format = target, EngineFormat(shapes=target.expected, converted=target.fp8)
         self._config = config
-        self._canary = canary
+        # FP8 is proved by checksums: what engines hand out of it are 8 bits without the scales that make them numbers.
+        self._canary = replace(canary, export=None) if canary is not None and target.fp8 else canary
         self._engines = tuple(
             Engine(endpoint=end, control=EngineControl(end.url, timeout_s=config.timeout_s, keys=target.keys))
             for end in target.endpoints
@@ -164,14 +169,17 @@ class Publisher:
         self._num_syncs += 1
         due = is_due(self._num_syncs, self._config.canary_first, self._config.canary_every)
         canary, proof = (self._canary, self._proof) if due else (None, None)
+        if self._format.converted and (self._place.is_sender or self._handover is not None):
+            tensors = EngineTensors(tensors, self._format)
         if proof is not None:
             tensors = proof.watch(what, tensors)
         if self._transport != "disk":
             self._lead_together(what, "begin", lambda engine: engine.control.begin_update())
         left_out = self._left_out()
         repeats, self._last_left_out = left_out == self._last_left_out, left_out
-        ledger = Ledger({name: shape for name, shape in self._target.expected.items() if name not in left_out})
-        tensors = (each for each in tensors if each[0] not in left_out)  # the proof has seen all
+        expected = {name: shape for name, shape in self._format.expected.items() if name not in left_out}
+        ledger = Ledger(expected, self._format.dtypes)
+        tensors = filter(lambda each: each[0] not in left_out, tensors)  # the proof has seen all
         if self._handover is not None:
             self._hand_over(self._handover, version, tensors, ledger, repeats)
         for stage in range(self._place.num_stages) if self._handover is None else ():
@@ -212,8 +220,8 @@ class Publisher:
         """Create the groups, in pipeline order, before the first publication."""
         if self._connected:
             return
-        expected = self._target.expected
-        self._crew.together(what, "model", lambda: self._crew.lead_calls(lambda control: check_model(control, expected)))
+        wanted = self._format
+        self._crew.together(what, "model", lambda: self._crew.lead_calls(lambda control: check_model(control, wanted)))
         if self._handover is not None:
             refusals = [text for text in self._crew.together(what, "ipc", self._handover.refusal) if text]
             if refusals:
@@ -233,7 +241,7 @@ class Publisher:
             self._lane = SharedMemoryLane(self._engines)
         elif self._transport == "disk":
             assert target.folder is not None, "the disk transport needs a folder"
-            self._lane = DiskLane(self._engines, target.folder, stage, target.expected, self._config.timeout_s)
+            self._lane = DiskLane(self._engines, target.folder, stage, self._format.expected, self._config.timeout_s)
         else:
             opened = open_group(stage, self._engines, target.backend, target.device, self._config.timeout_s)
             self._lane = (StreamLane if self._transport == "stream" else BroadcastLane)(opened, target.device)

@@ -34,14 +34,15 @@ from rlx.types.weights import CanaryReport, WeightManifest
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkOptions:
     """How weights reach engines: ``transport`` (never auto), with ``folder`` for the one that needs it. ``shares``: the engines
-    are on the trainers' devices. ``constant``: tensors that never change (a frozen tower's). ``sharers``: by engine, the trainer
-    rank on the device (or machine) of each of its ranks. ``weight_bytes``: the width of a weight."""
+    are on the trainers' devices. ``constant``: tensors that never change (a frozen tower's). ``fp8``: those in FP8. ``sharers``: by
+    engine, the trainer rank on the device (or machine) of each of its ranks. ``weight_bytes``: the width of a weight."""
 
     sync: SyncConfig
     transport: str
     folder: SyncFolder | None = None
     shares: bool = False
     constant: frozenset[str] = frozenset()
+    fp8: frozenset[str] = frozenset()
     sharers: Mapping[int, Sequence[int]] = field(default_factory=dict)
     weight_bytes: int = 4
 
@@ -161,6 +162,7 @@ class EngineLink:
             endpoints=self._endpoints,
             expected=self._expected,
             constant=self._options.constant,
+            fp8=self._options.fp8,
             backend="nccl" if self._context.device.type == "cuda" else "gloo",
             device=self._context.device,
             keys=self._keys,

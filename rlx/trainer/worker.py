@@ -16,6 +16,7 @@ from rlx.algos.kl import kl_estimate
 from rlx.algos.registry import make_algorithm
 from rlx.algos.stats import sum_and_count
 from rlx.algos.value_loss import FIT, explained_variance, fit
+from rlx.arch.engine_format import QUANTIZATION, converted_names
 from rlx.arch.sizes import expected_shapes
 from rlx.config.schema import Config, ModelConfig, OptimizerConfig
 from rlx.config.sharing import offload_level
@@ -71,14 +72,15 @@ class Worker:
                 self.reference = loader.load_reference(model.reference_path or model.path, self.policy.arch)
         shares = config.cluster.colocated
         self.memory = self._make_memory(LEVELS[offload_level(config, context.device.type)], shares)
-        disk = sync_folder(config.run.dir, config.sync.dir, loader.companions) if config.transport == "disk" else None
-        constant = self.policy.constant_weights()
+        has_fp8, beside = config.rollout.fp8, loader.companions
+        companions = replace(beside, quantization=QUANTIZATION) if has_fp8 else beside
         options = LinkOptions(
             sync=config.sync,
             transport=config.transport,
-            folder=disk,
+            folder=sync_folder(config.run.dir, config.sync.dir, companions) if config.transport == "disk" else None,
             shares=shares,
-            constant=constant,
+            constant=self.policy.constant_weights(),
+            fp8=converted_names(self.policy.arch) if has_fp8 else frozenset(),
             sharers=sharers or {},
             weight_bytes=model.precision.weight_bytes,
         )

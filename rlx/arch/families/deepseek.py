@@ -60,4 +60,10 @@ def replaced_layers(config: ConfigJson) -> tuple[bool, ...]:
     return tuple(layer >= first and layer % every == 0 for layer in range(config["num_hidden_layers"]))
 
 
-FAMILY = Family(fields=FIELDS, architecture=architecture, table=table, ignored=IGNORED)
+FAMILY = Family(
+    fields=FIELDS,
+    architecture=architecture,
+    table=table,
+    ignored=IGNORED,
+    without_fp8="SGLang packs its experts without their scales",
+)

@@ -43,4 +43,10 @@ def architecture(config: ConfigJson) -> Architecture:
     return Architecture(**latent.latent_fields(config), experts=experts)
 
 
-FAMILY = Family(fields=FIELDS, architecture=architecture, table=latent.table, ignored=IGNORED)
+FAMILY = Family(
+    fields=FIELDS,
+    architecture=architecture,
+    table=latent.table,
+    ignored=IGNORED,
+    without_fp8=latent.WITHOUT_FP8,
+)

@@ -56,4 +56,10 @@ def architecture(config: ConfigJson) -> Architecture:
     return Architecture(**latent.latent_fields(config), experts=experts)
 
 
-FAMILY = Family(fields=FIELDS, architecture=architecture, table=latent.table, ignored=IGNORED | {"num_nextn_predict_layers"})
+FAMILY = Family(
+    fields=FIELDS,
+    architecture=architecture,
+    table=latent.table,
+    ignored=IGNORED | {"num_nextn_predict_layers"},
+    without_fp8=latent.WITHOUT_FP8,
+)

@@ -23,6 +23,7 @@ LATENT: Fields = {
     "v_head_dim": whole(128),
     "rope_interleave": flag(True, null=True),
 }
+WITHOUT_FP8 = "SGLang derives further matrices from those of latent attention as it loads them"
 _ATTENTION = "decoder.layers.{layer}.self_attention."
 _HF = "model.layers.{layer}.self_attn."
 

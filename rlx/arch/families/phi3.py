@@ -76,4 +76,9 @@ def table(arch: Architecture) -> Mapping[str, Row]:
     return {**llama.table(arch), **fused}
 
 
-FAMILY = Family(fields=FIELDS, architecture=architecture, table=table)
+FAMILY = Family(
+    fields=FIELDS,
+    architecture=architecture,
+    table=table,
+    without_fp8="its projections are stored fused, and blocks of their scales would have to be split again",
+)

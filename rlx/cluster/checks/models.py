@@ -33,7 +33,7 @@ def model_problems(models: Mapping[str, LoadedModel], engines: EngineSettings) -
             yield f"model.path: transformers has no sequence classification for {arch.model_type!r} to export to"
     loads = engines.rollout.server_args.get("load_format", engines.rollout.server_args.get("load-format"))
     is_sglang = engines.num_started and engines.rollout.engine == "sglang"
-    if is_sglang and is_megatron_checkpoint(policy.folder) and loads != "dummy":
+    if is_sglang and is_megatron_checkpoint(policy.folder) and loads != "dummy" and not engines.rollout.fp8:
         yield (
             f"model.path: SGLang cannot read the converted checkpoint {policy.folder}; name the Hugging Face folder, or set"
             " rollout.server_args.load_format=dummy, for its weights are replaced before the first request"

@@ -11,6 +11,7 @@ from contextlib import suppress
 from datetime import date
 
 from rlx.arch.architecture import Architecture
+from rlx.arch.engine_format import fp8_problems
 from rlx.arch.families.registry import read_architecture
 from rlx.arch.layout import layout_problems
 from rlx.config.algorithm import GROUP_ADVANTAGES, KL_IN_REWARD, NEEDS_GROUPS
@@ -27,7 +28,7 @@ def check(config: Config, *, on_paper: bool = False) -> list[str]:
     if config.is_finetuning:
         own = (_finetuning, _evaluation) if on_paper else (_data, _finetuning, _evaluation)
     else:
-        own = (*(() if on_paper else (_data, _replay, _reward)), _rollout, _algorithm, _evaluation, _colocation)
+        own = (*(() if on_paper else (_data, _replay, _reward)), _rollout, _fp8, _algorithm, _evaluation, _colocation)
     groups = (_layout, _models, *own, _optimizers, _device, *(() if on_paper else (_outputs,)))
     return [message for group in groups for message in group(config)]
 
@@ -99,6 +100,8 @@ def _model_fits(config: Config, arch: Architecture) -> Iterator[str]:
         )
     if config.starts_engines and config.rollout.engine == "sglang" and arch.num_heads % config.rollout.tp:
         yield f"rollout.tp: {config.rollout.tp} does not divide the {arch.num_heads} attention heads of model.path"
+    if config.rollout.fp8 and config.starts_engines:
+        yield from (f"rollout.fp8: {problem}" for problem in fp8_problems(arch, config.rollout.tp))
     outside = [token for token in config.rollout.stop_token_ids if not 0 <= token < arch.vocab_size]
     if outside:
         yield f"rollout.stop_token_ids: {outside[0]} is outside the vocabulary of {arch.vocab_size} of model.path"
@@ -140,6 +143,20 @@ def _data_file(key: str, path: str) -> Iterator[str]:
         files_of(path)
     except (ValueError, OSError) as error:
         yield f"{key}: {error}"
+
+
+def _fp8(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if not rollout.fp8 or rollout.replay is not None:
+        return
+    if rollout.endpoints:
+        yield "rollout.fp8: engines start from a folder that rlx makes; leave rollout.endpoints empty or set it to false"
+    elif rollout.engine != "sglang":
+        yield "rollout.fp8: the embedded engine has no FP8; use rollout.engine=sglang or set it to false"
+    if config.engine_precision.name != "bf16":
+        yield f"rollout.fp8: engines compute in bf16 beside it, but rollout.dtype is {config.engine_precision.name}; use bf16"
+    if config.cluster.device == "cpu":
+        yield "rollout.fp8: needs GPUs, but cluster.device is cpu; set it to false"
 
 
 def _rollout(config: Config) -> Iterator[str]:

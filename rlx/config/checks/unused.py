@@ -108,7 +108,7 @@ _REINFORCEMENT = (
         "rollout.engine is not sglang",
     ),
     Rule(
-        "rollout.engine dtype max_concurrent_requests request_timeout_s max_retries start_timeout_s",
+        "rollout.engine dtype fp8 max_concurrent_requests request_timeout_s max_retries start_timeout_s",
         lambda config: config.rollout.replay is not None,
         "there are no engines with rollout.replay",
     ),

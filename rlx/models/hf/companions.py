@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,12 +28,14 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")  # as transformers writes it now, and as 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Companions:
     """The small files of the model in ``folder``, but for its configuration (the file ``config``), its tokenizer (the folder
-    ``tokenizer``; None: none) and its chat template (Jinja; None: the tokenizer's own)."""
+    ``tokenizer``; None: none) and its chat template (Jinja; None: the tokenizer's own). ``quantization`` is what the
+    configuration is to say of weights in another format, None where they are as they are."""
 
     folder: Path
     config: Path
     tokenizer: Path | None
     chat_template: str | None = None
+    quantization: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, folder: str | Path, tokenizer: str | Path | None = None, chat_template: str | Path | None = None) -> Self:
@@ -60,7 +62,10 @@ class Companions:
         if generation.is_file() and not (target / generation.name).exists():
             shutil.copy(generation, target / generation.name)
         config = json.loads(self.config.read_text(encoding="utf-8"))
-        if (described := _with_dtype(config, dtype)) == config:
+        described = _with_dtype(config, dtype)
+        if self.quantization is not None:
+            described["quantization_config"] = dict(self.quantization)
+        if described == config:
             shutil.copy(self.config, target / "config.json")
         else:
             _write_json(target / "config.json", described)

@@ -101,8 +101,10 @@ class HfFiles:
 
     @property
     def dtype(self) -> str:
-        """The type that most of the weights have, by torch's name."""
-        return prevailing((self.tensor(name).dtype, math.prod(self.tensor(name).shape)) for name in self.files)
+        """The type that most of the weights have, by torch's name; what is stored in 8 bits is computed with in another one."""
+        stored = [self.tensor(name) for name in self.files]
+        wide = [tensor for tensor in stored if not tensor.dtype.startswith("float8")]
+        return prevailing((tensor.dtype, math.prod(tensor.shape)) for tensor in wide or stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensor(name).shape

@@ -39,6 +39,7 @@ _CPU_DEFAULTS: Mapping[str, object] = {
     "sleep_on_idle": True,
     "mem_fraction_static": 0.3,
 }
+_DEEPGEMM = "SGLANG_ENABLE_JIT_DEEPGEMM"
 # SGLang's CPU path imports this name from vllm and never calls it on CPUs without AMX.
 _VLLM_STAND_IN = '''"""Stands in for vllm's kernels, which SGLang's CPU path imports and does not call."""
 
@@ -66,7 +67,7 @@ class Span:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SGLangSite:
     """Where one server runs: its number, device, address, port and key file. ``releases``: it gives GPU memory back when
-    asked. ``span`` None: the whole engine is this process."""
+    asked. ``span`` None: the whole engine is this process. ``model_path`` None: the folder that the engines' settings name."""
 
     index: int
     device: str
@@ -76,13 +77,14 @@ class SGLangSite:
     python: str
     releases: bool = False
     span: Span | None = None
+    model_path: str | None = None
 
 
 def sglang_command(engines: EngineSettings, site: SGLangSite) -> list[str]:
     """The command line. ``rollout.server_args`` win over the defaults; ValueError for those that rlx sets itself."""
     given, precision = server_args(engines.rollout), engines.precision
     fixed: dict[str, object] = {
-        "model_path": engines.model_path,
+        "model_path": site.model_path or engines.model_path,
         "host": site.host,
         "port": site.port,
         "tp_size": engines.rollout.tp,
@@ -141,6 +143,15 @@ def image_environment(engines: EngineSettings) -> dict[str, str]:
     # SGLang keeps what a tower made of an image, through updates and flushes; only the receiver clears that.
     keeps = engines.transport in RECEIVER_TRANSPORTS or not engines.tower_learns
     return found if keeps else found | {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
+
+
+def fp8_environment(engines: EngineSettings, base: Mapping[str, str]) -> dict[str, str]:
+    """What the environment of a server says of FP8, beside ``base``; nothing where its weights are not."""
+    if not engines.rollout.fp8 or _DEEPGEMM in base:
+        return {}
+    # It compiles its kernels at the first start, for minutes and with nvcc, and on Blackwell takes scales of another kind, to
+    # which SGLang would convert the weights that it starts with, but not those that it is sent.
+    return {_DEEPGEMM: "0"}
 
 
 def cuda_runtime_folders(python: str) -> list[str]:

@@ -32,7 +32,7 @@ RECEIVER = f"{RECEIVER_MODULE}.load"
 RECEIVER_TRANSPORTS = ("stream", "ipc")
 # Where ``reduce_tensor`` puts the GPU's number among the arguments; the number means another GPU in another process.
 _DEVICE = 6
-_DTYPES = ("uint8", "float64", "float32", "bfloat16", "float16")
+_DTYPES = ("uint8", "float64", "float32", "bfloat16", "float16", "float8_e4m3fn")
 
 
 def share_bucket(buffer: Tensor, infos: Sequence[TensorInfo]) -> str:

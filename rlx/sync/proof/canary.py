@@ -151,9 +151,11 @@ def compare(
     )
 
 
-def judge(first: CanaryResult, second: CanaryResult | None, found: Findings, tolerance: float) -> tuple[bool, str]:
+def judge(
+    first: CanaryResult, second: CanaryResult | None, found: Findings, tolerance: float, limit: float = math.inf
+) -> tuple[bool, str]:
     """Whether an engine that did not pass is at fault, and why (not). ``second`` are its scores with empty caches, None when
-    tensors differ.
+    tensors differ. ``limit``: the mean beyond which it is in any case.
 
     With tensors proved equal it may be ``WIDE`` times the tolerance off: what computes another way rounds another way, and
     a wrong cache or configuration shows in nats. Where the engine does not hand out (all of) its tensors, rounding is believed
@@ -165,14 +167,15 @@ def judge(first: CanaryResult, second: CanaryResult | None, found: Findings, tol
     if found.is_proof:
         some = f" ({found.num_by_rows} large ones by their first rows)" if found.num_by_rows else ""
         equal = f"Tensors that differ: none found, {found.num_tensors} are equal to the trainer's{some}; {again}"
-        if second.mean_difference <= WIDE * tolerance:
-            return False, f"{equal}; rounding, up to {WIDE:g} times the tolerance of {tolerance:g}, is let pass"
+        if second.mean_difference <= min(WIDE * tolerance, limit):
+            most = f"{WIDE:g} times the tolerance of {tolerance:g}" if WIDE * tolerance <= limit else f"{limit:g}"
+            return False, f"{equal}; rounding, up to {most}, is let pass"
         return True, (
             f"{equal}. The weights are equal but the engine computes otherwise: a stale cache, or another configuration of the"
             " model (rope, norms, heads) or of the server"
         )
     unknown = "; ".join(found.refusals) or f"of {found.num_by_share} tensors only the first rank's share is known"
     text = f"Tensors that differ: none found, but {unknown}; {again}"
-    if second.median_difference <= tolerance and second.mean_difference <= NARROW * tolerance:
+    if second.median_difference <= tolerance and second.mean_difference <= min(NARROW * tolerance, limit):
         return False, f"{text}; the median is within the tolerance of {tolerance:g}, as with rounding"
     return True, f"{text}; that is more than rounding"

@@ -33,6 +33,7 @@ class CanaryProof:
     ) -> None:
         self._crew, self._canary, self._sharing, self._proved = crew, canary, sharing, proved
         self._tolerance = canary.precision.canary_tolerance if tolerance is None else tolerance
+        self._limit = max(canary.precision.canary_limit, self._tolerance)
         self._sequences = canary_sequences(canary.vocab_size, canary.seed, canary.images)
         self._num_texts = sum(sequence.images is None for sequence in self._sequences)
         self._results: dict[str, CanaryResult] = {}
@@ -113,7 +114,7 @@ class CanaryProof:
             if not found.culprits:
                 engine.control.resume()
                 second = self._compare(self._score(engine.control), wanted)
-            fault, reason = judge(first, second, found, self._tolerance)
+            fault, reason = judge(first, second, found, self._tolerance, self._limit)
             text = f"engine {engine.url} scores unlike the trainer: {first.words}. {reason}"
             (faults if fault else doubts).append(text)
         if faults:

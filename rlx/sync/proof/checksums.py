@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlx.arch.engine_format import is_scale
+from rlx.sync.engine_tensors import dequantize
+
 _FUSED = {
     "q_proj": ("qkv_proj", 0),
     "k_proj": ("qkv_proj", 1),
@@ -162,11 +165,22 @@ class Checksums:
 
 
 def watched(tensors: Iterable[tuple[str, Tensor]], books: Sequence[Checksums]) -> Iterator[tuple[str, Tensor]]:
-    """``tensors``, each of which is added to ``books`` as it passes."""
-    for name, tensor in tensors:
-        for book in books:
-            book.add(name, tensor)
-        yield name, tensor
+    """``tensors``, each of which is added to ``books`` as it passes. Of what is in FP8, SGLang sums up the numbers that it stands
+    for, in bf16: they are known with the scales, which follow."""
+    before: tuple[str, Tensor] = "", torch.empty(0)
+
+    def note(each: tuple[str, Tensor]) -> tuple[str, Tensor]:
+        nonlocal before
+        (name, tensor), (last, blocks) = each, before
+        before = each
+        if is_scale(name):
+            name, tensor = last, dequantize(blocks, tensor, torch.bfloat16)
+        if tensor.dtype.itemsize > 1:
+            for book in books:
+                book.add(name, tensor)
+        return each
+
+    return map(note, tensors)
 
 
 def kind(name: str) -> str:

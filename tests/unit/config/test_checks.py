@@ -89,6 +89,23 @@ def test_contradiction_is_one_problem_that_names_its_keys(problems: Problems, ov
 
 
 @pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], ["embedded engine", "rollout.engine=sglang"]),
+        (["rollout.endpoints=['http://a:1']"], ["rollout.endpoints empty"]),
+        (["rollout.engine=sglang"], ["rollout.dtype is fp32", "use bf16"]),
+        (["cluster.device=cpu"], ["cluster.device is cpu"]),
+        (["rollout.engine=sglang"], ["hidden states", "96 wide", "rollout.tp = 1"]),
+    ],
+)
+def test_where_engines_cannot_hold_fp8_every_reason_is_said(problems: Problems, overrides: list[str], words: list[str]) -> None:
+    found = problems("rollout.fp8=true", *overrides)
+    assert all(problem.startswith("rollout.fp8: ") for problem in found)
+    assert any(all(word in problem for word in words) for problem in found)
+    assert not problems("rollout.replay=" + __file__, "rollout.fp8=true")  # no engine, no format
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         ["algorithm.name=grpo", "rollout.samples_per_prompt=2"],

@@ -9,7 +9,7 @@ import pytest
 
 from rlx.arch.families.registry import architecture_of, read_architecture
 from rlx.arch.sizes import sizes_of
-from rlx.cli.check import plan
+from rlx.cli.check import plan, summary
 from rlx.cli.main import main
 from rlx.config.load import ConfigError, load_config, on_paper
 from rlx.config.memory import RESERVE_BYTES, estimate
@@ -101,6 +101,16 @@ def test_an_evaluation_alone_holds_weights() -> None:
     trains, reads = (estimate(one, sizes_of(read_architecture(one.model.path))) for one in (config, only))
     assert trains.other_models > reads.other_models == reads.gradients == reads.optimizer == 0
     assert reads.weights == trains.weights and reads.engine_weights == trains.engine_weights
+
+
+def test_fp8_engines_hold_half_of_what_is_converted() -> None:
+    """Of the 8B all but embedding, output layer and norms; four bytes of scale for each 16,384 numbers."""
+    config = paper("llama-3.1-8b", "rollout.engine=sglang", "rollout.fp8=true", "model.dtype=bf16", "rollout.tp=2")
+    sizes = sizes_of(read_architecture(config.model.path))
+    kept = sizes.embedding + sizes.output + (2 * 32 + 1) * 4096
+    converted = sizes.total - kept
+    assert estimate(config, sizes).engine_weights == (converted + 4 * converted // 128**2 + 2 * kept) // 2
+    assert "engines of FP8 weights" in summary(config)[0]
 
 
 def test_experts_are_split_over_ep_and_pipelines_take_the_fullest_stage() -> None:

@@ -58,6 +58,7 @@ LOSS = ("algorithm.kl_placement=loss", "algorithm.kl_coefficient=0.1")
         ([*SFT, "finetune.epochs=2", "run.steps=7"], "run.steps: changes nothing: finetune.epochs says how long rlx sft is"),
         (["sync.canary_first=0", "sync.canary_every=0", "sync.canary_tolerance=1"], "sync.canary_tolerance: "),
         (["rollout.replay=DATA", "rollout.max_retries=1"], "rollout.max_retries: "),
+        (["rollout.replay=DATA", "rollout.fp8=true"], "rollout.fp8: "),
         (["reward.name=http", "reward.memory_mb=99"], "reward.memory_mb: "),
     ],
 )

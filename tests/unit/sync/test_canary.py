@@ -13,6 +13,7 @@ from rlx.data.images.pixels import image_file, pixels
 from rlx.rollout.images import ImageStore, check_places
 from rlx.sync.proof.canary import MAX_TOKENS, MIN_TOKENS, canary_sequences, compare, is_due, judge
 from rlx.sync.proof.tensor_compare import Findings, merge
+from rlx.types.precision import BF16, in_fp8
 from tests.tower import tower
 
 IMAGE = 60
@@ -115,6 +116,16 @@ def test_what_is_believed_depends_on_what_is_known(findings, differences, at_fau
     assert not result.passed
     fault, reason = judge(result, result, findings, 0.1)
     assert fault is at_fault and reason
+
+
+def test_nothing_is_believed_beyond_the_limit_of_the_format() -> None:
+    """In FP8 ten times the tolerance would be garbage."""
+    fp8 = in_fp8(BF16)
+    for off, at_fault in ((1.0, False), (1.4, False), (1.6, True), (7.0, True)):
+        result = compare([[-5.0] * 8], [[-5.0 - off] * 8], fp8.canary_tolerance)
+        assert not result.passed
+        assert judge(result, result, found(), fp8.canary_tolerance, fp8.canary_limit)[0] is at_fault
+        assert judge(result, result, found(), fp8.canary_tolerance)[0] is False
 
 
 def test_findings_of_stages_add_up():
