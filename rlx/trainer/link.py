@@ -34,8 +34,8 @@ from rlx.types.weights import CanaryReport, WeightManifest
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkOptions:
     """How weights reach engines: ``transport`` (never auto), with ``folder`` for the one that needs it. ``shares``: the engines
-    are on the trainers' devices. ``constant``: tensors that never change (a frozen tower's). ``fp8``: those in FP8. ``sharers``: by
-    engine, the trainer rank on the device (or machine) of each of its ranks. ``weight_bytes``: the width of a weight."""
+    are on the trainers' devices. ``constant``: tensors that never change (a frozen tower's). ``fp8``: those in FP8. ``sharers``:
+    by engine, the trainer rank on the device (or machine) of each of its ranks. ``weight_bytes``: the width of a weight."""
 
     sync: SyncConfig
     transport: str

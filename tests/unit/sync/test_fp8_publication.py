@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from rlx.arch.families.registry import architecture_of
 from rlx.config.schema import SyncConfig
 from rlx.models.hf.companions import Companions
 from rlx.rollout.keys import new_keys
-from rlx.rollout.sglang.shared_tensors import open_bucket
+from rlx.rollout.sglang import receiver
+from rlx.rollout.sglang.shared_tensors import RECEIVER, open_bucket, open_request
 from rlx.sync.chunks import chunks, unflatten
 from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.engine_tensors import dequantize, quantize
@@ -29,6 +30,7 @@ from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
 from rlx.sync.publisher import Publisher, PublisherTarget
 from rlx.sync.transports.disk import SyncFolder
+from rlx.sync.transports.handover import Seats
 from rlx.types.precision import BF16, in_fp8
 from tests.unit.rollout_client.admin_peer import AdminPeer
 from tests.unit.sync.test_engine_format import MOE, QWEN
@@ -49,7 +51,9 @@ class Fp8Engine(AdminPeer):
             return 200, {"model_path": str(self.folder), "weight_version": "0"}
         if path == "/generate":
             return 200, {"meta_info": {"input_token_logprobs": [[-1.0, token, None] for token in body["input_ids"]]}}
-        if path == "/update_weights_from_tensor":
+        if path == "/update_weights_from_tensor" and body["load_format"] == RECEIVER:
+            receiver.load(self, open_request(body["serialized_named_tensors"][0]))
+        elif path == "/update_weights_from_tensor":
             buffer, infos = open_bucket(body["serialized_named_tensors"][0])
             self.held |= {info.name: part.clone() for info, part in zip(infos, unflatten(buffer, infos), strict=True)}
         if path == "/update_weights_from_disk":
@@ -59,6 +63,17 @@ class Fp8Engine(AdminPeer):
         if path == "/weights_checker" and self.held:
             self.checksums = [self.sums()]
         return super().answer(method, path, key, body)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.held.items()
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in weights:
+            assert self.held[name].dtype == tensor.dtype
+            self.held[name].copy_(tensor)
 
     def sums(self) -> dict[str, str]:
         scaled = {name: self.held.get(name + "_scale_inv") for name in self.held if not name.endswith("_scale_inv")}
@@ -112,6 +127,7 @@ def publisher_to(engine: Fp8Engine, config: dict[str, Any], transport: str, **ta
         device=torch.device("cpu"),
         keys=engine.keys,
         transport=transport,
+        seats=Seats(by_engine={0: [0]}, weight_bytes=2),
         folder=SyncFolder(path=engine.folder.parent / "sync", companions=companions),
     )
     place = PublisherPlace(stage=0, num_stages=1, is_sender=True, is_lead=True, rank=0)
@@ -132,11 +148,12 @@ def weights(config: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("transport", ["shm", "disk"])
+@pytest.mark.parametrize("transport", ["ipc", "shm", "disk"])
 @pytest.mark.parametrize("config", [QWEN, MOE], ids=["dense", "experts"])
 def test_engines_are_sent_blocks_and_scales_and_these_are_proved(engine: Fp8Engine, config, transport: str) -> None:
     wanted, tensors = engine_format(architecture_of(config), fp8=True), weights(config)
-    engine.held = {name: torch.zeros(shape) for name, shape in wanted.shapes.items()}  # asked for the names of its checksums
+    dtypes = {name: getattr(torch, wanted.dtypes.get(name, "bfloat16")) for name in wanted.expected}
+    engine.held = {name: torch.zeros(shape).to(dtypes[name]) for name, shape in wanted.expected.items()}
     publisher = publisher_to(engine, config, transport)
     manifest = publisher.publish(1, iter(tensors.items()))
     assert {info.name: info.shape for info in manifest.tensors} == wanted.expected
