@@ -13,7 +13,6 @@ from rlx.arch.engine_format import QUANTIZATION, engine_format
 from rlx.arch.families.registry import read_architecture
 from rlx.config.parts import EngineSettings
 from rlx.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RolloutConfig
-from rlx.engines import fp8
 from rlx.engines.engine_plan import EngineSite, plan_engine
 from rlx.engines.fp8 import check_fp8, write_fp8_folder
 from rlx.models.hf import blank
@@ -55,7 +54,10 @@ def test_the_folder_is_a_model_of_zeros_that_takes_no_room(
     assert folder == tmp_path / "run" / "engines" / "fp8" and [each.name for each in folder.parent.iterdir()] == ["fp8"]
     wanted, files = engine_format(read_architecture(settings.model_path), fp8=True), HfFiles(folder)
     assert {name: files.shape(name) for name in files.files} == dict(wanted.expected)
-    assert {name: files.tensor(name).dtype for name in files.files} == dict.fromkeys(wanted.shapes, "bfloat16") | wanted.dtypes
+    assert {name: files.tensor(name).dtype for name in files.files} == {
+        **dict.fromkeys(wanted.shapes, "bfloat16"),
+        **wanted.dtypes,
+    }
     assert files.dtype == "bfloat16" and len(set(files.files.values())) > 2
     for name in set(files.files.values()):
         with safe_open(folder / name, framework="pt") as opened:
@@ -92,7 +94,7 @@ def test_gpus_without_fp8_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for silent in ("exit 9", "echo N/A"):
         tell_capability(tmp_path, monkeypatch, silent)
         check_fp8("cuda")  # SGLang says it then
-    monkeypatch.setattr(fp8.shutil, "which", lambda tool: None)
+    monkeypatch.setattr("rlx.engines.fp8.shutil.which", lambda tool: None)
     check_fp8("cuda")
 
 

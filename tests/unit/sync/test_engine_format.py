@@ -124,7 +124,9 @@ def test_matrices_of_layers_are_converted_and_nothing_else() -> None:
 
 def test_a_stream_in_the_engines_format_survives_who_fails() -> None:
     """What fails at one tensor does not keep the others from being gathered."""
-    wanted = EngineFormat(shapes={"a.weight": (2, 3), "b.bias": (3,), "c.weight": (130, 4)}, converted={"a.weight", "c.weight"})
+    wanted = EngineFormat(
+        shapes={"a.weight": (2, 3), "b.bias": (3,), "c.weight": (130, 4)}, converted=frozenset({"a.weight", "c.weight"})
+    )
     tensors = {name: torch.randn(shape).bfloat16() for name, shape in wanted.shapes.items()}
     found = list(EngineTensors(iter(tensors.items()), wanted))
     assert [name for name, _ in found] == list(wanted.expected)

@@ -157,7 +157,7 @@ def test_engines_are_sent_blocks_and_scales_and_these_are_proved(engine: Fp8Engi
     publisher = publisher_to(engine, config, transport)
     manifest = publisher.publish(1, iter(tensors.items()))
     assert {info.name: info.shape for info in manifest.tensors} == wanted.expected
-    assert {info.name: info.dtype for info in manifest.tensors} == dict.fromkeys(wanted.shapes, "bfloat16") | wanted.dtypes
+    assert {info.name: info.dtype for info in manifest.tensors} == {**dict.fromkeys(wanted.shapes, "bfloat16"), **wanted.dtypes}
     assert manifest.num_bytes == wanted.num_bytes(2)
     for name, tensor in tensors.items():
         if name in wanted.converted:
