@@ -67,8 +67,10 @@ def deal(work: Mapping[int, int], num_ranks: int) -> list[list[int]]:
 
 def fewest_bins(indices: Sequence[int], work: Mapping[int, int], room: Room) -> int:
     """How many micro-batches ``pack`` needs for these samples, at least 1."""
-    total = sum(room.sizes[index] for index in indices)
-    count = max(1, -(-total // max(1, room.capacity)))
+    sizes = [room.sizes[index] for index in indices]
+    count = max(1, -(-sum(sizes) // max(1, room.capacity)))
+    if smallest := min(sizes, default=0):  # so many samples at most are in one: spares trying numbers that cannot do
+        count = max(count, -(-len(sizes) // max(1, room.capacity // smallest)))
     most = len(_first_fit(indices, work, room))
     return next((fewer for fewer in range(count, most) if _evenly(indices, work, room, fewer) is not None), max(1, most))
 
