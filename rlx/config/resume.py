@@ -25,7 +25,7 @@ _COLUMNS = "path args prompt_key messages_key tools_key label_key system_prompt"
 _FOLLOWED: Mapping[str, str] = {
     "run": "steps max_empty_steps export_hf failure_timeout_s",
     "cluster": "launcher device num_trainer_ranks nodes rollout_nodes colocated offload threads_per_rank ray_address ray_wait_s",
-    "model": "reference_path fp32_head recompute moe_aux_loss_coefficient moe_z_loss_coefficient",
+    "model": "reference_path fp32_head recompute recompute_layers moe_aux_loss_coefficient moe_z_loss_coefficient",
     "parallel": "tp pp vpp cp ep etp sequence_parallel",
     "data": "prompts_per_step label_key template_date",
     "data.sources.NAME": "label_key",

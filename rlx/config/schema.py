@@ -85,6 +85,9 @@ class ModelConfig:
         "auto", "layers: auto takes transformer_engine on GPUs that have it", choices=("auto", "torch", "transformer_engine")
     )
     recompute: str = option("none", "activation recomputation", choices=("none", "selective", "full"))
+    recompute_layers: int | None = option(
+        None, "with recompute full: layers of each pipeline stage that it takes, its first ones; none: all", minimum=1
+    )
     moe_aux_loss_coefficient: float = option(
         0.0, "weight of the experts' load-balancing loss (sequence by sequence, summed over layers)", minimum=0
     )

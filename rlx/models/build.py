@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +54,7 @@ class BuildOptions:
     precision: Precision = FP32
     layer_spec: str = "auto"
     recompute: str = "none"
+    recompute_layers: int | None = None
     seed: int = 0
     moe_aux_loss_coefficient: float = 0.0
     moe_z_loss_coefficient: float = 0.0
@@ -136,10 +138,21 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
 
 def _recompute(options: BuildOptions) -> dict[str, Any]:
     if options.recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        method = "uniform" if options.recompute_layers is None else "block"
+        return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": 1}
     if options.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
     return {}
+
+
+def _recompute_first(chunks: Sequence[Any], num_layers: int) -> None:
+    """Recompute the first ``num_layers`` of this stage. Megatron counts them in every chunk anew; under the interleaved schedule
+    the first chunks wait longest for their backward pass."""
+    for chunk in chunks:
+        taken = min(num_layers, len(chunk.decoder.layers))
+        num_layers -= taken
+        chunk.decoder.config = copy(chunk.decoder.config)
+        chunk.decoder.config.recompute_num_layers = taken
 
 
 def _window(arch: Architecture) -> dict[str, Any]:
@@ -232,6 +245,8 @@ def build_model(arch: Architecture, context: ParallelContext, options: BuildOpti
         if head != "token" and has_output:
             model.output_layer = ValueHead(config, context.groups, options.seed, has_bias=head == "value")
         chunks.append(model.to(context.device))
+    if config.recompute_method == "block":
+        _recompute_first(chunks, options.recompute_layers or 0)
     return chunks
 
 

@@ -182,6 +182,7 @@ class ModelLoader:
             precision=model.precision,
             layer_spec=model.layer_spec,
             recompute=model.recompute,
+            recompute_layers=model.recompute_layers,
             seed=run.seed,
             moe_aux_loss_coefficient=model.moe_aux_loss_coefficient,
             moe_z_loss_coefficient=model.moe_z_loss_coefficient,

@@ -12,7 +12,7 @@ from tests.dist.checkpoints import VOCAB_SIZE, make_llama, make_qwen2
 from tests.dist.launch import run_ranks
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one": {}},
+    1: {"one": {}, "one padded": {"pad": 16}, "one again3": {"model": {"recompute": "full", "recompute_layers": 3}}},
     2: {
         "dp2": {},
         "dp2 distributed": {"distributed": True},
@@ -21,6 +21,10 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2": {"pp": 2},
         "pp2 vpp2": {"pp": 2, "vpp": 2},
         "cp2": {"cp": 2},
+        "cp2 padded": {"cp": 2, "pad": 10},
+        "tp2 sp padded": {"tp": 2, "sequence_parallel": True, "pad": 9},
+        "pp2 again1": {"pp": 2, "model": {"recompute": "full", "recompute_layers": 1}},
+        "pp2 vpp2 again1": {"pp": 2, "vpp": 2, "model": {"recompute": "full", "recompute_layers": 1}},
     },
     4: {"tp2 pp2": {"tp": 2, "pp": 2}, "dp2 cp2": {"cp": 2}, "tp2 sp cp2": {"tp": 2, "cp": 2, "sequence_parallel": True}},
 }
@@ -102,6 +106,13 @@ def test_every_gradient_agrees(results: dict[str, Any]) -> None:
             assert found.keys() == expected.keys()
             worst = max((relative(found[key], expected[key]), key) for key in expected)
             assert worst[0] <= 1e-5, (name, role, worst)
+
+
+def test_the_first_layers_of_each_stage_are_recomputed(results: dict[str, Any]) -> None:
+    for name, found in results.items():
+        _, _, again = name.partition("again")
+        for per_rank in found["forwards"]:
+            assert per_rank == [2 if layer < int(again or 0) else 1 for layer in range(len(per_rank))], name
 
 
 def test_three_adam_steps_agree(results: dict[str, Any]) -> None:

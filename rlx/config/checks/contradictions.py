@@ -55,6 +55,12 @@ def _layout(config: Config) -> Iterator[str]:
         config.parallel.dims(config.num_trainer_ranks)
     except ValueError as error:
         yield from str(error).split("; ")
+    model = config.model
+    if model.recompute_layers is not None and model.recompute != "full":
+        yield (
+            f"model.recompute_layers: {model.recompute_layers} says how many layers model.recompute=full takes, but"
+            f" model.recompute is {model.recompute}; set it to full"
+        )
 
 
 def _models(config: Config) -> Iterator[str]:

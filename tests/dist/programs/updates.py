@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from rlx.config.schema import (
 )
 from rlx.models.hf.io import stage_weights
 from rlx.parallel.context import ParallelContext
+from rlx.parallel.schedule import forward_backward
 from rlx.trainer.rank_model import RankModel
+from rlx.trainer.weighting import divisors
 from rlx.trainer.worker import Worker
 from tests.batches import part_for, train_sample
 from tests.dist.programs.layouts import context_of, main, plan_of
 
-EXTRA_KEYS = ("distributed", "model", "algorithm", "clip", "resume")
+EXTRA_KEYS = ("distributed", "pad", "model", "algorithm", "clip", "resume")
 
 
 def config_of(
@@ -59,12 +62,14 @@ def collect(trained: RankModel, context: ParallelContext, what: str) -> dict[str
 
 
 def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
-    """``layout`` may also say ``distributed`` (optimizer), ``model`` and ``algorithm`` (more of their keys), ``clip`` (of
-    gradients) and ``resume`` (try a checkpoint)."""
+    """``layout`` may also say ``distributed`` (optimizer), ``pad`` (micro-batches to a multiple of tokens), ``model`` and
+    ``algorithm`` (more of their keys), ``clip`` (of gradients) and ``resume`` (try a checkpoint)."""
     layout = dict(layout)
+    pad = layout.pop("pad", None)
     distributed, model, resume = layout.pop("distributed", False), layout.pop("model", {}), layout.pop("resume", False)
     algorithm, clip = arguments["algorithm"] | layout.pop("algorithm", {}), layout.pop("clip", 0.05)
     config = config_of(arguments | {"algorithm": algorithm}, layout, distributed, model, clip)
+    config = replace(config, batching=replace(config.batching, pad_to_multiple_of=pad))
     worker = Worker(config, context)
     samples = [train_sample(**sample) for sample in arguments["samples"]]
     plan = plan_of(samples, arguments["max_tokens"], context)
@@ -74,6 +79,7 @@ def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: Paral
         scores |= next(answer for answer in context.gather_objects(call()) if answer is not None)
     result: dict[str, Any] = {"scores": scores, "steps": [], "grads": {}, "weights": {}}
     roles = {"policy": (worker.policy, worker.update_policy), "critic": (worker.critic, worker.update_critic)}
+    result["forwards"] = context.gather_objects(count_forwards(worker))
     for step in range(3):
         if step == 2 and resume:
             worker.save(str(checkpoint_folder(arguments)))
@@ -96,6 +102,27 @@ def run_layout(arguments: dict[str, Any], layout: dict[str, Any], context: Paral
     result["poisoned"] = context.gather_objects(poisoned_update(worker))
     result["after"] = collect(worker.policy, context, "weight")
     return result
+
+
+def count_forwards(worker: Worker) -> list[float]:
+    """How often each layer of the policy on this rank runs forward in a pass that computes gradients, which are thrown away."""
+    layers = [layer for chunk in worker.policy.chunks for layer in chunk.decoder.layers]
+    counts = dict.fromkeys(range(len(layers)), 0)
+
+    def count(number: int) -> None:
+        counts[number] += 1
+
+    hooks = [layer.register_forward_pre_hook(lambda *_, number=number: count(number)) for number, layer in enumerate(layers)]
+    packs = worker.batch.packs(0)
+    learning = worker.policy.learning
+    assert worker.policy.trainable is not None and learning is not None
+    worker.policy.trainable.zero_grad()
+    whole = divisors(worker.batch, 0, learning.aggregation, learning.constant)
+    chunks, head = worker.policy.trainable.wrapped, worker.policy.head
+    forward_backward(chunks, packs, head, learning.loss, divisors=whole, context=worker.context)
+    for hook in hooks:
+        hook.remove()
+    return [count / len(packs) for count in counts.values()]
 
 
 def poisoned_update(worker: Worker) -> str:
