@@ -42,7 +42,7 @@ _FOLLOWED: Mapping[str, str] = {
     "finetune": "epochs examples_per_step turns beta label_smoothing center_coefficient",
     "optimizer": _RATES,
     "critic_optimizer": _RATES,
-    "batching": "max_tokens_per_micro_batch max_patches_per_micro_batch",
+    "batching": "max_tokens_per_micro_batch max_patches_per_micro_batch pad_to_multiple_of",
     "sync": "transport dir bucket_bytes flatten_below_bytes timeout_s canary_first canary_every canary_tolerance",
     "checkpoint": "every keep at_end",
     "evaluation": "data sets at_start every max_prompts samples_per_prompt temperature pass_reward",

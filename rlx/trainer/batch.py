@@ -18,20 +18,20 @@ from torch import Tensor
 from rlx.data.collate import Ragged, collate, split_columns
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.context_parallel import gather_pack
-from rlx.parallel.packing import LocalBatch
+from rlx.parallel.packing import LocalBatch, PackSizes
 from rlx.types.batch import Columns, MicroBatch
 from rlx.types.train_batch import BatchPart, MiniBatchPart, TrainSample
 
 
 class RankBatch:
-    """The samples of this data-parallel rank, in the order of their micro-batches."""
+    """The samples of this data-parallel rank, in the order of their micro-batches, which are lengthened to ``sizes``."""
 
-    def __init__(self, part: BatchPart, context: ParallelContext) -> None:
+    def __init__(self, part: BatchPart, context: ParallelContext, sizes: PackSizes | None = None) -> None:
         assert part.dp_rank == context.dp_rank, f"data-parallel rank {context.dp_rank} was sent the part of {part.dp_rank}"
         self.columns: Columns[Ragged] = Columns()
         self.samples = list(part.samples)
         self.group_ids: list[int] = part.group_ids.tolist()
-        self._mini_batches, self._context = part.mini_batches, context
+        self._mini_batches, self._context, self._sizes = part.mini_batches, context, sizes
         self._kept_features: dict[tuple[int, str], Tensor] = {}
 
     def counts(self, mini_batch: int) -> MiniBatchPart:
@@ -50,7 +50,7 @@ class RankBatch:
 
     def _pack(self, chosen: Sequence[TrainSample]) -> MicroBatch:
         pack = collate(chosen, [sample.sample_id for sample in chosen], self._context.dims, self.columns)
-        return replace(pack, kept_features=self._kept_features)
+        return replace(pack if self._sizes is None else self._sizes.pad(pack), kept_features=self._kept_features)
 
     def whole(self, outputs: Iterable[tuple[LocalBatch, Tensor]]) -> Ragged:
         """Per-token results [t] of a forward pass as a column: sequences whole again, on the host."""

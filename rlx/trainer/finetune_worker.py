@@ -15,6 +15,7 @@ from rlx.config.schema import Config
 from rlx.models.build import HeadKind
 from rlx.obs.log import phase
 from rlx.parallel.context import ParallelContext
+from rlx.parallel.packing import PackSizes
 from rlx.trainer.batch import RankBatch, position_mask
 from rlx.trainer.losses import finetune_loss
 from rlx.trainer.rank_model import Learning, Means, ModelLoader
@@ -29,7 +30,7 @@ class FinetuneWorker:
 
     def __init__(self, config: Config, context: ParallelContext) -> None:
         self.context = context
-        self._objective = config.finetune
+        self._objective, self._sizes = config.finetune, PackSizes.of(config.batching, context)
         loader = ModelLoader.of(config.model, config.data.chat_template, config.run, context)
         kind: HeadKind = "score" if self._scores else "token"
         learning = Learning(
@@ -52,7 +53,7 @@ class FinetuneWorker:
         return self._batch
 
     def load_batch(self, part: BatchPart) -> None:
-        self._batch = RankBatch(part, self.context)
+        self._batch = RankBatch(part, self.context, self._sizes)
         if self.context.is_last_stage:
             weights = {sample.sample_id: self._weights(sample) for sample in self._batch.samples}
             self._batch.columns = Columns(weights=weights)

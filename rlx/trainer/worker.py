@@ -24,6 +24,7 @@ from rlx.data.images.pixels import image_folder
 from rlx.obs.log import notice, phase
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.memory import LEVELS, TrainerMemory, describe, usage
+from rlx.parallel.packing import PackSizes
 from rlx.rollout.images import ImageStore
 from rlx.sync.errors import SyncFailure
 from rlx.sync.group import Endpoint
@@ -50,6 +51,7 @@ class Worker:
     def __init__(self, config: Config, context: ParallelContext, sharers: Mapping[int, Sequence[int]] | None = None) -> None:
         self.context = context
         self._update_rule, self._max_tokens = config.algorithm, config.batching.max_tokens_per_micro_batch
+        self._sizes = PackSizes.of(config.batching, context)
         self.algorithm = make_algorithm(config.algorithm)
         self._batch: RankBatch | None = None
         model, total_steps = config.model, config.run.steps * config.algorithm.epochs * config.algorithm.num_mini_batches
@@ -135,7 +137,7 @@ class Worker:
     # Scoring
 
     def load_batch(self, part: BatchPart) -> None:
-        self._batch = RankBatch(part, self.context)
+        self._batch = RankBatch(part, self.context, self._sizes)
         if self.context.is_last_stage:
             add_weights(self._batch, self._update_rule.loss_aggregation)
 
