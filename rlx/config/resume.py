@@ -19,7 +19,7 @@ from rlx.config.schema import Config
 
 TAKES_EFFECT, REFUSED, BY_CONTENT, IRRELEVANT = "takes effect", "refused", "judged by content", "irrelevant"
 
-_RATES = "lr min_lr warmup_steps decay_steps schedule vision_lr_scale weight_decay beta1 beta2 eps clip_grad distributed"
+_RATES = "lr min_lr warmup_steps decay_steps schedule vision_lr_scale weight_decay beta1 beta2 eps clip_grad distributed offload"
 _COLUMNS = "path args prompt_key messages_key tools_key label_key system_prompt"
 # By section, the keys that a run follows from its next step on.
 _FOLLOWED: Mapping[str, str] = {

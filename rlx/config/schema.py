@@ -236,6 +236,7 @@ class OptimizerConfig:
     eps: float = option(1e-8, "Adam", above=0)
     clip_grad: float = option(1.0, "global gradient norm limit; 0: off", minimum=0)
     distributed: bool = option(True, "shard optimizer state over data-parallel ranks")
+    offload: bool = option(False, "optimizer state in host memory during training, where CPUs step on it; with distributed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,10 +245,10 @@ class BatchingConfig:
 
     max_tokens_per_micro_batch: int = option(8192, "token budget of one packed forward pass on one rank's cp group", minimum=1)
     max_patches_per_micro_batch: int | None = option(None, "patches of its different images; none: no limit", minimum=1)
-
     pad_to_multiple_of: int | None = option(
         None, "tokens; micro-batches are lengthened to few sizes. none: 64 of them on GPUs, 1 on CPUs", minimum=1
     )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncConfig:

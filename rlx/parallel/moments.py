@@ -20,6 +20,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from rlx.parallel.offload import is_offloaded, make_states, state_of, take_weights
+
 _MASTER, _MOMENTS = "param", ("exp_avg", "exp_avg_sq")
 _GATHERED_AT_ONCE = 2**26  # elements of each rank that are on the device at a time
 
@@ -45,7 +47,10 @@ def load_moments(parts: Sequence[Any], saved: Mapping[str, Tensor], num_updates:
         for number, parameter in enumerate(part.parameters()):
             for name, tensor in part.held(parameter).items():
                 tensor.copy_(part.piece(parameter, saved[f"{index}.{number}.{name}"]))
-        _set_updates(part.optimizer, num_updates)
+        if isinstance(part, _Offloaded):
+            take_weights(part.optimizer, num_updates)
+        else:
+            _set_updates(part.optimizer, num_updates)
 
 
 def _real(parts: Sequence[Any]) -> list[Any]:
@@ -54,6 +59,9 @@ def _real(parts: Sequence[Any]) -> list[Any]:
 
 def _holder(part: Any) -> _Whole | _Sharded:
     """One of Megatron's optimizers, its moments made (as the first step would make them) where there are none yet."""
+    if is_offloaded(part.optimizer):
+        make_states(part.optimizer)
+        return _Offloaded(part)
     part.init_state_fn(part.optimizer, part.config)
     if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
         for state in part.optimizer.state.values():
@@ -162,3 +170,14 @@ class _Sharded(_Whole):
         group, number = self._part.model_param_group_index_map[parameter]
         master: Tensor = self.optimizer.param_groups[group]["params"][number]
         return master
+
+
+class _Offloaded(_Sharded):
+    """The same with masters and moments in host memory."""
+
+    def held(self, parameter: Tensor) -> dict[str, Tensor]:
+        piece = self._master(parameter)
+        if piece is None:
+            return {}
+        master, found = state_of(self.optimizer, piece)
+        return found if parameter.dtype == torch.float32 else {_MASTER: master.detach(), **found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlx.config.schema import OptimizerConfig
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.cpu_backend import gpu_type_names
 from rlx.parallel.moments import load_moments, sharded_moments
+from rlx.parallel.offload import is_offloaded, offload_fields
 
 _make_optimizer = gpu_type_names()(get_megatron_optimizer)
 
@@ -45,7 +47,8 @@ class Trainable:
             DistributedDataParallel(model_config, ddp, chunk, disable_bucketing=index > 0, pg_collection=context.groups)
             for index, chunk in enumerate(self.chunks)
         ]
-        self.optimizer = _optimizer(self.wrapped, config)
+        offloads = config.offload and context.device.type == "cuda"  # on CPUs the states are in host memory as they are
+        self.optimizer = _optimizer(self.wrapped, config, offloads=offloads)
         decay_steps = config.decay_steps or max(total_steps, config.warmup_steps + 1)
         self.schedule = OptimizerParamScheduler(
             self.optimizer,
@@ -117,8 +120,9 @@ class Trainable:
                 yield from (value for value in state.values() if torch.is_tensor(value))
 
     def moments_to_come(self) -> int:
-        """Bytes of Adam's two moments that do not exist yet: they are made by the first step."""
-        stepped = [part.optimizer for part in self._parts() if part.optimizer is not None]
+        """Bytes of Adam's two moments that do not exist yet and will be on the device: they are made by the first step."""
+        parts = [part.optimizer for part in self._parts() if part.optimizer is not None]
+        stepped = [optimizer for optimizer in parts if not is_offloaded(optimizer)]
         return sum(
             2 * parameter.numel() * parameter.element_size()
             for optimizer in stepped
@@ -131,7 +135,7 @@ class Trainable:
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
 
-def _optimizer(wrapped: Sequence[nn.Module], config: OptimizerConfig) -> MegatronOptimizer:
+def _optimizer(wrapped: Sequence[nn.Module], config: OptimizerConfig, *, offloads: bool) -> MegatronOptimizer:
     model_config: Any = wrapped[0].config
     settings = MegatronOptimizerConfig(
         optimizer="adam",
@@ -145,13 +149,16 @@ def _optimizer(wrapped: Sequence[nn.Module], config: OptimizerConfig) -> Megatro
         bf16=model_config.bf16,
         params_dtype=model_config.params_dtype,
         use_distributed_optimizer=config.distributed,
+        **offload_fields(offloads=offloads),
     )
     overrides = get_standard_config_overrides(settings)
     if config.vision_lr_scale != 1:
         scale = config.vision_lr_scale
         # Groups without any of a rank's parameters are there too: the schedule and checkpoints are the same on all stages.
         overrides[ParamKey(attr="of_vision_tower")] = ParamGroupOverride(max_lr=config.lr * scale, min_lr=config.min_lr * scale)
-    optimizer: MegatronOptimizer = _make_optimizer(settings, list(wrapped), overrides)
+    # The hybrid optimizer takes leaves alone, and shards of fp32 parameters are views that Megatron does not detach.
+    with torch.no_grad() if settings.optimizer_cpu_offload else nullcontext():
+        optimizer: MegatronOptimizer = _make_optimizer(settings, list(wrapped), overrides)
     return optimizer
 
 

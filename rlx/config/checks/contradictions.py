@@ -290,6 +290,8 @@ def _optimizers(config: Config) -> Iterator[str]:
     for section, optimizer in (("optimizer", config.optimizer), ("critic_optimizer", config.critic_optimizer)):
         if optimizer.min_lr > optimizer.lr:
             yield f"{section}.min_lr: {optimizer.min_lr:g} must not exceed {section}.lr, which is {optimizer.lr:g}"
+        if optimizer.offload and not optimizer.distributed:
+            yield f"{section}.offload: needs {section}.distributed, which is false; set it to true, on one rank too"
         if optimizer.decay_steps is not None and optimizer.warmup_steps >= optimizer.decay_steps:
             yield (
                 f"{section}.warmup_steps: {optimizer.warmup_steps} must be below {section}.decay_steps, which is"

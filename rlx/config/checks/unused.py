@@ -135,6 +135,16 @@ _ALWAYS = (
     ),
     Rule("cluster.ray_address ray_wait_s", lambda config: config.cluster.launcher != "ray", "cluster.launcher is not ray"),
     Rule("cluster.nvlink_gpus", lambda config: config.cluster.gpus_per_node is None, "cluster.gpus_per_node is not given"),
+    Rule(
+        "optimizer.offload",
+        lambda config: config.cluster.device == "cpu",
+        "on CPUs the optimizer's state is in host memory anyway",
+    ),
+    Rule(
+        "critic_optimizer.offload",
+        lambda config: config.cluster.device == "cpu",
+        "on CPUs the optimizer's state is in host memory anyway",
+    ),
     _schedule("optimizer"),
     _schedule("critic_optimizer"),
     *(

@@ -19,8 +19,8 @@ from rlx.types.precision import BF16
 LIMIT_S = 120.0
 
 
-def one_rank() -> ParallelContext:
-    device = take_device("cuda", 0)
+def one_rank(device_name: str = "cuda") -> ParallelContext:
+    device = take_device(device_name, 0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

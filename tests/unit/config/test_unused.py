@@ -45,6 +45,7 @@ LOSS = ("algorithm.kl_placement=loss", "algorithm.kl_coefficient=0.1")
         (["algorithm.loss_constant=9"], "algorithm.loss_constant: changes nothing: loss_aggregation is not constant"),
         ([*LOSS, "algorithm.kl_target=2"], "algorithm.kl_target: "),
         (["algorithm.mismatch_high=3"], "algorithm.mismatch_high: "),
+        (["cluster.device=cpu", "optimizer.offload=true"], "optimizer.offload: changes nothing: on CPUs"),
         (["optimizer.min_lr=1e-7"], "optimizer.min_lr: changes nothing: optimizer.schedule is constant"),
         (["model.reference_path=MODEL"], "model.reference_path: changes nothing: there is no reference model"),
         (["model.moe_z_loss_coefficient=1"], "model.moe_z_loss_coefficient: changes nothing: model.path has no experts"),
