@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from rlx.arch.architecture import Architecture
 from rlx.arch.families.experts import TOWER_ROWS, layers_of
 from rlx.arch.families.registry import weight_table
+from rlx.arch.layout import layers_per_chunk
 from rlx.arch.layout import layout_problems as model_problems
 from rlx.arch.weights import (
     QKV,
@@ -18,7 +19,6 @@ from rlx.arch.weights import (
     Shard,
     Vocab,
 )
-from rlx.models.pipeline import layers_per_chunk
 from rlx.types.layout import ParallelDims
 from rlx.types.precision import PRECISIONS
 

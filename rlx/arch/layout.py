@@ -1,4 +1,4 @@
-"""Whether a model can be cut by a layout. Every entrance asks before anything is loaded."""
+"""How a model is cut by a layout, and whether it can be. Every entrance asks before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ from collections.abc import Iterator
 
 from rlx.arch.architecture import Architecture
 from rlx.types.layout import ParallelDims
+
+
+def layers_per_chunk(num_layers: int, pp: int, vpp: int = 1) -> list[int]:
+    """Layers of each model chunk, in the order of the layers (chunk i sits on stage i modulo ``pp``).
+
+    Chunks differ by at most one layer. The odd layers go to the middle first and to the last chunk never: the first
+    chunk has the embedding to do besides, the last one the log-probs.
+    """
+    chunks = pp * vpp
+    if num_layers < chunks:
+        raise ValueError(f"{num_layers} layers do not fill parallel.pp x parallel.vpp = {pp} x {vpp} = {chunks} chunks")
+    share, rest = divmod(num_layers, chunks)
+    longer = {*range(1, chunks - 1)[:rest]}
+    if len(longer) < rest:
+        longer.add(0)
+    return [share + (chunk in longer) for chunk in range(chunks)]
 
 
 def layout_problems(arch: Architecture, dims: ParallelDims) -> Iterator[tuple[str, str]]:

@@ -109,20 +109,23 @@ class Sizes:
 
     @property
     def attention_width(self) -> int:
-        """Numbers that a layer's attention keeps of a token for the backward pass."""
+        """Numbers that a layer's attention keeps of a token for the backward pass: queries, keys, values, what it gives; and with
+        norms on queries and keys what these were given."""
         arch, latent = self.arch, self.arch.latent
         if latent is not None:
             return 4 * arch.num_heads * (latent.plain_dim + latent.rope_dim)
-        return 2 * arch.head_dim * (arch.num_heads + arch.num_kv_heads)
+        width = 2 * arch.head_dim * (arch.num_heads + arch.num_kv_heads)
+        return width + (arch.head_dim * (arch.num_heads + 2 * arch.num_kv_heads) if arch.qk_norm else 0)
 
     @property
     def mlp_width(self) -> int:
-        """The same of its MLP."""
+        """The same of its MLP: both halves of the first product, the activated gate, the other half, and their product; of
+        experts also that times the router's weight, and each chosen expert's copy of the token twice."""
         experts = self.arch.experts
         if experts is None:
-            return 3 * self.arch.ffn_hidden_size
-        active = experts.top_k * experts.hidden_size + experts.shared_hidden_size
-        return 3 * active + 2 * self.arch.hidden_size * experts.top_k
+            return 5 * self.arch.ffn_hidden_size
+        routed = experts.top_k * (6 * experts.hidden_size + 2 * self.arch.hidden_size)
+        return routed + 5 * experts.shared_hidden_size
 
 
 def sizes_of(arch: Architecture) -> Sizes:

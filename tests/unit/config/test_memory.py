@@ -12,7 +12,7 @@ from rlx.arch.sizes import sizes_of
 from rlx.cli.check import plan, summary
 from rlx.cli.main import main
 from rlx.config.load import ConfigError, load_config, on_paper
-from rlx.config.memory import RESERVE_BYTES, estimate
+from rlx.config.memory import GIB, RESERVE_BYTES, describe, estimate
 from rlx.config.schema import Config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -76,11 +76,35 @@ def test_estimate_by_hand() -> None:
     local = (sizes.total - 8) // 2  # but for the last norm
     assert (found.weights, found.gradients, found.other_models) == (2 * local, 4 * local, 2 * local)
     assert found.optimizer == 12 * local // 3
-    assert found.logits == 100 * 10 // 2 * 10
+    gathered = 2 * 2 * 100 * 8  # hidden states of all tokens and their gradient
+    assert found.logits == 100 * 10 // 2 * (2 + 2) + (4 + 2) * 10 // 2 * 8 + gathered
     kept = 2 * 100 * 8 // 2 * 2  # full recomputation with sequence parallelism: the inputs of two layers, halved
-    at_work = 2 * 100 * (10 * 8 // 2 + (2 * 2 * 8 + 3 * 16) // 2)
-    assert found.activations == kept + at_work
+    at_work = 2 * 100 * (4 * 8 // 2 + (2 * 2 * 8 + 5 * 16) // 2)
+    assert found.activations == kept + at_work - found.logits
+    part = replace(config, model=replace(config.model, recompute_layers=1))
+    assert estimate(part, sizes).activations == (kept + at_work * 2) // 2 + at_work - found.logits, "one layer of two keeps all"
+    none = replace(config, model=replace(config.model, recompute="none"))
+    assert estimate(none, sizes).activations == 2 * at_work
+    without_mlp = replace(config, model=replace(config.model, recompute="selective"))
+    mlp = 2 * 100 * 5 * 16 // 2
+    assert estimate(without_mlp, sizes).activations == 2 * (at_work - mlp) + mlp - found.logits
+    of_torch = replace(none, model=replace(none.model, layer_spec="torch"))
+    assert estimate(of_torch, sizes).activations == 2 * (at_work + 2 * 100 * 5 * 8 // 2), "norms in fp32; no heads share keys"
     assert found.trainer == 8 * local + found.optimizer + found.logits + found.activations + RESERVE_BYTES
+
+
+def test_an_optimizer_on_the_host_takes_memory_there() -> None:
+    base = paper("qwen2.5-7b")
+    sizes = sizes_of(read_architecture(base.model.path))
+    moved = [
+        estimate(paper("qwen2.5-7b", *keys), sizes)
+        for keys in ((), ("optimizer.offload=true",), ("optimizer.offload=true", "critic_optimizer.offload=true"))
+    ]
+    state = moved[0].optimizer
+    assert [found.optimizer for found in moved] == [state, 0, 0]
+    assert [moved[0].other_models - found.other_models for found in moved] == [0, 0, state]
+    assert [found.host for found in moved] == [pytest.approx(times * state / 12 * 16, abs=2) for times in (0, 1, 2)]
+    assert any("host memory of that rank" in line for line in describe(moved[1], sizes))
 
 
 def test_fine_tuning_holds_what_it_trains() -> None:
@@ -117,10 +141,37 @@ def test_experts_are_split_over_ep_and_pipelines_take_the_fullest_stage() -> Non
     sizes = sizes_of(read_architecture(ARCHITECTURES / "DeepSeek-V3"))
     config = paper("deepseek-v3")
     found = estimate(config, sizes)
-    layers = 8  # of 61 over 8 stages
-    dense = layers * (sizes.attention + sizes.moe_mlp) + sizes.embedding
+    layers = 8  # of 61 over 8 stages: the second one, the first has 7, three of them dense
+    dense = layers * (sizes.attention + sizes.moe_mlp)
     expected = 2 * (dense / 8 + layers * sizes.experts / 32)
     assert found.weights == pytest.approx(expected, rel=1e-9)
+
+
+def test_two_shapes_as_measured() -> None:
+    """Peaks of two updates of Qwen2.5-1.5B's shape at 16,384 tokens on one H200 (docs/gpu.md), GiB."""
+    tree = {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151936}
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    sizes = sizes_of(architecture_of(tree | heads))
+    base = paper("qwen2.5-7b", *GRPO, "algorithm.kl_placement=none", "parallel.tp=1", "parallel.sequence_parallel=false")
+    batching = replace(base.batching, max_tokens_per_micro_batch=16_384)
+    one = replace(base, batching=batching, cluster=replace(base.cluster, num_trainer_ranks=1))
+    for spec, measured in (("auto", 75), ("torch", 83)):
+        config = replace(one, model=replace(one.model, recompute="none", layer_spec=spec))
+        assert estimate(config, sizes).allocated / GIB == pytest.approx(measured, rel=0.05), spec
+
+
+def test_pipelines_hold_most_at_their_first_stage() -> None:
+    config = paper(
+        "qwen2.5-7b", *GRPO, "parallel.tp=1", "parallel.sequence_parallel=false", "parallel.pp=4", "model.recompute=none"
+    )
+    sizes = sizes_of(read_architecture(config.model.path))
+    chunked = replace(config, parallel=replace(config.parallel, vpp=7))
+    whole, single = (
+        estimate(one, sizes).activations for one in (config, replace(config, parallel=replace(config.parallel, pp=1)))
+    )
+    assert whole == single, "as many micro-batches as stages, of a part of the layers each"
+    assert estimate(chunked, sizes).activations == pytest.approx(whole * (1 + 3 / 28), rel=0.01)
+    assert estimate(config, sizes).logits == 0, "the last stage is not the fullest"
 
 
 def test_what_does_not_fit_is_refused_with_what_helps(capsys: pytest.CaptureFixture[str]) -> None:

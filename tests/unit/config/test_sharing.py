@@ -96,8 +96,8 @@ def test_nothing_is_said_where_no_gpu_is_shared(overrides: list[str]) -> None:
     [
         (["cluster.gpu_memory_gib=160", "rollout.server_args={mem_fraction_static: 0.97}"],
          ["rollout takes about 167 GiB of 160", "cluster.offload=all", "server_args.mem_fraction_static"]),
-        (["rollout.release=none"], ["training takes about 98", "rollout.release=all", "server_args.mem_fraction_static"]),
-        (["rollout.release=kv_cache", "cluster.gpu_memory_gib=60"], ["training takes about 65", "rollout.release=all"]),
+        (["rollout.release=none"], ["training takes about 94", "rollout.release=all", "server_args.mem_fraction_static"]),
+        (["rollout.release=kv_cache", "cluster.gpu_memory_gib=60"], ["training takes about 61", "rollout.release=all"]),
         (["cluster.offload=none", "cluster.gpu_memory_gib=58", "sync.bucket_bytes=12884901888"],
          ["publication takes about", "cluster.offload=optimizer", "sync.bucket_bytes"]),
         (["rollout.server_args={mem_fraction_static: 0.15}"], ["mem_fraction_static: 0.15 of 80 GiB", "15 GiB of weights"]),
@@ -117,7 +117,7 @@ def test_check_prints_the_phases_and_refuses_only_on_gpus_that_are_named(capsys:
     assert main([*arguments, "cluster.gpus_per_node=null", *paper]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " = engine " in line]
     assert [line.split(":")[0] for line in lines] == ["#   rollout", "#   training", "#   publication"]
-    assert lines[1].startswith("#   training: about 98.0 = engine 50.0 (weights and key-value cache) + trainer 48.0 (everything)")
+    assert lines[1].startswith("#   training: about 94.4 = engine 50.0 (weights and key-value cache) + trainer 44.4 (everything)")
     assert [line.endswith("; too much") for line in lines] == [False, True, False]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlx.arch.architecture import Architecture
+from rlx.arch.layout import layers_per_chunk
 from rlx.arch.weights import (
     QKV,
     Gated,
@@ -15,7 +16,7 @@ from rlx.arch.weights import (
     Stacked,
 )
 from rlx.models.hf.row_tensors import export, load
-from rlx.models.pipeline import layers_per_chunk, megatron_layout
+from rlx.models.pipeline import megatron_layout
 
 ARCH = Architecture(
     model_type="llama",
