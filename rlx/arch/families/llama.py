@@ -74,4 +74,9 @@ def _down(arch: Architecture) -> tuple[int, ...]:
     return arch.hidden_size, arch.ffn_hidden_size
 
 
-FAMILY = Family(fields=FIELDS, architecture=architecture, table=table)
+FAMILY = Family(
+    fields=FIELDS,
+    architecture=architecture,
+    table=table,
+    without_fp8="SGLang's loader of this family looks for the scales of blocks under another name and leaves them out",
+)
