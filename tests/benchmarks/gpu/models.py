@@ -26,6 +26,27 @@ _QWEN = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+_QWEN_VL = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+}
+_TOWER = {
+    "model_type": "qwen2_5_vl",
+    "hidden_act": "silu",
+    "in_chans": 3,
+    "patch_size": 14,
+    "spatial_patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "tokens_per_second": 2,
+    "window_size": 112,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 256,
@@ -62,6 +83,47 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "vocab_size": 151936,
         "tie_word_embeddings": True,
+    },
+    "vl-3B": {
+        **_QWEN_VL,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {
+            **_TOWER,
+            "depth": 32,
+            "hidden_size": 1280,
+            "num_heads": 16,
+            "intermediate_size": 3420,
+            "out_hidden_size": 2048,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    },
+    "vl-tiny": {
+        **_QWEN_VL,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+        "vision_start_token_id": 990,
+        "vision_end_token_id": 991,
+        "image_token_id": 992,
+        "video_token_id": 993,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "vision_config": {
+            **_TOWER,
+            "depth": 3,
+            "hidden_size": 64,
+            "num_heads": 4,
+            "intermediate_size": 128,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+        },
     },
     "llama-8B": {
         "architectures": ["LlamaForCausalLM"],
@@ -111,5 +173,10 @@ def write_weights(folder: Path, dtype: torch.dtype, std: float = 0.02, device: s
     tensors = {}
     for name, extents in expected_shapes(read_architecture(folder)).items():
         drawn = torch.randn(extents, generator=generator, device=device) * std
-        tensors[name] = (drawn + 1.0 if name.endswith("norm.weight") else drawn).to("cpu", dtype)
+        tensors[name] = (drawn + 1.0 if _is_norm(name) else drawn).to("cpu", dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _is_norm(name: str) -> bool:
+    """The text model's norms, and a tower's: of blocks and before its projector."""
+    return name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,9 +47,10 @@ def random_model(model_dir: Path, context: ParallelContext) -> list[nn.Module]:
     return chunks
 
 
-def randomise(chunks: list[nn.Module], seed: int) -> None:
-    generator = torch.Generator(device="cuda").manual_seed(seed)
+def randomise(chunks: Sequence[nn.Module], seed: int) -> None:
+    generator = torch.Generator(device=next(chunks[0].parameters()).device).manual_seed(seed)
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
+                is_norm = "norm" in name or "ln_q" in name
+                parameter.normal_(1.0 if is_norm else 0.0, 0.02, generator=generator)
