@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -159,6 +160,8 @@ def _optimizer(wrapped: Sequence[nn.Module], config: OptimizerConfig, *, offload
     # The hybrid optimizer takes leaves alone, and shards of fp32 parameters are views that Megatron does not detach.
     with torch.no_grad() if settings.optimizer_cpu_offload else nullcontext():
         optimizer: MegatronOptimizer = _make_optimizer(settings, list(wrapped), overrides)
+    if settings.optimizer_cpu_offload:
+        gc.collect()  # Megatron makes a hybrid optimizer of whole parameters first; its hooks keep it, and its copies, in a cycle
     return optimizer
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-LIMIT_S, GIB = 150.0, 2**30
+LIMIT_S, GIB = 240.0, 2**30
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -210,7 +210,7 @@ def run_job(name: str, folder: Path, *, dry: bool) -> dict[str, Any]:
         port = probe.getsockname()[1]
     logs = [folder / f"rank{rank}.log" for rank in range(job.ranks)]
     base = [sys.executable, "-m", "tests.benchmarks.bench_memory", "--job", name, "--folder", str(folder), "--port", str(port)]
-    own = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "4" if not dry else "1"}
+    own = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1" if dry else "8"}
     children = []
     for rank, log in enumerate(logs):
         argv = [*base, "--rank", str(rank), *(["--dry"] if dry else [])]
