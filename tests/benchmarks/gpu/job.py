@@ -65,7 +65,7 @@ def main() -> int:
         "model": {"path": str(folder), "dtype": "bf16"},
         "cluster": {"device": "cuda", "colocated": True, "num_trainer_ranks": args.engines * args.engine_tp},
         "parallel": {"tp": args.engines * args.engine_tp, "sequence_parallel": True},
-        "data": {"train": str(args.out / "train.jsonl"), "prompts_per_step": 32, "max_prompt_tokens": 256, "chat": False},
+        "data": {"train": str(args.out / "train.jsonl"), "prompts_per_step": 32, "max_prompt_tokens": 256},
         "rollout": {
             "engine": "sglang",
             "num_engines": args.engines,
