@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import TextIO
@@ -76,6 +77,7 @@ class Progress:
             Tail(run_dir / "logs" / f"{who}-0.log", skip_old=True) for who in ("driver", "trainer")
         )
         self._shown = ""
+        self._phases: list[tuple[str, float]] = []  # of the start, and when each began
         self._rows: list[Row] = []
         self._began = time.monotonic()
         self._status: Status | None = None
@@ -97,6 +99,7 @@ class Progress:
             row = _parse(line)
             if row is not None:
                 self._rows.append(row)
+                self._tell_start()
                 self._console.print(step_line(row, self._total_steps) + self._time_left(row))
                 for text in evaluation_table(row):
                     self._console.print(text)
@@ -142,7 +145,21 @@ class Progress:
             self._status.update(now.name if now.step < 0 else f"step {now.step}: {now.name}")
         if now.step < 0 and now.name != self._shown:
             self._shown = now.name
+            self._phases.append((now.name, time.monotonic()))
             self.say(now.name)
+        elif now.step >= 0 and not self._rows and self._phases and self._phases[-1][0]:
+            self._phases.append(("", time.monotonic()))  # the first step began
+
+    def _tell_start(self) -> None:
+        """Where the time went until the first step, once."""
+        phases, self._phases = self._phases, []
+        if not phases or phases[-1][0]:
+            return
+        parts = [(name, end - begin) for (name, begin), (_, end) in pairwise(phases)]
+        parts = [("begin", phases[0][1] - self._began), *parts]
+        told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts if seconds >= 1.0)
+        if told:
+            self.say(f"first step after {phases[-1][1] - self._began:.0f} s: {told}")
 
 
 def step_line(row: Row, total_steps: int) -> str:

@@ -42,7 +42,7 @@ def written_folders(config: Config) -> dict[str, str]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """What the engines of a run serve and how they are started; ``num_started`` 0: the run starts none itself. ``timeout_s`` is
-    the limit of one request of a weight sync."""
+    the limit of one request of a weight sync, ``requests_at_once`` what each engine has to answer at a time."""
 
     rollout: RolloutConfig
     cluster: ClusterConfig
@@ -53,6 +53,7 @@ class EngineSettings:
     seed: int
     num_started: int
     num_trainer_ranks: int
+    requests_at_once: int = 512
     tower_learns: bool = False
 
     @classmethod
@@ -67,5 +68,11 @@ class EngineSettings:
             seed=config.run.seed,
             num_started=config.rollout.num_engines if config.starts_engines else 0,
             num_trainer_ranks=config.num_trainer_ranks,
+            requests_at_once=-(-_requests(config) // config.rollout.num_engines),
             tower_learns=config.model.vision != "frozen",
         )
+
+
+def _requests(config: Config) -> int:
+    """Over all engines: a step's answers (an evaluation's may be more), as far as they may be in flight."""
+    return min(config.rollout.max_concurrent_requests, config.data.prompts_per_step * config.rollout.samples_per_prompt)

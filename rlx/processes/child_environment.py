@@ -24,6 +24,10 @@ def child_environment(cluster: ClusterConfig, launch_id: str, *, num_peers: int,
     # SGLang sets these for itself; a group whose two sides differ forms, and its first broadcast fails.
     env.setdefault("NCCL_CUMEM_ENABLE", "0")
     env.setdefault("NCCL_NVLS_ENABLE", "0")
+    # Kernels that are compiled on first use are there for the next run; by itself torch keeps them in the machine's /tmp.
+    kept = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlx"
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept / "inductor"))
+    env.setdefault("TRITON_CACHE_DIR", str(kept / "triton"))
     if all_here:
         # Do not depend on the host name resolving, and listen to nobody outside.
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -64,6 +64,33 @@ def test_steps_phases_and_summary(tmp_path: Path) -> None:
     assert f"model: {tmp_path / 'hf'}" in progress.summary()
 
 
+def test_where_the_start_went_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("rlx.cluster.progress.time.monotonic", lambda: now[0])
+    (tmp_path / "logs").mkdir()
+    out = io.StringIO()
+    progress = Progress(tmp_path, total_steps=7, out=out)
+    stamp = "2026-01-01T00:00:00.000"
+    said = [
+        ("trainer", 12.0, "-1 wait for engines"),
+        ("trainer", 72.4, "-1 load policy"),
+        ("trainer", 72.9, "-1 connect"),
+        ("driver", 80.0, "-1 publish"),
+        ("driver", 88.2, "1 roll out"),
+        ("driver", 95.0, "1 score"),
+    ]
+    for who, when, phase in said:
+        now[0] = when
+        with (tmp_path / "logs" / f"{who}-0.log").open("a") as log:
+            log.write(f"{stamp} {who}-0 PHASE step={phase}\n")
+        progress.tick()
+    with (tmp_path / "metrics.jsonl").open("a") as rows:
+        rows.write('{"step": 1, "perf/step_s": 2.0}\n{"step": 2, "perf/step_s": 2.0}\n')
+    progress.close()
+    told = [line for line in out.getvalue().splitlines() if "first step after" in line]
+    assert told == ["rlx: first step after 88 s: begin 12 s, wait for engines 60 s, connect 7 s, publish 8 s"]
+
+
 def test_fine_tuning_shows_its_own_measures(tmp_path: Path) -> None:
     out = io.StringIO()
     progress = Progress(tmp_path, total_steps=2, out=out)

@@ -61,6 +61,21 @@ def test_engines_in_bf16_keep_logits_in_fp32_as_the_trainers_do(command: Callabl
     assert "--enable-fp32-lm-head" not in command(replace(on, rollout=replace(on.rollout, dtype="fp32")))
 
 
+@pytest.mark.parametrize(
+    ("prompts", "engines", "given", "wanted"),
+    [(8, 2, {}, ["--cuda-graph-max-bs-decode", "16"]), (64, 1, {}, []), (8, 2, {"cuda_graph_max_bs": 64}, [])],
+)
+def test_graphs_are_captured_for_the_sizes_that_occur(
+    prompts: int, engines: int, given: dict[str, int], wanted: list[str]
+) -> None:
+    config = config_of(num_engines=engines, samples_per_prompt=4, server_args=given)
+    config = replace(config, data=replace(config.data, prompts_per_step=prompts), cluster=replace(config.cluster, device="cuda"))
+    site = SGLangSite(index=0, device="cuda", host="h", port=1, key_file=Path("k"), python="p")
+    words = sglang_command(EngineSettings.of(config), site)
+    found = [words[at : at + 2] for at, word in enumerate(words) if word == "--cuda-graph-max-bs-decode"]
+    assert found == ([wanted] if wanted else [])
+
+
 def test_a_server_argument_wins_over_the_fp32_head() -> None:
     config = config_of(server_args={"enable_fp32_lm_head": False})
     assert "--enable-fp32-lm-head" not in sglang_words(replace(config, model=replace(config.model, fp32_head=True)))
