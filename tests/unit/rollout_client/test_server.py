@@ -68,7 +68,7 @@ def test_engines_in_bf16_keep_logits_in_fp32_as_the_trainers_do(command: Callabl
 def test_graphs_are_captured_for_the_sizes_that_occur(
     prompts: int, engines: int, given: dict[str, int], wanted: list[str]
 ) -> None:
-    config = config_of(num_engines=engines, samples_per_prompt=4, server_args=given)
+    config = config_of(engine="sglang", num_engines=engines, samples_per_prompt=4, server_args=given)
     config = replace(config, data=replace(config.data, prompts_per_step=prompts), cluster=replace(config.cluster, device="cuda"))
     site = SGLangSite(index=0, device="cuda", host="h", port=1, key_file=Path("k"), python="p")
     words = sglang_command(EngineSettings.of(config), site)
