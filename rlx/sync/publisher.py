@@ -141,6 +141,10 @@ class Publisher:
         for engine in self._engines:
             engine.control.close()
 
+    def room(self, num_bytes: int) -> Tensor | None:
+        """Memory to gather a large tensor in that is about to be published; None where there is none."""
+        return None if self._handover is None else self._handover.room(num_bytes)
+
     def release(self, tags: Sequence[str] | None = None) -> None:
         """Pause the engines and let them give back memory (``tags`` of it; None: all they give). SyncError names who failed."""
         sharing = self._target.sharing

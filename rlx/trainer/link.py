@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from rlx.config.schema import SyncConfig
 from rlx.models.hf.companions import Companions
@@ -69,6 +70,10 @@ class EngineLink:
     @property
     def transport(self) -> str:
         return self._options.transport
+
+    def room(self, num_bytes: int) -> Tensor | None:
+        """Memory to gather a large tensor in; None where there is none."""
+        return None if self._publisher is None else self._publisher.room(num_bytes)
 
     def use(self, keys: EngineKeys, memory: EngineMemory) -> None:
         """Open every engine with these keys from now on; ``memory`` records what co-located ones gave back so far."""

@@ -25,7 +25,7 @@ from rlx.models.classifier import export_classifier, load_score
 from rlx.models.heads import token_head, value_head
 from rlx.models.hf.companions import Companions
 from rlx.models.hf.files import prevailing
-from rlx.models.hf.io import constant_names, export_hf, stage_weights
+from rlx.models.hf.io import Room, constant_names, export_hf, no_room, stage_weights
 from rlx.models.megatron_io import load_megatron, load_weights
 from rlx.parallel.checkpoint import load_trainable, save_trainable
 from rlx.parallel.context import ParallelContext
@@ -118,9 +118,9 @@ class RankModel:
                 totals[name] = totals.get(name, torch.zeros_like(stat)) + stat
         return reduced(totals, self.context.groups.dp_cp, self.context.device)
 
-    def weights(self, *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, *, everywhere: bool = False, room: Room = no_room) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors of this pipeline stage under their Hugging Face names: on its sender, or ``everywhere`` in the stage."""
-        return stage_weights(self.chunks, self.arch, self.context, everywhere=everywhere)
+        return stage_weights(self.chunks, self.arch, self.context, everywhere=everywhere, room=room)
 
     def constant_weights(self) -> frozenset[str]:
         """Names of what a model that learns never changes, of all stages. Collective."""

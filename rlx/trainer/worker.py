@@ -248,7 +248,7 @@ class Worker:
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         self.memory.bring_back(("weights",))
-        return self.policy.weights(everywhere=self.engines.transport == "ipc")
+        return self.policy.weights(everywhere=self.engines.transport == "ipc", room=self.engines.room)
 
     # Keeping
 

@@ -143,6 +143,13 @@ def load_hf(chunks: Sequence[nn.Module], arch: Architecture, folder: str | Path,
             slot.parameter.copy_(load(slot.row, source.read, slot.hf_names, shards[slot.expert is not None], arch))
 
 
+Room = Callable[[int], Tensor | None]
+
+
+def no_room(num_bytes: int) -> None:
+    """No memory but one's own."""
+
+
 def _value(parameter: nn.Parameter) -> Tensor:
     return parameter.detach()
 
@@ -154,13 +161,15 @@ def stage_weights(
     read: Callable[[nn.Parameter], Tensor] = _value,
     *,
     everywhere: bool = False,
+    room: Room = no_room,
 ) -> Iterator[tuple[str, Tensor]]:
     """The full Hugging Face tensors of this pipeline stage, on its sender and nothing on the others; or on all its ranks
     (``everywhere``), in the same order.
 
     Collective over the stage: every rank must drive the iterator to its end. A split parameter is gathered whole, one at
     a time, and experts of other ranks come one by one, so at most one parameter exists in full (beside what
-    the consumer keeps). ``read`` gives what to export of a parameter, shaped like it: its value, or its gradient.
+    the consumer keeps). ``read`` gives what to export of a parameter, shaped like it: its value, or its gradient. ``room`` is
+    asked for memory to gather one whole tensor in (``everywhere``).
     """
     gathers = everywhere or (context.dp_rank == 0 and context.cp_rank == 0)
     gathers_experts = everywhere or context.groups.expt_dp.rank() == 0
@@ -168,31 +177,29 @@ def stage_weights(
         if slot.is_tied_copy:
             continue
         if slot.expert is None and gathers:
-            whole = _gather(slot, read, context.groups.tp, arch, everywhere)
+            whole = _gather(slot, read(slot.parameter), context.groups.tp, arch, room if everywhere else None)
             if everywhere or context.is_sender:
                 yield from zip(slot.hf_names, whole, strict=True)
         elif slot.expert is not None and gathers_experts:
-            whole = _gather(slot, read, context.groups.expt_tp, arch, everywhere)
+            whole = _gather(slot, read(slot.parameter), context.groups.expt_tp, arch, no_room if everywhere else None)
             if everywhere:
                 yield from _all_experts(slot, whole, context.groups.ep, arch)
             elif context.groups.expt_tp.rank() == 0:
                 yield from _collect_experts(slot, whole, context.groups.ep, arch)
 
 
-def _gather(
-    slot: Slot, read: Callable[[nn.Parameter], Tensor], group: dist.ProcessGroup, arch: Architecture, everywhere: bool
-) -> tuple[Tensor, ...]:
-    """A parameter's Hugging Face tensors on the group's first rank (or on all); nothing on the others."""
-    weight = read(slot.parameter)
+def _gather(slot: Slot, weight: Tensor, group: dist.ProcessGroup, arch: Architecture, room: Room | None) -> tuple[Tensor, ...]:
+    """A parameter's Hugging Face tensors on the group's first rank (with ``room`` on all); nothing on the others."""
     pieces = [weight]
     if slot.row.is_split and group.size() > 1:
-        pieces = _from_all(weight, group)
-    return export(slot.row, pieces, arch) if everywhere or group.rank() == 0 else ()
+        pieces = _from_all(weight, group, no_room if room is None or len(slot.hf_names) > 1 else room)
+    return export(slot.row, pieces, arch) if room is not None or group.rank() == 0 else ()
 
 
-def _from_all(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+def _from_all(tensor: Tensor, group: dist.ProcessGroup, room: Room) -> list[Tensor]:
     """Every rank's tensor, all of one shape, one behind the other in memory."""
-    whole = tensor.new_empty(group.size() * tensor.numel())
+    found = room(group.size() * tensor.nbytes)
+    whole = tensor.new_empty(group.size() * tensor.numel()) if found is None else found.view(tensor.dtype)
     dist.all_gather_into_tensor(whole, tensor.contiguous().view(-1), group=group)
     return list(whole.view(group.size(), *tensor.shape))
 
@@ -202,7 +209,7 @@ def _all_experts(
 ) -> Iterator[tuple[str, Tensor]]:
     """The experts that stand in the same place on all ranks, in the order of the ranks."""
     assert slot.expert is not None and arch.experts is not None
-    gathered = [_from_all(tensor, group) if group.size() > 1 else [tensor] for tensor in tensors]
+    gathered = [_from_all(tensor, group, no_room) if group.size() > 1 else [tensor] for tensor in tensors]
     each = arch.experts.num_experts // group.size()
     for rank in range(group.size()):
         names = slot.names_of(slot.expert + (rank - group.rank()) * each)

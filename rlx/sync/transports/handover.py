@@ -128,6 +128,7 @@ class Handover:
         self._asked: dict[str, Future[None]] = {}
         self._lines: TextIO | None = None
         self._num_filled = 0
+        self._empty: Callable[[], None] | None = None  # while buckets are filled: the one that is open leaves
         self._due = [0, 0]  # by slot: how many buckets must have been taken before it is written to again
 
     def refusal(self) -> str | None:
@@ -154,7 +155,8 @@ class Handover:
         self._num_filled, self._due = 0, [0, 0]
         each = [_aligned(self._seats.weight_bytes * size) for size in sizes]
         self._slot_bytes = min(self._bucket_bytes, max(_ALIGNMENT, sum(each)))
-        num_bytes = max(2 * self._slot_bytes, *each)
+        # Gathered, a vocabulary has some rows more, of padding.
+        num_bytes = max(2 * self._slot_bytes, _aligned(max(each) * 65 // 64))
         if self._device.type == "cuda":
             self._area = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         elif self._readers:
@@ -228,6 +230,15 @@ class Handover:
         self._stages[stage] = sent
         return tuple(info for bucket in sent for info in bucket.infos)
 
+    def room(self, num_bytes: int) -> Tensor | None:
+        """Where to gather a tensor that takes the whole area, so that it is there already; None for smaller ones. What was filled
+        before leaves. To be asked on every rank of the stage, by what gives ``send`` its tensors."""
+        if self._area is None or self._empty is None or not self._slot_bytes < num_bytes <= self._area.numel():
+            return None
+        self._empty()
+        self._wait_taken(max(self._due))
+        return self._area[:num_bytes]
+
     def finish(self) -> None:
         """Wait until every engine rank of this rank has taken everything. SyncError names those that have not."""
         if self._flags is None:
@@ -258,22 +269,29 @@ class Handover:
         bucket: _Open | None = None
 
         def leave() -> None:
-            if bucket is not None and bucket.infos:
-                self._leave(stage, bucket.closed(), known, share, sent)
+            nonlocal bucket
+            full, bucket = bucket, None
+            if full is not None:
+                self._leave(stage, full.closed(), known, share, sent)
 
-        for name, tensor in tensors:
-            start = None if bucket is None else bucket.place(tensor.nbytes)
-            if start is None:
-                leave()
-                bucket, start = self._open(tensor.nbytes), 0
-            assert bucket is not None and self._area is not None
-            at = bucket.offset + start
-            target = self._area[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            target.copy_(tensor.detach())
-            bucket.infos.append(tensor_info(name, tensor))
-            bucket.starts.append(start)
-            bucket.end = start + tensor.nbytes
-        leave()
+        self._empty = leave
+        try:
+            for name, tensor in tensors:
+                start = None if bucket is None else bucket.place(tensor.nbytes)
+                if start is None:
+                    leave()
+                    bucket, start = self._open(tensor.nbytes), 0
+                assert bucket is not None and self._area is not None
+                at = bucket.offset + start
+                target = self._area[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                if target.data_ptr() != tensor.data_ptr():  # it was not gathered there
+                    target.copy_(tensor.detach())
+                bucket.infos.append(tensor_info(name, tensor))
+                bucket.starts.append(start)
+                bucket.end = start + tensor.nbytes
+            leave()
+        finally:
+            self._empty = None
 
     def _open(self, num_bytes: int) -> _Open:
         """The next stretch of the area that may be written to, of at least so many bytes."""

@@ -60,7 +60,11 @@ def publish(case: dict[str, Any], context: ParallelContext) -> None:
     speaks = everywhere or (not context.dp_rank and not context.cp_rank)
 
     def weights():
-        return stage_weights(chunks, arch, context, everywhere=everywhere) if speaks else iter(())
+        return (
+            stage_weights(chunks, arch, context, everywhere=everywhere, room=lambda size: publisher.room(size))
+            if speaks
+            else iter(())
+        )
 
     canary = CanarySpec(
         vocab_size=arch.vocab_size,
@@ -90,7 +94,9 @@ def publish(case: dict[str, Any], context: ParallelContext) -> None:
         ),
     )
     # Small enough that even these models go in several chunks of both kinds.
-    config = SyncConfig(bucket_bytes=40_000, flatten_below_bytes=10_000, timeout_s=90, canary_tolerance=1e-4)
+    config = SyncConfig(
+        bucket_bytes=15_000 if everywhere else 40_000, flatten_below_bytes=10_000, timeout_s=90, canary_tolerance=1e-4
+    )
     publisher = Publisher(place, target, config, context.gather_objects, canary)
     # Other weights first: what the engine remembers of the first publication must serve the second.
     with disturbed(chunks):
