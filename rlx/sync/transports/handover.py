@@ -252,9 +252,9 @@ class Handover:
         said = [(reader, reader.lost or self._flags.problem(reader.number)) for reader in self._readers]
         problems = [f"{reader}: {text}" for reader, text in said if text]
         problems += [describe({url: error}) for url, error in found.items()]
+        self._release()
         if problems:
             raise SyncError(f"engine side, phase load: {'; '.join(problems)}", sorted({*unwell(found), *gone}))
-        self._release()
 
     def close(self) -> None:
         """Let the engines go that still wait; give everything back. May be called twice."""
