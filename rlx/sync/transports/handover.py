@@ -18,7 +18,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -36,10 +36,9 @@ from rlx.sync.collective_phase import Share
 from rlx.sync.errors import SyncError
 from rlx.sync.fanout import describe, failures, start, unwell
 from rlx.sync.group import GRACE_S, Engine
+from rlx.sync.transports.area import ALIGNMENT, Bucket, OpenBucket, aligned
 from rlx.types.weights import TensorInfo
 
-# Where tensors start in a bucket: at a multiple of every width.
-_ALIGNMENT = 16
 Spread = Callable[[Tensor, int], None]
 
 
@@ -56,29 +55,6 @@ class Seats:
     weight_bytes: int = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Bucket:
-    """A stretch of the area, and what lies in it: tensors and where they start."""
-
-    offset: int
-    infos: tuple[TensorInfo, ...]
-    starts: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.starts[-1] + self.infos[-1].num_bytes
-
-    def line(self) -> str:
-        rows = [[info.name, info.dtype, info.shape, at] for info, at in zip(self.infos, self.starts, strict=True)]
-        return json.dumps([self.offset, rows])
-
-    @classmethod
-    def read(cls, line: str) -> _Bucket:
-        offset, rows = json.loads(line)
-        infos = tuple(TensorInfo(name=name, dtype=dtype, shape=tuple(shape)) for name, dtype, shape, _ in rows)
-        return cls(offset=offset, infos=infos, starts=tuple(row[3] for row in rows))
-
-
 @dataclass(slots=True)
 class _Reader:
     """An engine rank that this trainer rank serves. ``lost`` says why it is not waited for any more."""
@@ -92,36 +68,17 @@ class _Reader:
         return f"{self.engine.url}, rank {self.rank}" if self.engine.endpoint.tp > 1 else self.engine.url
 
 
-@dataclass(slots=True)
-class _Open:
-    """A bucket that is being filled at ``offset``, of at most ``limit`` bytes."""
-
-    offset: int
-    limit: int
-    infos: list[TensorInfo] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    end: int = 0
-
-    def place(self, num_bytes: int) -> int | None:
-        """Where a tensor would start; None when it does not fit."""
-        start = _aligned(self.end)
-        return start if start + num_bytes <= self.limit else None
-
-    def closed(self) -> _Bucket:
-        return _Bucket(offset=self.offset, infos=tuple(self.infos), starts=tuple(self.starts))
-
-
 class Handover:
     """One trainer rank's side. ``begin``, ``send`` for each stage in order, ``finish``; all collective over the trainer ranks."""
 
     def __init__(self, engines: Sequence[Engine], seats: Seats, rank: int, device: torch.device, config: SyncConfig) -> None:
         self._seats, self._device, self._limit_s = seats, device, config.timeout_s
-        self._bucket_bytes = self._slot_bytes = _aligned(config.bucket_bytes)
+        self._bucket_bytes = self._slot_bytes = aligned(config.bucket_bytes)
         pairs = [
             (engine, each) for engine in engines for each, by in enumerate(seats.by_engine[engine.endpoint.index]) if by == rank
         ]
         self._readers = [_Reader(engine, each, number) for number, (engine, each) in enumerate(pairs)]
-        self._book, self._stages = "", dict[int, list[_Bucket]]()
+        self._book, self._stages = "", dict[int, list[Bucket]]()
         self._area: Tensor | None = None
         self._flags: Flags | None = None
         self._watched: dict[str, tuple[Flags, int]] = {}  # by engine that another rank asks: where that rank says if it failed
@@ -153,10 +110,10 @@ class Handover:
             self._book, self._stages = "", {}
         known = sum(map(len, self._stages.values()))
         self._num_filled, self._due = 0, [0, 0]
-        each = [_aligned(self._seats.weight_bytes * size) for size in sizes]
-        self._slot_bytes = min(self._bucket_bytes, max(_ALIGNMENT, sum(each)))
+        each = [aligned(self._seats.weight_bytes * size) for size in sizes]
+        self._slot_bytes = min(self._bucket_bytes, max(ALIGNMENT, sum(each)))
         # Gathered, a vocabulary has some rows more, of padding.
-        num_bytes = max(2 * self._slot_bytes, _aligned(max(each) * 65 // 64))
+        num_bytes = max(2 * self._slot_bytes, aligned(max(each) * 65 // 64))
         if self._device.type == "cuda":
             self._area = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         elif self._readers:
@@ -214,7 +171,7 @@ class Handover:
         known = self._stages.get(stage)
         error: Exception | None = None
         if tensors is not None:
-            sent: list[_Bucket] = []
+            sent: list[Bucket] = []
             try:
                 self._fill_all(stage, tensors, known, share, sent)
             except Exception as caught:
@@ -263,10 +220,10 @@ class Handover:
     # Filling
 
     def _fill_all(
-        self, stage: int, tensors: Iterator[tuple[str, Tensor]], known: list[_Bucket] | None, share: Share, sent: list[_Bucket]
+        self, stage: int, tensors: Iterator[tuple[str, Tensor]], known: list[Bucket] | None, share: Share, sent: list[Bucket]
     ) -> None:
         """Cut the tensors into buckets as they come."""
-        bucket: _Open | None = None
+        bucket: OpenBucket | None = None
 
         def leave() -> None:
             nonlocal bucket
@@ -293,7 +250,7 @@ class Handover:
         finally:
             self._empty = None
 
-    def _open(self, num_bytes: int) -> _Open:
+    def _open(self, num_bytes: int) -> OpenBucket:
         """The next stretch of the area that may be written to, of at least so many bytes."""
         assert self._area is not None
         if num_bytes > self._area.numel():
@@ -301,13 +258,13 @@ class Handover:
         if num_bytes > self._slot_bytes:
             self._wait_taken(max(self._due))
             self._due = [self._num_filled + 1] * 2
-            return _Open(offset=0, limit=num_bytes)
+            return OpenBucket(offset=0, limit=num_bytes)
         slot = 0 if self._due[0] <= self._due[1] else 1
         self._wait_taken(self._due[slot])
         self._due[slot] = self._num_filled + 1
-        return _Open(offset=slot * self._slot_bytes, limit=self._slot_bytes)
+        return OpenBucket(offset=slot * self._slot_bytes, limit=self._slot_bytes)
 
-    def _leave(self, stage: int, bucket: _Bucket, known: list[_Bucket] | None, share: Share, sent: list[_Bucket]) -> None:
+    def _leave(self, stage: int, bucket: Bucket, known: list[Bucket] | None, share: Share, sent: list[Bucket]) -> None:
         """A bucket is full: to the other stages, and to the engines."""
         if known is None:
             share(bucket.line())
@@ -317,34 +274,34 @@ class Handover:
         self._spread(stage, bucket)
         self._hand_over(bucket)
 
-    def _receive_all(self, stage: int, known: list[_Bucket] | None, share: Share) -> list[_Bucket]:
+    def _receive_all(self, stage: int, known: list[Bucket] | None, share: Share) -> list[Bucket]:
         """Buckets of another stage's ranks."""
         if known is not None:
             for bucket in known:
                 self._receive(stage, bucket)
             return known
-        found: list[_Bucket] = []
+        found: list[Bucket] = []
         while True:
             said = {text for text in share(None) if text is not None}
             assert len(said) == 1, f"the ranks of stage {stage} do not send the same: {said}"
             line = said.pop()
             if json.loads(line) == "end":
                 return found
-            found.append(_Bucket.read(line))
+            found.append(Bucket.read(line))
             self._receive(stage, found[-1])
 
-    def _receive(self, stage: int, bucket: _Bucket) -> None:
+    def _receive(self, stage: int, bucket: Bucket) -> None:
         taken = self._open(bucket.num_bytes)
         assert taken.offset == bucket.offset, "all ranks place buckets alike"
         self._spread(stage, bucket)
         self._hand_over(bucket)
 
-    def _spread(self, stage: int, bucket: _Bucket) -> None:
+    def _spread(self, stage: int, bucket: Bucket) -> None:
         if self._seats.spread is not None:
             assert self._area is not None
             self._seats.spread(self._area[bucket.offset : bucket.offset + bucket.num_bytes], stage)
 
-    def _hand_over(self, bucket: _Bucket) -> None:
+    def _hand_over(self, bucket: Bucket) -> None:
         self._num_filled += 1
         if self._flags is None:
             return
@@ -404,7 +361,3 @@ class Handover:
         had, self._area = self._area is not None, None
         if had and self._device.type == "cuda":
             torch.cuda.ipc_collect()
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
