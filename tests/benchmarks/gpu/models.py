@@ -173,7 +173,7 @@ def write_weights(folder: Path, dtype: torch.dtype, std: float = 0.02, device: s
     tensors = {}
     for name, extents in expected_shapes(read_architecture(folder)).items():
         drawn = torch.randn(extents, generator=generator, device=device) * std
-        tensors[name] = (drawn + 1.0 if _is_norm(name) else drawn).to("cpu", dtype)
+        tensors[name] = (drawn + 1.0 if _is_norm(name) else drawn).to(dtype).cpu()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
