@@ -125,7 +125,8 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         batch_p2p_comm=dims.vpp == 1,
         # The fused kernel knows one set of frequencies for all sequences, one position a token, and no interleaved pairs.
         apply_rope_fusion=with_engine and arch.latent is None and not isinstance(arch.rope, LongRope) and not arch.rotary_axes,
-        bias_activation_fusion=False,
+        # Gate and product in one kernel, which keeps the first product alone for the backward pass.
+        bias_activation_fusion=with_engine and arch.activation == "silu" and arch.experts is None,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
