@@ -24,8 +24,8 @@ from rlx.rollout.sglang.shared_tensors import (
     RECEIVER_TRANSPORTS,
 )
 
-# Batches of decode steps for which SGLang captures graphs by itself, on the smallest GPUs that count.
-_GRAPHS_UP_TO = 160
+# Up to which batch of decode steps SGLang captures graphs by itself, on a GPU of 80 GB.
+_GRAPHS_UP_TO = 256
 # SGLang 0.5.15 ends itself unless port + 10000 is a port as well, for a service that is off by default.
 ROOM_ABOVE_PORT = 10000
 # Inherited, they make other servers of the engines: one of gRPC, which refuses keys, and one that takes no weights; or they name
@@ -108,7 +108,7 @@ def sglang_command(engines: EngineSettings, site: SGLangSite) -> list[str]:
     if engines.transport in RECEIVER_TRANSPORTS:
         loaders = given.pop("custom_weight_loader", None) or []
         defaults["custom_weight_loader"] = [*([loaders] if isinstance(loaders, str) else loaders), RECEIVER]
-    if site.device == "cuda" and engines.requests_at_once < _GRAPHS_UP_TO and not any(n.startswith("cuda_graph") for n in given):
+    if site.device == "cuda" and engines.requests_at_once <= _GRAPHS_UP_TO and not any(n.startswith("cuda_graph") for n in given):
         defaults["cuda_graph_max_bs_decode"] = engines.requests_at_once  # each size captured takes a moment of the start
     if engines.cluster.colocated and site.device == "cuda":
         defaults |= {"mem_fraction_static": MEM_FRACTION_STATIC, "enable_memory_saver": site.releases}

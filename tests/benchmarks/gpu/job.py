@@ -25,7 +25,6 @@ SERVER = {
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
     "cuda_graph_backend_prefill": "disabled",
-    "cuda_graph_max_bs": 256,
     "mem_fraction_static": 0.6,
     "load_format": "dummy",
 }

@@ -63,7 +63,7 @@ def test_engines_in_bf16_keep_logits_in_fp32_as_the_trainers_do(command: Callabl
 
 @pytest.mark.parametrize(
     ("prompts", "engines", "given", "wanted"),
-    [(8, 2, {}, ["--cuda-graph-max-bs-decode", "16"]), (64, 1, {}, []), (8, 2, {"cuda_graph_max_bs": 64}, [])],
+    [(8, 2, {}, ["--cuda-graph-max-bs-decode", "16"]), (65, 1, {}, []), (8, 2, {"cuda_graph_max_bs": 64}, [])],
 )
 def test_graphs_are_captured_for_the_sizes_that_occur(
     prompts: int, engines: int, given: dict[str, int], wanted: list[str]
