@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlx.config.schema import SyncConfig
 from rlx.models.hf.companions import Companions
-from rlx.obs.log import notice
+from rlx.obs.log import logger, notice
 from rlx.parallel.context import ParallelContext
 from rlx.parallel.memory import GIB, TrainerMemory, device_used
 from rlx.rollout.keys import EngineKeys
@@ -117,6 +117,8 @@ class EngineLink:
             self._memory.bring_back(("weights",))
             manifest = self._to(endpoints).publish(version, self._canary.export())
             self._tell_once()
+            parts = ", ".join(f"{name} {seconds * 1e3:.0f}" for name, seconds in manifest.phase_s.items())
+            logger.info("weight sync %d: %.0f ms: %s", version, manifest.seconds * 1e3, parts)
             self._warn(version, manifest.canary)
             return manifest
         except CanaryError:

@@ -95,6 +95,9 @@ def main() -> int:
         kept = {k: round(v, 4) for k, v in row.items() if k.startswith(("sync/", "memory/gpu", "mismatch/logprob"))}
         print(f"step {row.get('step')}: {row.get('perf/tokens_per_s', 0) / ranks:.0f} tokens/s a GPU {parts} {kept}", flush=True)
     steady = [row for row in rows if row.get("step", 0) > 1 and "perf/tokens_per_s" in row]
+    log = run_dir / "logs" / "trainer-0.log"
+    if log.exists():
+        print(*[line[25:] for line in log.read_text().splitlines() if " weight sync " in line], sep="\n", flush=True)
     if steady:
         told = {"tokens_per_s_per_gpu": round(statistics.median(row["perf/tokens_per_s"] for row in steady) / ranks)}
         for name in names:

@@ -26,7 +26,7 @@ from rlx.processes.local_ranks import run_local_ranks, this_module
 from rlx.types.layout import ParallelDims
 from tests.benchmarks.gpu.models import write_config
 
-LIMIT_S, REPEATS = 120.0, 3
+LIMIT_S, REPEATS = 120.0, 2
 PROMPT, LEAST, MOST, NUM_ANSWERS = 88, 128, 2048, 256
 
 
