@@ -126,6 +126,11 @@ class Architecture:
         # LongRoPE multiplies rotated queries and rotated keys; the product of both is a factor on the scores.
         return (self.attention_scale or self.head_dim**-0.5) * self.rope.attention_factor**2
 
+    @property
+    def gates_in_one_kernel(self) -> bool:
+        """Whether Megatron's kernel for the gated activation (silu, without experts) computes the MLPs'."""
+        return self.activation == "silu" and self.experts is None
+
     def has_experts(self, layer: int) -> bool:
         """Whether the layer of this number, from 0, is a mixture of experts."""
         return self.experts is not None and self.experts.layers[layer]

@@ -117,13 +117,13 @@ class Sizes:
         width = 2 * arch.head_dim * (arch.num_heads + arch.num_kv_heads)
         return width + (arch.head_dim * (arch.num_heads + 2 * arch.num_kv_heads) if arch.qk_norm else 0)
 
-    @property
-    def mlp_width(self) -> int:
-        """The same of its MLP: both halves of the first product, the activated gate, the other half, and their product; of
-        experts also that times the router's weight, and each chosen expert's copy of the token twice."""
+    def mlp_width(self, *, one_kernel: bool) -> int:
+        """The same of its MLP: both halves of the first product, the activated gate, the other half, and their product (where
+        gate and product are ``one_kernel`` only the first and the last of these); of experts also that times the router's weight,
+        and each chosen expert's copy of the token twice."""
         experts = self.arch.experts
         if experts is None:
-            return 5 * self.arch.ffn_hidden_size
+            return (3 if one_kernel and self.arch.gates_in_one_kernel else 5) * self.arch.ffn_hidden_size
         routed = experts.top_k * (6 * experts.hidden_size + 2 * self.arch.hidden_size)
         return routed + 5 * experts.shared_hidden_size
 

@@ -139,15 +139,16 @@ class Progress:
         if found:
             self.say(text)
         now = last_phase(line)
-        if " PHASE step=" not in line or (now.step >= 0 and not is_driver) or now.name == WAITING:
+        has_begun = bool(self._phases) and not self._phases[-1][0]
+        if " PHASE step=" not in line or (now.step >= 0 and not is_driver) or now.name == WAITING or (has_begun and now.step < 1):
             return
         if self._status is not None:
-            self._status.update(now.name if now.step < 0 else f"step {now.step}: {now.name}")
-        if now.step < 0 and now.name != self._shown:
+            self._status.update(now.name if now.step < 1 else f"step {now.step}: {now.name}")
+        if now.step < 1 and now.name != self._shown:
             self._shown = now.name
             self._phases.append((now.name, time.monotonic()))
             self.say(now.name)
-        elif now.step >= 0 and not self._rows and self._phases and self._phases[-1][0]:
+        elif now.step >= 1 and not self._rows and self._phases and self._phases[-1][0]:
             self._phases.append(("", time.monotonic()))  # the first step began
 
     def _tell_start(self) -> None:

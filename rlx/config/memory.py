@@ -149,7 +149,7 @@ def _activations(config: Config, sizes: Sizes, tokens: float, stage: _Stage) -> 
     is_local = model.layer_spec == "torch" or model.precision.name == "fp32"
     hidden = (9 if is_local else 4) * arch.hidden_size / split
     repeated = 2 * arch.head_dim * (arch.num_heads - arch.num_kv_heads) if is_local else 0
-    mlp = sizes.mlp_width / layout.tp
+    mlp = sizes.mlp_width(one_kernel=not is_local) / layout.tp
     layer = hidden + (sizes.attention_width + repeated) / layout.tp + mlp
     again = 0.0
     if config.evaluation.only:

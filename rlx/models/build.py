@@ -126,7 +126,7 @@ def megatron_config(arch: Architecture, context: ParallelContext, options: Build
         # The fused kernel knows one set of frequencies for all sequences, one position a token, and no interleaved pairs.
         apply_rope_fusion=with_engine and arch.latent is None and not isinstance(arch.rope, LongRope) and not arch.rotary_axes,
         # Gate and product in one kernel, which keeps the first product alone for the backward pass.
-        bias_activation_fusion=with_engine and arch.activation == "silu" and arch.experts is None,
+        bias_activation_fusion=with_engine and arch.gates_in_one_kernel,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,

@@ -17,6 +17,7 @@ from rlx.config.parts import EngineSettings
 from rlx.config.schema import Config
 from rlx.config.sharing import (
     ENGINE_RESERVE_BYTES,
+    HELD_SHARE,
     RESTING_BYTES,
     offload_level,
     release_level,
@@ -51,7 +52,7 @@ def test_phases_by_hand() -> None:
     weights = 2 * found.weights  # the reference's too
     chunks = 2 * 2**29 + 2 * sizes.embedding  # the area, and the embedding as it comes
     assert list(phases) == ["rollout", "training", "publication"]
-    assert phases["rollout"] == (ENGINE_RESERVE_BYTES + 48 * GIB, RESTING_BYTES + weights)
+    assert phases["rollout"] == (ENGINE_RESERVE_BYTES + 48 * GIB, RESTING_BYTES + int(HELD_SHARE * weights))
     assert phases["training"] == (ENGINE_RESERVE_BYTES, found.trainer)
     assert phases["publication"] == (ENGINE_RESERVE_BYTES + found.engine_weights, RESERVE_BYTES + weights + chunks)
 
@@ -63,8 +64,9 @@ def test_what_each_setting_moves() -> None:
     assert everything["training"] == base["training"] and everything["publication"] == base["publication"]
 
     nothing, _, _ = phases_of(recipe("cluster.offload=none"))
-    for phase in ("rollout", "publication"):
-        assert nothing[phase][1] - base[phase][1] == found.gradients + found.optimizer
+    more = found.gradients + found.optimizer
+    assert nothing["publication"][1] - base["publication"][1] == more
+    assert nothing["rollout"][1] - base["rollout"][1] == pytest.approx(HELD_SHARE * more)
 
     loaded, _, _ = phases_of(recipe("rollout.release=kv_cache"))
     assert loaded["training"][0] == ENGINE_RESERVE_BYTES + found.engine_weights
@@ -77,7 +79,8 @@ def test_what_each_setting_moves() -> None:
 
     critic, found, _ = phases_of(recipe("algorithm.name=ppo", "cluster.offload=none"))
     models = 2 + recipe("algorithm.name=ppo").has_reference
-    assert critic["rollout"][1] == RESTING_BYTES + models * found.weights + 2 * (found.gradients + found.optimizer)
+    kept = models * found.weights + 2 * (found.gradients + found.optimizer)
+    assert critic["rollout"][1] == RESTING_BYTES + int(HELD_SHARE * kept)
 
     embedded, found, _ = phases_of(recipe("rollout.engine=embedded"))  # reserves nothing for keys and values
     assert embedded["rollout"][0] == ENGINE_RESERVE_BYTES + found.engine_weights
@@ -95,7 +98,7 @@ def test_nothing_is_said_where_no_gpu_is_shared(overrides: list[str]) -> None:
     ("overrides", "words"),
     [
         (["cluster.gpu_memory_gib=160", "rollout.server_args={mem_fraction_static: 0.97}"],
-         ["rollout takes about 167 GiB of 160", "cluster.offload=all", "server_args.mem_fraction_static"]),
+         ["rollout takes about 168 GiB of 160", "cluster.offload=all", "server_args.mem_fraction_static"]),
         (["rollout.release=none"], ["training takes about 94", "rollout.release=all", "server_args.mem_fraction_static"]),
         (["rollout.release=kv_cache", "cluster.gpu_memory_gib=60"], ["training takes about 61", "rollout.release=all"]),
         (["cluster.offload=none", "cluster.gpu_memory_gib=58", "sync.bucket_bytes=12884901888"],
