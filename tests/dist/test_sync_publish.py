@@ -18,6 +18,7 @@ from rlx.rollout.sglang.control import EngineControl, EngineControlError
 from rlx.rollout.sglang.segments import own_segments
 from rlx.sync.errors import CanaryError, SyncError
 from rlx.sync.publisher import Publisher
+from rlx.sync.transports.handover import Handover
 from tests.dist.sync_lab import (
     make_publisher,
     named,
@@ -258,3 +259,15 @@ def test_control_errors_name_url_call_and_message(urls):
         quick.score([1, 2, 3])
     control.resume()
     assert len(control.score([1, 2, 3])) == 2
+
+
+@pytest.mark.parametrize("transport", ["ipc"])
+def test_where_gpu_memory_cannot_be_shared_weights_go_through_host_memory(urls, publisher_of, monkeypatch, caplog):
+    monkeypatch.setattr(Handover, "refusal", lambda self: "CUDA error: operation not supported")
+    model = new_model(time.time_ns() % 2**31)
+    publisher = publisher_of(urls, model)
+    for version in (5, 6):
+        publisher.publish(version, iter(named(model)))
+    assert versions(urls) == ["6", "6"] and max(worst_difference(url, model) for url in urls) < 1e-4
+    said = [record.getMessage() for record in caplog.records if "CUDA IPC is refused" in record.getMessage()]
+    assert len(said) == 1 and "operation not supported" in said[0] and "sync.transport=shm" in said[0]
