@@ -218,3 +218,47 @@ def test_an_engine_killed_during_the_broadcast_is_named_in_time(urls, transport,
     finally:
         publisher.close()
         stop_shared_engines()
+
+
+def later_rank(rank: int, store: str, urls: list[str], answers) -> None:
+    """One of two stages: a publication that goes well, then one in which a tensor of the last stage has another shape."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+    def share(text):
+        texts: list[str | None] = [None, None]
+        dist.all_gather_object(texts, text)
+        return texts
+
+    model = new_model(51)
+    place = PublisherPlace(stage=rank, num_stages=2, is_sender=True, is_lead=rank == 0, rank=rank)
+    seats = Seats(by_engine={0: [0], 1: [1]}, spread=lambda buffer, stage: dist.broadcast(buffer, src=stage))
+    publisher = make_publisher(urls, model, place=place, share=share, transport="ipc", seats=seats)
+    tensors = half(named(model), rank)
+    publisher.publish(1, iter(tensors))
+    odd = [(name, tensor[:-1] if name == LAST_STAGE_TENSOR else tensor) for name, tensor in tensors]
+    try:
+        publisher.publish(2, iter(odd))
+        answers.put((rank, "went well"))
+    except SyncError as error:
+        answers.put((rank, str(error)))
+    publisher.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_stage_that_fails_later_holds_up_no_other(urls, tmp_path):
+    context = mp.get_context("spawn")
+    answers = context.Queue()
+    arguments = (str(tmp_path / "store"), urls, answers)
+    second = context.Process(target=later_rank, args=(1, *arguments), daemon=True)
+    second.start()
+    try:
+        began = time.monotonic()
+        later_rank(0, *arguments)
+        got = dict(answers.get(timeout=30) for _ in range(2))
+        assert time.monotonic() - began < 60
+    finally:
+        second.join(15)
+        second.kill()
+    assert all(f"stage 1, phase check: tensor {LAST_STAGE_TENSOR} has shape" in got[rank] for rank in range(2)), got

@@ -178,6 +178,9 @@ class Handover:
                 error = caught
             if known is None:
                 share(json.dumps("end"))
+            elif error is not None:  # the other stages wait for as many buckets as the last time
+                for bucket in known[len(sent) :]:
+                    self._spread(stage, bucket)
             elif error is None and len(sent) != len(known):
                 error = SyncError(f"{len(sent)} buckets instead of the last publication's {len(known)}")
         else:
