@@ -80,6 +80,7 @@ def main() -> None:
         return
     # How a sum is split over threads decides how it is rounded, and after 1,000 batches which tower it is.
     torch.set_num_threads(2)
+    print(f"making {out}: pictures, and a model whose tower is taught to see first (once, about a minute)", flush=True)
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     write_rows(out)
     write_model(out / "model", arguments.steps)
@@ -252,6 +253,8 @@ def teach_tower(tower: Any, steps: int) -> None:
     stages = [pictures(task(spread), count, draw) for spread, count in zip(STAGES, counts, strict=True)]
     right = 0.0
     for step in range(steps):
+        if step % 250 == 0:
+            print(f"teaching the tower: batch {step} of {steps}", flush=True)
         patches, labels = stages[min(2 * len(STAGES) * step // steps, len(STAGES) - 1)]
         chosen = torch.tensor([draw.randrange(len(labels)) for _ in range(BATCH)])
         logits = head(see(tower, patches[chosen], draw).mean(1))

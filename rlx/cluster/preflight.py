@@ -133,9 +133,11 @@ def inspect(config: Config, num_rows: int | None = None) -> Findings:
         found.warnings += vocabulary_warnings(tokenizer, arch)
         num_decoded = None if num_rows is None else NUM_DECODED
         images = found.attempt(lambda: image_reader(config.model.path, config.data, tokenizer, None, num_decoded))
+    # Without knowing how a model that sees reads images, nothing true can be said of the rows.
+    can_read = tokenizer is not None and (arch.vision is None or images is not None)
     found.attempt(lambda: end_ids(config.model.path))
     if config.is_finetuning:
-        if tokenizer is not None:
+        if tokenizer is not None and can_read:
             reader = ExampleReader(data=config.data, finetune=config.finetune, tokenizer=tokenizer, images=images)
             if not config.evaluation.only:
                 found.num_examples = found.attempt(lambda: check_examples(config.examples_path, reader, look), "data.train") or 0
@@ -151,7 +153,7 @@ def inspect(config: Config, num_rows: int | None = None) -> Findings:
     verifier, of_user = None, found.attempt(lambda: list(user_functions(config.reward)))
     if of_user is not None and found.can_import(("reward.name", name) for name in of_user):
         verifier = found.attempt(lambda: make_verifier(config.reward))
-    if tokenizer is not None:
+    if tokenizer is not None and can_read:
         # Millions of prompts that no evaluation asks need not be read.
         data = replace(config.data, train=None, sources={}) if config.evaluation.only else config.data
         files = PromptFiles(data=data, evaluation=config.evaluation, tokenizer=tokenizer, seed=config.run.seed, images=images)

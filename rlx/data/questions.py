@@ -83,7 +83,7 @@ def read_questions(
             break
         num_rows += 1
         with placed(where):
-            question, fate = _to_question(row, source, data, tokenizer, images)
+            question, fate = _to_question(row, source, data, tokenizer, images, where)
         if question is not None:
             questions.append(question)
         if fate is not None:
@@ -111,7 +111,7 @@ def check_questions(
     first = islice(rows, look.num_rows)
     for num_rows, (where, row) in enumerate(first if images is None else images.ahead(first, beside(source.path)), start=1):
         with placed(where):
-            question, _ = _to_question(row, source, data, tokenizer, images)
+            question, _ = _to_question(row, source, data, tokenizer, images, where)
             is_labelled |= _checked_label(row, data, use) is not None
             if question is not None:
                 num_kept += 1
@@ -190,7 +190,7 @@ def _prompt_of(row: Row, data: DataConfig) -> str | Chat:
 
 
 def _to_question(
-    row: Row, source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, images: ImageReader | None
+    row: Row, source: Source, data: DataConfig, tokenizer: PreTrainedTokenizerBase, images: ImageReader | None, where: str
 ) -> tuple[Question | None, str | None]:
     """The question of a row, None when it is left out; and what became of it when it was over the length limit, or an image of
     it could not be used."""
@@ -204,7 +204,7 @@ def _to_question(
         except BadImageError as error:
             if not images.drops_bad:
                 raise
-            logger.warning("rlx: warning: left out: %s", error)
+            logger.warning("rlx: warning: %s: left out: %s", where, error)
             return None, "bad_image"
     text = prompt if isinstance(prompt, str) else render(for_template(prompt, tokenizer), tokenizer, opens_answer=True)
     encode = encode_text if isinstance(prompt, str) else encode_part  # a template writes its own special tokens

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -88,11 +89,14 @@ def image_rules(model_path: str, vision: Vision, min_pixels: int | None, max_pix
     edges = size if isinstance(size, Mapping) else {}
     least = _pixels(file, "min_pixels", values.get("min_pixels", edges.get("shortest_edge", 56 * 56)))
     most = _pixels(file, "max_pixels", values.get("max_pixels", edges.get("longest_edge", 28 * 28 * 1280)))
+    limits = (("min_pixels", min_pixels), ("max_pixels", max_pixels))
     least, most = least if min_pixels is None else min_pixels, most if max_pixels is None else max_pixels
     rules = ImageRules(vision=vision, min_pixels=least, max_pixels=most)
-    if not least <= most or most < rules.side**2:
+    area = rules.side**2
+    if most // area < -(-least // area):
+        own = [f"the model's own {key}" if given is None else f"data.{key}" for key, given in limits]
         raise ValueError(
-            f"data.min_pixels = {least} and data.max_pixels = {most} leave no size: an image has at least {rules.side**2} pixels"
+            f"{own[0]} = {least} and {own[1]} = {most} ({file.name}) leave no size: areas are multiples of {area} pixels"
         )
     return rules
 
@@ -156,7 +160,7 @@ class ImageIntake:
             return
 
     def _take(self, name: str, data: Path | bytes) -> StoredImage:
-        shown = name.split(" ", 1)[0] if isinstance(data, Path) else name
+        shown = str(data) if isinstance(data, Path) else name
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # limits of our own follow
@@ -247,6 +251,8 @@ def _read(source: object, beside: Path) -> tuple[str, Path | bytes]:
         if len(source) > 64 and not source.endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")):
             return _decoded("in base64", source)
         raise ValueError(f"image {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"image {path}: a {'folder' if stat.S_ISDIR(found.st_mode) else 'pipe or device'}, no file")
     return f"{path} {found.st_size} {found.st_mtime_ns}", path
 
 

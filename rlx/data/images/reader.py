@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,8 @@ from rlx.config.schema import DataConfig
 from rlx.data.chat import Chat, Message
 from rlx.data.images.grid import num_image_tokens
 from rlx.data.images.intake import ImageIntake, StoredImage, image_rules
-from rlx.data.rows import Row, column
+from rlx.data.rows import Row, column, columns_in
+from rlx.obs.log import logger
 from rlx.types.rollout import ImageSpan
 
 MARK = "<image>"
@@ -39,6 +40,7 @@ class ImageReader:
     tokenizer: PreTrainedTokenizerBase
     key: str | None
     drops_bad: bool
+    _told: set[str] = field(default_factory=set, init=False, repr=False)
 
     @property
     def vision(self) -> Vision:
@@ -62,6 +64,8 @@ class ImageReader:
         Raises ValueError where placeholders and images are not as many, BadImageError for an image that cannot be used.
         """
         listed = _listed(row, self.key)
+        if not listed:
+            self._tell_of_marks(prompt, row)
         if isinstance(prompt, str):
             text, sources = self._in_text(prompt, listed)
             return text, self._taken(sources, folder)
@@ -76,7 +80,7 @@ class ImageReader:
             written = []
             for part in parts:
                 if part["type"] == "image":
-                    sources.append(_source_of(part, left, self.key, len(listed)))
+                    sources.append(_source_of(part, left, self._column(row), len(listed)))
                     part = {"type": "image"}
                 written.append(part)
             messages.append({**message, "content": written})
@@ -101,6 +105,21 @@ class ImageReader:
             expanded += [placeholder] * self.num_tokens(image)
             done = index + 1
         return [*expanded, *token_ids[done:]], tuple(spans)
+
+    def _column(self, row: Row) -> str:
+        """What rows have their images in, in words."""
+        if self.key is None or column(row, self.key) is not None:
+            return _names(self.key)
+        return f"{_names(self.key)}, which is not there: {columns_in(row)}"
+
+    def _tell_of_marks(self, prompt: str | Chat, row: Row) -> None:
+        """Once: marks of a row without images are plain text, which is seldom meant."""
+        texts = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt.messages]
+        if not self._told and any(MARK in text for text in texts):
+            self._told.add(MARK)
+            logger.warning(
+                "rlx: warning: a row has %s in its text and no image in %s: the model reads it as text", MARK, self._column(row)
+            )
 
     def num_tokens(self, image: StoredImage) -> int:
         """How many tokens an image is."""
@@ -220,7 +239,7 @@ def _split(text: str) -> Iterator[Mapping[str, object]]:
             yield {"type": "text", "text": piece}
 
 
-def _source_of(part: Mapping[str, object], left: Iterator[object], key: str | None, num_listed: int) -> object:
+def _source_of(part: Mapping[str, object], left: Iterator[object], where: str, num_listed: int) -> object:
     """The image of a part: its own, or the next of the column."""
     own = next((part[name] for name in _OWN if part.get(name) is not None), None)
     if own is not None:
@@ -229,7 +248,7 @@ def _source_of(part: Mapping[str, object], left: Iterator[object], key: str | No
         return next(left)
     except StopIteration:
         raise ValueError(
-            f"the chat has more places for images ({MARK} or parts of type image) than the {num_listed} in {_names(key)}"
+            f"the chat has more places for images ({MARK} or parts of type image) than the {num_listed} in {where}"
         ) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,17 @@ def faults(folder: Path) -> dict[str, tuple[object, str]]:
     (folder / "words.png").write_text("no picture at all")
     (folder / "folder.png").mkdir()
     (folder / "empty.png").write_bytes(b"")
+    (folder / "a space.png").write_text("no picture")
+    os.mkfifo(folder / "pipe.png")
     return {
         "missing": ("none.png", r"none\.png: No such file"),
         "truncated png": ("cut.png", r"cut\.png: .*truncated|cut\.png: .*(broken|EOF)"),
         "truncated jpeg": ("cut.jpg", r"cut\.jpg: .*truncated"),
         "text": ("words.png", r"words\.png: no image of a known format"),
         "empty": ("empty.png", r"empty\.png: no image of a known format"),
-        "folder": ("folder.png", r"folder\.png: .*directory"),
+        "folder": ("folder.png", r"folder\.png: a folder"),
+        "pipe": ("pipe.png", r"pipe\.png: a pipe or device, no file"),
+        "space": ("a space.png", r"a space\.png: no image of a known format"),
         "one pixel": (encoded(noise(1, 1)), "1 x 1 pixels; each side has at least 4"),
         "strip": (encoded(noise(1000, 4)), "at most 200 times"),
         "hundred megapixels": (encoded(Image.new("1", (10_000, 10_000))), "100,000,000|10000 x 10000 pixels; at most 64,000,000"),
