@@ -98,7 +98,7 @@ def test_what_an_engine_says_is_heard(urls, monkeypatch):
         for name, tensor in named(model)
     ]
     publisher = make_publisher(urls, model, canary=False)
-    publisher._target = replace(publisher._target, expected={name: tuple(tensor.shape) for name, tensor in wide})
+    publisher._format = replace(publisher._format, shapes={name: tuple(tensor.shape) for name, tensor in wide})
     try:
         with pytest.raises(SyncError, match=r"engine side, stage 0, phase stream, chunk \d+") as caught:
             publisher.publish(1, iter(wide))

@@ -12,7 +12,7 @@ from rlx.obs.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 # The clock's numbers, the engine's rounding (how requests fall into its batches depends on timing), its request counts.
-NOT_REPEATED = ("perf/", "memory/", "sync/seconds", "sync/canary", "mismatch/", "rollout/")
+NOT_REPEATED = ("perf/", "memory/", "sync/seconds", "sync/publish_s", "sync/canary", "mismatch/", "rollout/")
 
 
 def gpu_machine(seen: Path) -> dict[str, str]:

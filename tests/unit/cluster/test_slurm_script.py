@@ -155,8 +155,8 @@ def test_on_paper_the_login_node_has_nothing(
     script = capsys.readouterr().out
     assert "#   memory of the fullest trainer rank, GiB: about " in script and "-m rlx.cli.main sft " in script
     assert f"export RLX_NEEDED={tmp_path}/data/answers.jsonl\n" in script, "what the nodes must see; a hub id is no file"
-    assert main(["launch", "slurm", str(recipe), "cluster.gpu_memory_gib=40", "--on-paper", "--dry-run"]) == 2
-    assert "a trainer rank needs about 41 GiB of 40" in capsys.readouterr().err
+    assert main(["launch", "slurm", str(recipe), "cluster.gpu_memory_gib=30", "--on-paper", "--dry-run"]) == 2
+    assert "a trainer rank needs about 33 GiB of 30" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flavour", ["torchrun", "ray"])
