@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,23 @@ def train_sample(
         rollout_logprobs=np.array([0.0] * len(token_ids) if rollout_logprobs is None else rollout_logprobs, np.float32),
         **{"reward": 0.0} | numbers,
     )
+
+
+def random_samples(vocab_size: int, lengths: Sequence[int], prompt: int, group: int = 4, seed: int = 5) -> list[TrainSample]:
+    """Samples of these lengths with random tokens, ``group`` to a prompt of ``prompt`` tokens, as a policy before training."""
+    draw = random.Random(seed)
+    return [
+        train_sample(
+            sample_id=index,
+            group_id=index // group,
+            token_ids=tuple(draw.randrange(vocab_size) for _ in range(length)),
+            loss_mask=(0,) * prompt + (1,) * (length - prompt),
+            rollout_logprobs=(0.0,) * prompt + (-12.0,) * (length - prompt),
+            reward=float(index % 2),
+            scalar_advantage=draw.uniform(-1, 1),
+        )
+        for index, length in enumerate(lengths)
+    ]
 
 
 def batch_of(samples: Sequence[TrainSample]) -> TrainBatch:

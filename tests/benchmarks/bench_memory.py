@@ -13,31 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 LIMIT_S, GIB = 240.0, 2**30
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-5,
-}
 _QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -96,7 +82,7 @@ def write_model(shape: str, folder: Path, *, dry: bool) -> Path:
     """The configuration alone; weights are drawn on the ranks."""
     from tests.benchmarks.gpu.models import _QWEN, SHAPES
 
-    own = {"8B": _LLAMA, "0.6B": _QWEN3, "30B-A3B-6": SHAPES["30B-A3B-cut"] | {"num_hidden_layers": 6}}
+    own = {"8B": SHAPES["llama-8B"], "0.6B": _QWEN3, "30B-A3B-6": SHAPES["30B-A3B-cut"] | {"num_hidden_layers": 6}}
     tree = _QWEN | (own[shape] if shape in own else SHAPES[shape])
     if dry:
         tree |= {key: value for key, value in _SMALL.items() if key in tree}
@@ -142,33 +128,16 @@ def measure(job: Job, folder: Path, rank: int, port: int, *, dry: bool) -> dict[
     from rlx.data.plan import plan_batch
     from rlx.parallel.context import build_context, connect, shut_down
     from rlx.trainer.worker import Worker
-    from tests.batches import part_for, train_sample
+    from tests.batches import part_for, random_samples
+    from tests.benchmarks.gpu.trainer import randomise
 
-    def randomise(chunks: Sequence[Any], *_: Any) -> None:
-        with torch.no_grad():
-            for chunk in chunks:
-                for name, parameter in chunk.named_parameters():
-                    parameter.normal_(1.0 if "norm" in name else 0.0, 0.02)
-
-    patch("rlx.trainer.rank_model.load_weights", randomise).start()
+    patch("rlx.trainer.rank_model.load_weights", lambda chunks, *_: randomise(chunks, 0)).start()
     config = config_of(job, folder, dry=dry)
     connect(init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=job.ranks, device=device, timeout_s=LIMIT_S)
     context = build_context(config.parallel.dims(job.ranks), device, seed=0, timeout_s=LIMIT_S)
     worker = Worker(config, context)
     length = 2048 // (128 if dry else 1)
-    draw = random.Random(5)
-    samples = [
-        train_sample(
-            sample_id=index,
-            group_id=index // 4,
-            token_ids=[draw.randrange(worker.policy.arch.vocab_size) for _ in range(length)],
-            loss_mask=[0] * (length // 8) + [1] * (length - length // 8),
-            rollout_logprobs=[-12.0] * length,
-            reward=float(index % 2),
-            scalar_advantage=draw.uniform(-1, 1),
-        )
-        for index in range(job.samples)
-    ]
+    samples = random_samples(worker.policy.arch.vocab_size, [length] * job.samples, prompt=length // 8)
     plan = plan_batch(
         [length] * job.samples,
         [length - length // 8] * job.samples,

@@ -53,16 +53,20 @@ def plant(scenario: str, stage: int, tensors):
     return tensors
 
 
-def stage_rank(rank: int, store: str, urls: list[str], scenarios: list[tuple[str, int]], transport: str, answers) -> None:
-    """One trainer rank: publishes each scenario with a fresh publisher and reports what happened."""
+def join_stages(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 
-    def share(text):
-        texts: list[str | None] = [None, None]
-        dist.all_gather_object(texts, text)
-        return texts
 
+def share(text):
+    texts: list[str | None] = [None, None]
+    dist.all_gather_object(texts, text)
+    return texts
+
+
+def stage_rank(rank: int, store: str, urls: list[str], scenarios: list[tuple[str, int]], transport: str, answers) -> None:
+    """One trainer rank: publishes each scenario with a fresh publisher and reports what happened."""
+    join_stages(rank, store)
     for version, (scenario, seed) in enumerate(scenarios, start=1):
         model = new_model(seed)
         place = PublisherPlace(stage=rank, num_stages=2, is_sender=True, is_lead=rank == 0, rank=rank)
@@ -222,14 +226,7 @@ def test_an_engine_killed_during_the_broadcast_is_named_in_time(urls, transport,
 
 def later_rank(rank: int, store: str, urls: list[str], answers) -> None:
     """One of two stages: a publication that goes well, then one in which a tensor of the last stage has another shape."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-
-    def share(text):
-        texts: list[str | None] = [None, None]
-        dist.all_gather_object(texts, text)
-        return texts
-
+    join_stages(rank, store)
     model = new_model(51)
     place = PublisherPlace(stage=rank, num_stages=2, is_sender=True, is_lead=rank == 0, rank=rank)
     seats = Seats(by_engine={0: [0], 1: [1]}, spread=lambda buffer, stage: dist.broadcast(buffer, src=stage))

@@ -19,20 +19,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlx.arch.architecture import Architecture
 from rlx.arch.families.registry import read_architecture
 from rlx.arch.sizes import expected_shapes
 from rlx.config.schema import SyncConfig
 from rlx.models.heads import token_head
 from rlx.models.hf.companions import Companions
-from rlx.parallel.context import build_context, connect, shut_down
+from rlx.parallel.context import ParallelContext, build_context, connect, shut_down
 from rlx.processes.device import take_device
-from rlx.sync.collective_phase import PublisherPlace
 from rlx.sync.engine_memory import KEY_VALUES, WEIGHTS, EngineMemory, Sharing
 from rlx.sync.group import Endpoint
 from rlx.sync.proof.canary import CanarySpec
-from rlx.sync.publisher import Publisher, PublisherTarget
+from rlx.sync.publisher import PublisherTarget
 from rlx.sync.transports.handover import Seats
-from rlx.trainer.link import spread_over_stages
+from rlx.trainer.link import make_publisher, spread_over_stages
 from rlx.trainer.rank_model import RankModel
 from rlx.trainer.scoring import score_sequences
 from rlx.types.layout import ParallelDims
@@ -71,6 +71,24 @@ def plain(num_bytes: int, world_size: int) -> dict[str, float]:
     return found
 
 
+def target_of(arch: Architecture, context: ParallelContext, urls: list[str], tp: int) -> PublisherTarget:
+    """Engines on the ranks' GPUs in order, which give back all their memory."""
+    memory = EngineMemory((KEY_VALUES, WEIGHTS))
+    return PublisherTarget(
+        endpoints=tuple(Endpoint(url=url, tp=tp, index=index) for index, url in enumerate(urls)),
+        expected=expected_shapes(arch),
+        backend="nccl",
+        device=context.device,
+        transport="ipc",
+        seats=Seats(
+            by_engine={index: list(range(index * tp, index * tp + tp)) for index in range(len(urls))},
+            spread=spread_over_stages(context) if context.dims.pp > 1 else None,
+            weight_bytes=2,
+        ),
+        sharing=Sharing(memory=memory, make_room=torch.cuda.empty_cache),
+    )
+
+
 def main(name: str, model_dir: Path, layout: dict[str, Any], urls: list[str], tp: int) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = take_device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -81,23 +99,6 @@ def main(name: str, model_dir: Path, layout: dict[str, Any], urls: list[str], tp
     model = RankModel(
         arch=arch, chunks=chunks, head=token_head(context, arch), context=context, companions=Companions.of(model_dir)
     )
-    memory = EngineMemory((KEY_VALUES, WEIGHTS))
-    target = PublisherTarget(
-        endpoints=tuple(Endpoint(url=url, tp=tp, index=index) for index, url in enumerate(urls)),
-        expected=expected_shapes(arch),
-        backend="nccl",
-        device=device,
-        transport="ipc",
-        seats=Seats(
-            by_engine={index: list(range(index * tp, index * tp + tp)) for index in range(len(urls))},
-            spread=spread_over_stages(context) if context.dims.pp > 1 else None,
-            weight_bytes=2,
-        ),
-        sharing=Sharing(memory=memory, make_room=torch.cuda.empty_cache),
-    )
-    place = PublisherPlace(
-        stage=context.pp_rank, num_stages=context.dims.pp, is_sender=context.is_sender, is_lead=rank == 0, rank=rank
-    )
     canary = CanarySpec(
         vocab_size=arch.vocab_size,
         seed=0,
@@ -106,7 +107,7 @@ def main(name: str, model_dir: Path, layout: dict[str, Any], urls: list[str], tp
         export=lambda: model.weights(everywhere=True),
     )
     config = SyncConfig(canary_first=1, canary_every=0, timeout_s=60)
-    publisher = Publisher(place, target, config, context.gather_objects, canary)
+    publisher = make_publisher(config, context, target_of(arch, context, urls, tp), canary)
     rows: list[dict[str, float]] = []
     extra = 0
     for version in range(NUM_SYNCS):
@@ -126,10 +127,15 @@ def main(name: str, model_dir: Path, layout: dict[str, Any], urls: list[str], tp
     publisher.close()
     found = plain(num_bytes, world_size)
     worst = max(rows[1:], key=lambda row: row["ms"])
-    best = min(rows[1:], key=lambda row: row["ms"])
     gib = max(context.gather_objects(extra)) / 2**30
     if rank == 0:
-        told = {"worst": worst, "best_ms": best["ms"], "gb": round(num_bytes / 1e9, 2), "extra_gib": round(gib, 2), **found}
+        told = {
+            "worst": worst,
+            "best_ms": min(row["ms"] for row in rows[1:]),
+            "gb": round(num_bytes / 1e9, 2),
+            "extra_gib": round(gib, 2),
+            **found,
+        }
         told["worst / all-gather"] = round(worst["ms"] / found["all_gather_ms"], 1)
         print("RESULT", json.dumps({f"colocated/{name}": told}), flush=True)
     shut_down()

@@ -44,6 +44,27 @@ def prepare(shape: str, out: Path) -> Path:
     return folder
 
 
+def tell(name: str, run_dir: Path, ranks: int) -> None:
+    """What each step of a run took, and the medians of those after the first."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] if run_dir.exists() else []
+    names = ["step", "rollout", "score", "reference", "update", "sync"]
+    for row in rows:
+        parts = {part: round(row[f"perf/{part}_s"], 2) for part in names if f"perf/{part}_s" in row}
+        kept = {k: round(v, 4) for k, v in row.items() if k.startswith(("sync/", "memory/gpu", "mismatch/logprob"))}
+        print(f"step {row.get('step')}: {row.get('perf/tokens_per_s', 0) / ranks:.0f} tokens/s a GPU {parts} {kept}", flush=True)
+    steady = [row for row in rows if row.get("step", 0) > 1 and "perf/tokens_per_s" in row]
+    log = run_dir / "logs" / "trainer-0.log"
+    if log.exists():
+        print(*[line[25:] for line in log.read_text().splitlines() if " weight sync " in line], sep="\n", flush=True)
+    if steady:
+        told = {"tokens_per_s_per_gpu": round(statistics.median(row["perf/tokens_per_s"] for row in steady) / ranks)}
+        for part in names:
+            if f"perf/{part}_s" in steady[0]:
+                told[f"{part}_s"] = round(statistics.median(row[f"perf/{part}_s"] for row in steady), 2)
+        told["publish_s_worst"] = round(max(row.get("sync/publish_s", 0.0) for row in steady), 3)
+        print("RESULT", json.dumps({f"job/{name}": told}), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape")
@@ -87,24 +108,7 @@ def main() -> int:
         code = subprocess.run(argv, timeout=args.limit_s, check=False).returncode
     except subprocess.TimeoutExpired:
         code = -1
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] if run_dir.exists() else []
-    ranks = args.engines * args.engine_tp
-    names = ["step", "rollout", "score", "reference", "update", "sync"]
-    for row in rows:
-        parts = {name: round(row[f"perf/{name}_s"], 2) for name in names if f"perf/{name}_s" in row}
-        kept = {k: round(v, 4) for k, v in row.items() if k.startswith(("sync/", "memory/gpu", "mismatch/logprob"))}
-        print(f"step {row.get('step')}: {row.get('perf/tokens_per_s', 0) / ranks:.0f} tokens/s a GPU {parts} {kept}", flush=True)
-    steady = [row for row in rows if row.get("step", 0) > 1 and "perf/tokens_per_s" in row]
-    log = run_dir / "logs" / "trainer-0.log"
-    if log.exists():
-        print(*[line[25:] for line in log.read_text().splitlines() if " weight sync " in line], sep="\n", flush=True)
-    if steady:
-        told = {"tokens_per_s_per_gpu": round(statistics.median(row["perf/tokens_per_s"] for row in steady) / ranks)}
-        for name in names:
-            if f"perf/{name}_s" in steady[0]:
-                told[f"{name}_s"] = round(statistics.median(row[f"perf/{name}_s"] for row in steady), 2)
-        told["publish_s_worst"] = round(max(row.get("sync/publish_s", 0.0) for row in steady), 3)
-        print("RESULT", json.dumps({f"job/{args.shape} {args.name}": told}), flush=True)
+    tell(f"{args.shape} {args.name}", run_dir, args.engines * args.engine_tp)
     return code
 
 

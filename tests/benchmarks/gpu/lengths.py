@@ -54,6 +54,34 @@ def main() -> int:
     return run_local_ranks(this_module("tests.benchmarks.gpu.lengths", *sys.argv[1:]), args.tp)
 
 
+def seconds_of(work: Callable[[], Any], settle: Callable[[], None]) -> float:
+    """The median of repeated calls after a first one; ``settle`` waits for what the device still does."""
+    times = []
+    for _ in range(1 + REPEATS):
+        settle()
+        began = time.perf_counter()
+        work()
+        settle()
+        times.append(time.perf_counter() - began)
+    return sorted(times[1:])[REPEATS // 2]
+
+
+def measured(worker: Any, lengths: list[int], tp: int, settle: Callable[[], None]) -> dict[str, float]:
+    """Both passes over the batch that the worker holds."""
+    arch = worker.policy.arch
+    parameters = tp * sum(p.numel() for chunk in worker.policy.chunks for p in chunk.parameters())
+    attention = 2 * arch.num_layers * arch.num_heads * arch.head_dim
+    flops = sum(2 * parameters * length + attention * length**2 for length in lengths)
+    score_s, update_s = seconds_of(worker.score_policy, settle), seconds_of(lambda: worker.update_policy(0), settle)
+    return {
+        "tokens": sum(lengths),
+        "score_s": round(score_s, 3),
+        "update_s": round(update_s, 3),
+        "score_tflops": round(flops / score_s / tp / 1e12, 1),
+        "update_tflops": round(3 * flops / update_s / tp / 1e12, 1),
+    }
+
+
 def run_rank(args: argparse.Namespace) -> int:
     rank = int(os.environ["RANK"])
     device = take_device(args.device, rank)
@@ -65,9 +93,11 @@ def run_rank(args: argparse.Namespace) -> int:
     from rlx.parallel.context import build_context, connect, shut_down
     from rlx.trainer import rank_model
     from rlx.trainer.worker import Worker
-    from tests.batches import part_for, train_sample
+    from tests.batches import part_for, random_samples
+    from tests.benchmarks.gpu.trainer import randomise
 
     on_gpu = device.type == "cuda"
+    scale, settle = (1.0, torch.cuda.synchronize) if on_gpu else (0.03, lambda: None)
     connect(init_method="env://", rank=rank, world_size=args.tp, device=device, timeout_s=LIMIT_S)
     dims = ParallelDims(world_size=args.tp, tp=args.tp, sequence_parallel=args.tp > 1)
     context = build_context(dims, device, seed=0, timeout_s=LIMIT_S)
@@ -79,41 +109,16 @@ def run_rank(args: argparse.Namespace) -> int:
         algorithm=AlgorithmConfig(name="grpo"),
         batching=BatchingConfig(max_tokens_per_micro_batch=args.tokens),
     )
-    with mock.patch.object(rank_model, "load_weights", lambda chunks, *_: draw_weights(chunks)):
+    with mock.patch.object(rank_model, "load_weights", lambda chunks, *_: randomise(chunks, 0)):
         worker = Worker(config, context)
     arch = worker.policy.arch
     budget = Budget.of(config.model, config.parallel, config.batching)
-    parameters = args.tp * sum(p.numel() for chunk in worker.policy.chunks for p in chunk.parameters())
-
-    def seconds_of(work: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(1 + REPEATS):
-            if on_gpu:
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            work()
-            if on_gpu:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-        return sorted(times[1:])[REPEATS // 2]
 
     found: dict[str, dict[str, float]] = {}
     for kind in ("equal", "log-normal"):
-        lengths = lengths_of(kind, 1.0 if on_gpu else 0.03)
-        draw = random.Random(7)
-        prompt = max(1, round(PROMPT * (1.0 if on_gpu else 0.03)))
-        samples = [
-            train_sample(
-                sample_id=index,
-                group_id=index // 8,
-                token_ids=tuple(draw.randrange(arch.vocab_size) for _ in range(length)),
-                loss_mask=(0,) * prompt + (1,) * (length - prompt),
-                rollout_logprobs=(0.0,) * prompt + (-12.0,) * (length - prompt),
-                reward=float(index % 2),
-                scalar_advantage=draw.uniform(-1, 1),
-            )
-            for index, length in enumerate(lengths)
-        ]
+        lengths = lengths_of(kind, scale)
+        prompt = max(1, round(PROMPT * scale))
+        samples = random_samples(arch.vocab_size, lengths, prompt, group=8)
         plan = plan_batch(
             lengths,
             [length - prompt for length in lengths],
@@ -125,19 +130,8 @@ def run_rank(args: argparse.Namespace) -> int:
         worker.load_batch(part_for(samples, plan))
         worker.score_policy()
         worker.compute_advantages(0.0)
-        flops = sum(
-            2 * parameters * length + 2 * arch.num_layers * arch.num_heads * arch.head_dim * length**2 for length in lengths
-        )
-        score_s, update_s = seconds_of(worker.score_policy), seconds_of(lambda: worker.update_policy(0))
-        rate = 1e12 * args.tp
-        found[kind] = {
-            "tokens": sum(lengths),
-            "score_s": round(score_s, 3),
-            "update_s": round(update_s, 3),
-            "score_tflops": round(flops / score_s / rate, 1),
-            "update_tflops": round(3 * flops / update_s / rate, 1),
-            "micro_batches": len(plan.mini_batches[0].micro_batches),
-        }
+        num_packs = len(plan.mini_batches[0].micro_batches)
+        found[kind] = measured(worker, lengths, args.tp, settle) | {"micro_batches": num_packs}
         if rank == 0:
             print(f"{args.shape} {kind}: {found[kind]}", flush=True)
     kept = {
@@ -148,18 +142,6 @@ def run_rank(args: argparse.Namespace) -> int:
         print("RESULT", json.dumps({f"lengths/{args.shape} TP{args.tp}": found | {"kept": kept}}), flush=True)
     shut_down()
     return 0
-
-
-def draw_weights(chunks: Any) -> None:
-    """Every rank the same numbers: copies must be equal."""
-    import torch
-
-    with torch.no_grad():
-        for chunk in chunks:
-            generator: Any = None
-            for name, parameter in chunk.named_parameters():
-                generator = generator or torch.Generator(parameter.device).manual_seed(0)
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
 
 
 if __name__ == "__main__":

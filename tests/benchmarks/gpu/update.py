@@ -7,7 +7,6 @@ tokens and optimizer. Run by ``bench_gpu``.
 from __future__ import annotations
 
 import json
-import random
 import statistics
 import sys
 import time
@@ -24,8 +23,7 @@ from rlx.parallel.packing import LocalBatch
 from rlx.parallel.schedule import Divisors, forward_backward, forward_only
 from rlx.trainer.worker import Worker
 from rlx.types.batch import LossOutput
-from rlx.types.train_batch import TrainSample
-from tests.batches import part_for, train_sample
+from tests.batches import part_for, random_samples
 from tests.benchmarks.gpu.trainer import config_of, one_rank
 
 PEAK_FLOPS = 989e12
@@ -54,28 +52,12 @@ def median_ms(work: Callable[[], Any]) -> float:
     return round(statistics.median(times[2:]), 1)
 
 
-def make_samples(vocab_size: int) -> list[TrainSample]:
-    draw = random.Random(5)
-    return [
-        train_sample(
-            sample_id=index,
-            group_id=index // 4,
-            token_ids=tuple(draw.randrange(vocab_size) for _ in range(LENGTH)),
-            loss_mask=(0,) * 256 + (1,) * (LENGTH - 256),
-            rollout_logprobs=(0.0,) * 256 + (-12.0,) * (LENGTH - 256),
-            reward=float(index % 2),
-            scalar_advantage=draw.uniform(-1, 1),
-        )
-        for index in range(NUM_SEQUENCES)
-    ]
-
-
 def main(model_dir: Path, spec: str) -> None:
     context = one_rank()
     config = config_of(model_dir, spec)
     worker = Worker(config, context)
-    samples = make_samples(worker.policy.arch.vocab_size)
     lengths = [LENGTH] * NUM_SEQUENCES
+    samples = random_samples(worker.policy.arch.vocab_size, lengths, prompt=256)
     plan = plan_batch(lengths, [LENGTH - 256] * NUM_SEQUENCES, dims=context.dims, num_mini_batches=1, max_tokens=TOKENS)
     worker.load_batch(part_for(samples, plan))
     worker.score_policy()
